@@ -1,0 +1,19 @@
+"""The one exception that a user is meant to read."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class BadInput(ValueError):
+    """Input that cannot be used. The message is one sentence: the name of the key, file or shard, and the mend.
+
+    The command line prints it without a traceback and exits with code 2.
+    """
+
+
+def suggest(name: str, options: Iterable[str]) -> str:
+    """`" Did you mean 'x'?"` for the option nearest to `name`, or an empty string."""
+    near = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
+    return f" Did you mean '{near[0]}'?" if near else ""
