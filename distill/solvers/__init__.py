@@ -1,0 +1,42 @@
+"""Solvers: pure maps (x_t, t, s) -> x_s between any two times, and the loop that chains them."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from distill.errors import BadInput, suggest
+from distill.solvers.base import Solver, ddim
+from distill.solvers.multistep import DPMSolverPP2M
+from distill.solvers.onestep import DDIM, DPMSolverPP, Euler, Heun
+from distill.solvers.solve import solve
+from distill.solvers.stochastic import Ancestral, Renoise, ReverseSDE
+
+SOLVERS = {
+    "ddim": DDIM,
+    "euler": Euler,
+    "heun": Heun,
+    "dpmpp_2s": partial(DPMSolverPP, order=2),
+    "dpmpp_2m": DPMSolverPP2M,
+    "ancestral": Ancestral,
+    "sde": ReverseSDE,
+    "renoise": Renoise,
+}
+
+
+def solver(name: str | Solver) -> Solver:
+    """The solver of that name in `SOLVERS`; a Solver passes through.
+
+    Raises:
+        BadInput: if there is no such solver.
+    """
+    if isinstance(name, Solver):
+        return name
+    if name not in SOLVERS:
+        raise BadInput(f"solver '{name}' is none of {', '.join(SOLVERS)}.{suggest(name, SOLVERS)}")
+    return SOLVERS[name]()
+
+
+__all__ = [
+    "DDIM", "DPMSolverPP", "DPMSolverPP2M", "Ancestral", "Euler", "Heun", "Renoise", "ReverseSDE",
+    "SOLVERS", "Solver", "ddim", "solve", "solver",
+]
