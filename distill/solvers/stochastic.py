@@ -29,7 +29,7 @@ class Ancestral(Solver):
     def step(self, schedule: Schedule, x: Tensor, x_t: Tensor, t: Tensor, s: Tensor, noise: Tensor) -> Tensor:
         """x_s for x already known."""
         (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.at(t, x_t), schedule.at(s, x_t)
-        rho = torch.where(t == s, 1.0, over(alpha_t, alpha_s) * over(sigma_s, sigma_t))
+        rho = torch.where(bcast(t == s, x_t), 1.0, over(alpha_t, alpha_s) * over(sigma_s, sigma_t))
         fresh = self.eta * (1 - rho**2).clamp(min=0).sqrt()
         return alpha_s * x + sigma_s * ((1 - fresh**2).sqrt() * schedule.eps(x, x_t, t) + fresh * noise)
 
