@@ -1,0 +1,217 @@
+"""`distill VERB`: the command line. Heavy imports wait until a verb runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from distill import __version__
+from distill.errors import BadInput
+
+
+class Verbs(click.Group):
+    """A group that shows bad input as one sentence (exit code 2) unless --debug is given."""
+
+    def invoke(self, ctx: click.Context):
+        try:
+            return super().invoke(ctx)
+        except BadInput as error:
+            if ctx.params.get("debug"):
+                raise
+            click.echo(f"distill: {error}", err=True)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            click.echo("distill: interrupted.", err=True)
+            sys.exit(130)
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="distill")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.option("--allow", multiple=True, metavar="PACKAGE", help="Let configs name objects of this package too.")
+def main(debug: bool, allow: tuple[str, ...]) -> None:
+    """Few-step students from diffusion and flow teachers.
+
+    \b
+    Example:
+      distill data digits data/digits
+      distill train configs/digits/tdm.yaml train.steps=400
+      distill eval runs/digits-tdm
+      distill export runs/digits-tdm student
+    """
+
+
+def _allow() -> tuple[str, ...]:
+    return click.get_current_context().find_root().params["allow"]
+
+
+@main.command()
+@click.argument("configs", nargs=-1, required=True, metavar="CONFIG... [KEY=VALUE...]")
+@click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Parent folder.")
+@click.option("--resume", is_flag=True, help="Go on with the run of this name from its newest checkpoint.")
+def train(configs: tuple[str, ...], runs: Path, resume: bool) -> None:
+    """Train the run that CONFIGs describe; later files and KEY=VALUE override earlier ones.
+
+    \b
+    Example:
+      distill train configs/toy/tdm.yaml
+      distill train configs/digits/tdm.yaml name=fast optim.student.lr=1e-4 train.steps=300
+    """
+    from distill import config, run
+
+    files = [c for c in configs if "=" not in c]
+    cfg = config.load(files, [c for c in configs if "=" in c])
+    session = run.train(cfg, runs / cfg.name, resume, _allow())
+    done = session.method.step
+    click.echo(f"{runs / cfg.name}: {done} of {cfg.train.steps} steps done.")
+    if done < cfg.train.steps:
+        click.echo("Go on with the same command and --resume.")
+        sys.exit(130)
+
+
+@main.command()
+@click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("-n", "count", default=100, show_default=True, help="Number of samples.")
+@click.option("--seed", default=0, show_default=True)
+def sample(run_folder: Path, out: Path, count: int, seed: int) -> None:
+    """Draw samples of RUN's student into the picture OUT.
+
+    \b
+    Example:
+      distill sample runs/digits-tdm digits.png -n 50
+    """
+    from distill import run
+
+    click.echo(f"{run.sample(run_folder, out, count, seed, _allow())}: {count} samples.")
+
+
+@main.command("eval")
+@click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("-n", "samples", type=int, default=None, help="Samples a row; the config's eval.samples by default.")
+def evaluate(run_folder: Path, samples: int | None) -> None:
+    """Measure RUN: teacher, training-free solvers and student at each number of evaluations, from the same noise.
+
+    Writes metrics.json and samples.png into RUN.
+
+    \b
+    Example:
+      distill eval runs/digits-tdm
+    """
+    from distill import run
+    from distill.eval import table
+
+    table.show(run.evaluate(run_folder, samples, _allow()))
+
+
+@main.command()
+@click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+def export(run_folder: Path, out: Path) -> None:
+    """Write RUN's student to OUT as a folder that stock diffusers loads, and verify it there.
+
+    \b
+    Example:
+      distill export runs/digits-tdm student
+    """
+    from distill import run
+    from distill.export.verify import verify
+
+    run.export(run_folder, out, _allow())
+    click.echo(f"{out}: loads in stock diffusers, largest difference to our samples {verify(out):.1e}.")
+
+
+@main.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
+@click.option("--steps", type=int, default=None, help="Training steps, to override the recipe's.")
+def demo(out: Path, steps: int | None) -> None:
+    """Distil the shipped digits teacher into a four-step student, measure it, export it; minutes on two CPU cores.
+
+    \b
+    Example:
+      distill demo
+    """
+    from distill.demo import demo as go
+
+    sys.exit(go(out, steps))
+
+
+@main.group()
+def data() -> None:
+    """Write webdataset shards.
+
+    \b
+    Example:
+      distill data digits data/digits
+      distill data images photos/ data/photos --size 64
+    """
+
+
+@data.command("digits")
+@click.argument("out", type=click.Path(path_type=Path))
+def data_digits(out: Path) -> None:
+    """scikit-learn's 1,797 handwritten digits (8x8, ten classes), train and held-out split, to OUT.
+
+    \b
+    Example:
+      distill data digits data/digits
+    """
+    from distill.data import write
+
+    write.digits(out)
+    click.echo(f"{out}: written.")
+
+
+@data.command("images")
+@click.argument("src", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--size", type=int, default=None, help="Resize the short side and crop to SIZE x SIZE.")
+def data_images(src: Path, out: Path, size: int | None) -> None:
+    """A folder of images (class from the sub-folder, caption from a .txt beside) to shards in OUT.
+
+    \b
+    Example:
+      distill data images photos/ data/photos --size 64
+    """
+    from distill.data import write
+
+    write.images(src, out, size=size)
+    click.echo(f"{out}: written.")
+
+
+@data.command("npz")
+@click.argument("src", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+def data_npz(src: Path, out: Path) -> None:
+    """Arrays `x` and `y` of an .npz file to shards in OUT.
+
+    \b
+    Example:
+      distill data npz arrays.npz data/arrays
+    """
+    from distill.data import write
+
+    write.npz(src, out)
+    click.echo(f"{out}: written.")
+
+
+@data.command("idx")
+@click.argument("src", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+def data_idx(src: Path, out: Path) -> None:
+    """A folder of MNIST-format idx files (.gz too) to shards in OUT.
+
+    \b
+    Example:
+      distill data idx fashion_mnist/ data/fashion
+    """
+    from distill.data import write
+
+    write.idx(src, out)
+    click.echo(f"{out}: written.")
+
+
+if __name__ == "__main__":
+    main()

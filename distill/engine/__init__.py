@@ -1,0 +1,1 @@
+"""What a run needs besides the method: checkpoints, callbacks, the trainer."""

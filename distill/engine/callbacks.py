@@ -1,0 +1,195 @@
+"""What one sees of a run: progress bar, CSV, wandb; validation and checkpoints on their beats."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console()
+
+
+class Bar(lightning.Callback):
+    """rich progress bar: step, loss by role, steps a second, time left. One line every `every` steps without a terminal."""
+
+    def __init__(self, total: int, every: int = 10):
+        self.total, self.every, self.bar = total, every, None
+
+    def on_train_start(self, trainer, method):
+        self.start, self.first = time.monotonic(), method.step
+        if console.is_terminal:
+            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+            self.bar = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console)
+            self.bar.start()
+            name = type(method).__name__
+            self.task = self.bar.add_task(name, total=self.total, completed=method.step, note="")
+
+    def on_train_batch_end(self, trainer, method, outputs, batch, index):
+        if method.step % self.every and method.step != self.total:
+            return
+        rate = (method.step - self.first) / max(time.monotonic() - self.start, 1e-9)
+        losses = {k.removesuffix("/loss"): float(v) for k, v in method.logs.items() if k.endswith("/loss")}
+        note = "  ".join(f"{k} {v:.4g}" for k, v in losses.items()) + f"  {rate:.1f} steps/s"
+        if self.bar:
+            self.bar.update(self.task, completed=method.step, note=note)
+        elif method.step % (20 * self.every) == 0 or method.step == self.total:
+            left = (self.total - method.step) / rate
+            console.print(f"step {method.step}/{self.total}  {note}  {left:.0f} s left", highlight=False)
+
+    def teardown(self, trainer, method, stage):
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
+
+
+class CSV:
+    """`metrics.csv`: one row a step, appended; a new column rewrites the file with the union of columns."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.columns: list[str] = []
+        if self.path.exists():
+            with open(self.path, newline="") as file:
+                self.columns = next(csv.reader(file), [])
+
+    def write(self, row: dict[str, Any], step: int) -> None:
+        row = {"step": step, **row}
+        new = [c for c in row if c not in self.columns]
+        if new:
+            self._widen(new)
+        with open(self.path, "a", newline="") as file:
+            csv.DictWriter(file, self.columns, restval="").writerow(row)
+
+    def _widen(self, new: list[str]) -> None:
+        rows = []
+        if self.path.exists():
+            with open(self.path, newline="") as file:
+                rows = list(csv.DictReader(file))
+        self.columns = [*self.columns, *new]
+        staging = self.path.with_suffix(".writing")
+        with open(staging, "w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns, restval="")
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(staging, self.path)
+
+
+class Wandb:
+    """Weights & Biases, the one door to it. Offline without a key; never a prompt.
+
+    `mode`: auto (online when WANDB_API_KEY or a netrc entry is there), online, offline. The run id is kept in
+    `folder/wandb_id`, so a resumed run goes on as the same one.
+    """
+
+    def __init__(self, folder: Path, mode: str, project: str, name: str, config: dict[str, Any]):
+        import wandb
+
+        if mode == "auto":
+            mode = "online" if os.environ.get("WANDB_API_KEY") or wandb.api.api_key else "offline"
+        identity = folder / "wandb_id"
+        if not identity.exists():
+            identity.write_text(wandb.util.generate_id())
+        self.wandb = wandb
+        self.run = wandb.init(
+            project=project,
+            name=name,
+            config=config,
+            dir=str(folder),
+            mode=mode,
+            id=identity.read_text(),
+            resume="allow" if mode == "online" else None,
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+
+    def write(self, row: dict[str, Any], step: int) -> None:
+        self.run.log(row, step=step)
+
+    def picture(self, name: str, path: Path, step: int) -> None:
+        self.run.log({name: self.wandb.Image(str(path))}, step=step)
+
+    def close(self) -> None:
+        self.run.finish(quiet=True)
+
+
+class Record(lightning.Callback):
+    """Write `method.logs` to every sink on each `every`-th step."""
+
+    def __init__(self, sinks: list, every: int = 10):
+        self.sinks, self.every = sinks, every
+
+    def on_train_start(self, trainer, method):
+        self.last, self.at = method.step, time.monotonic()
+
+    def on_train_batch_end(self, trainer, method, outputs, batch, index):
+        if method.step % self.every:
+            return
+        now = time.monotonic()
+        row = {k: float(v) for k, v in method.logs.items()}
+        row["steps_per_second"] = (method.step - self.last) / max(now - self.at, 1e-9)
+        self.last, self.at = method.step, now
+        self.write(row, method.step)
+
+    def write(self, row: dict[str, Any], step: int) -> None:
+        for sink in self.sinks:
+            sink.write(row, step)
+
+
+class Every(lightning.Callback):
+    """Call `action(method)` each `every` steps and at the end, once a step.
+
+    `start`: at step 0 too. `finished`: at the end only of a run that was not interrupted.
+    """
+
+    def __init__(self, every: int, action: Callable[[Any], None], start: bool = False, finished: bool = False):
+        self.every, self.action, self.start, self.finished, self.done = every, action, start, finished, None
+
+    def _call(self, method):
+        if self.done != method.step:
+            self.done = method.step
+            self.action(method)
+
+    def on_train_start(self, trainer, method):
+        if self.start and method.step == 0:
+            self._call(method)
+
+    def on_train_batch_end(self, trainer, method, outputs, batch, index):
+        if self.every and method.step % self.every == 0:
+            self._call(method)
+
+    def on_train_end(self, trainer, method):
+        if method.step >= method.total_steps or not self.finished:
+            self._call(method)
+
+
+class Interrupt(lightning.Callback):
+    """Ctrl-C and SIGTERM end the run after the step in hand; a second Ctrl-C ends it at once."""
+
+    def __init__(self):
+        self.received, self.old = None, {}
+
+    def _receive(self, number, frame):
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = number
+        console.print("Interrupted: ending after this step, with a checkpoint.", highlight=False)
+
+    def on_train_start(self, trainer, method):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.old[number] = signal.signal(number, self._receive)
+
+    def on_train_batch_end(self, trainer, method, outputs, batch, index):
+        if self.received:
+            trainer.should_stop = True
+
+    def teardown(self, trainer, method, stage):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+        self.old = {}

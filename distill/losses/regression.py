@@ -1,0 +1,39 @@
+"""Distances between a prediction and its target, one value a sample or their mean."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def reduce(value: Tensor, weight: Tensor | None = None, per_sample: bool = False) -> Tensor:
+    """Mean over all but the batch, times `weight` (B,), then the mean over the batch; (B,) if `per_sample`."""
+    value = value.flatten(1).mean(1)
+    value = value if weight is None else value * weight
+    return value if per_sample else value.mean()
+
+
+def mse(a: Tensor, b: Tensor, weight: Tensor | None = None, per_sample: bool = False) -> Tensor:
+    r"""weight * mean_i (a_i - b_i)^2. a, b: (B, ...), weight: (B,)."""
+    return reduce((a - b).square(), weight, per_sample)
+
+
+def huber(a: Tensor, b: Tensor, c: float = 1e-3, weight: Tensor | None = None, per_sample: bool = False) -> Tensor:
+    r"""Per-element pseudo-Huber: weight * mean_i (sqrt((a_i - b_i)^2 + c^2) - c), the form of LCM and TDM.
+
+    Near zero it is d^2 / 2c, far away |d|. Not the per-sample norm of iCT and ECT: see `huber_norm`.
+    https://arxiv.org/abs/2310.04378
+    """
+    return reduce(((a - b).square() + c * c).sqrt() - c, weight, per_sample)
+
+
+def huber_norm(a: Tensor, b: Tensor, c: float = 0.0, weight: Tensor | None = None, per_sample: bool = False) -> Tensor:
+    r"""Per-sample pseudo-Huber: weight * (sqrt(|a - b|^2 + c^2) - c) with the norm over all elements (iCT, ECT).
+
+    https://arxiv.org/abs/2310.14189. The gradient at a = b is zero also for c = 0.
+    """
+    square = (a - b).square().flatten(1).sum(1)
+    safe = torch.where(square > 0, square, torch.ones_like(square))
+    value = torch.where(square > 0, (safe + c * c).sqrt() - c, square)
+    value = value if weight is None else value * weight
+    return value if per_sample else value.mean()

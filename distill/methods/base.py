@@ -1,0 +1,285 @@
+"""Method: which networks exist, who is updated when, and the only training loop of the project."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+
+from distill.config import Optim
+from distill.errors import BadInput, suggest
+from distill.grid import Grid
+from distill.losses.regression import mse
+from distill.solvers import DDIM, solve
+
+Turn = tuple[str, Callable[..., Tensor]]
+
+
+class Method(lightning.LightningModule):
+    r"""A frozen teacher, a trainable student and whoever else takes turns.
+
+    A subclass states its roles and yields its turns; one step is one pass of them:
+
+        for role, loss in turns(step):  only `role` requires gradient;  loss(*shared).backward();  step that role
+
+    Args:
+        roles: name -> Denoiser (or another module, for heads). A string names the role to copy; a trainable role that is
+            absent starts as a copy of the teacher.
+        grid: the student's times: a number of steps K (uniform), a list 1 = t_K > ... > t_0 = 0, or a Grid.
+        guidance: teacher's w in `uncond + w (cond - uncond)`; w = 1 is the conditional model.
+        optim: role -> Optim.
+        ema: decay of the averaged student that samples, validates and is exported; ramps up as (1 + n)/(10 + n).
+        averages: further averaged copies, name -> (role, decay), such as a consistency target; decay 0 copies each step.
+        warm_start: steps in which trainable denoisers first regress on the teacher's E[x | x_t]; for students whose
+            network is not a copy of the teacher's.
+
+    Raises:
+        BadInput: a role that is unknown, missing, or has no weights to copy.
+    """
+
+    trainable: tuple[str, ...] = ("student",)
+    frozen: tuple[str, ...] = ("teacher",)
+    sampler: Any = DDIM()  # how the student walks its grid
+    serving: str = "ode"  # the kind of stock scheduler that walks the same way: ode or renoise
+    needs_data: bool = True  # False: conditions and a shape are enough
+
+    def __init__(
+        self,
+        roles: dict[str, Any],
+        *,
+        grid: int | list | Grid = 4,
+        guidance: float = 1.0,
+        optim: dict[str, Any] | None = None,
+        ema: float = 0.999,
+        averages: dict[str, tuple[str, float]] | None = None,
+        warm_start: int = 0,
+    ):
+        super().__init__()
+        self.automatic_optimization = False
+        self.grid = Grid.of(grid)
+        self.guidance = guidance
+        self.warm_start = warm_start
+        self.step, self.total_steps = 0, 0
+        self.logs: dict[str, Tensor | float] = {}
+        self.shared = torch.Generator().manual_seed(torch.initial_seed() % 2**63)  # draws that all ranks agree on
+        for role in roles:
+            if role not in self.trainable + self.frozen:
+                raise BadInput(
+                    f"roles.{role}: {type(self).__name__} has no such role.{suggest(role, self.trainable + self.frozen)} "
+                    f"It has {', '.join(self.trainable + self.frozen)}."
+                )
+        for role in self.frozen + self.trainable:
+            setattr(self, role, self._fill(role, roles))
+        self._start_averages({"ema": ("student", ema)} | (averages or {}))
+        self.optim = {role: self._optim(role, optim or {}) for role in self.trainable}
+        for role in optim or {}:
+            if role not in self.trainable:
+                raise BadInput(f"optim.{role}: not a trainable role.{suggest(role, self.trainable)}")
+
+    # -- what a method writes ------------------------------------------------------------------------------------
+
+    def turns(self, step: int) -> Iterator[Turn]:
+        """Yield `(role, loss)` in the order of the paper's algorithm box."""
+        raise NotImplementedError
+
+    def draw(self, x: Tensor | None, z: Tensor, cond: dict[str, Tensor]) -> tuple:
+        """What all turns of one step share; its items are the losses' arguments."""
+        return x, z, cond
+
+    def start(self, role: str, roles: dict[str, Any]) -> nn.Module:
+        """A trainable role that the config does not give: a copy of the teacher."""
+        return copy.deepcopy(self._weights(role, roles, "teacher"))
+
+    # -- sampling ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self,
+        z: Tensor,
+        cond: dict[str, Tensor],
+        generator: torch.Generator | None = None,
+        grid: int | list | Grid | None = None,
+    ) -> Tensor:
+        """Few-step samples of the averaged student from noise z (B, ...): exactly K = grid.steps evaluations.
+
+        `generator` draws what a stochastic sampler needs; `grid` replaces the grid it was trained for.
+        """
+        times = (self.grid if grid is None else Grid.of(grid)).times
+        return solve(self.ema, z, times, self.sampler, generator=generator, **self.student_cond(cond, len(z)))
+
+    def student_cond(self, cond: dict[str, Tensor], n: int) -> dict[str, Tensor]:
+        """The conditions of n samples as the student takes them: with `guidance` where its network has that input."""
+        if not getattr(self.student.net, "guided", False):
+            return cond
+        return cond | {"w": torch.full((n,), float(self.guidance), device=self.device)}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one sample."""
+        return tuple(self.student.net.shape)
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: dict[str, Any], index: int = 0) -> None:
+        cond = {k: v for k, v in batch.items() if isinstance(v, Tensor) and k != "x"}
+        x = batch.get("x")
+        z = torch.randn(batch_size(batch), *self.shape, device=self.device)
+        self.logs = {}
+        warm = self.step < self.warm_start
+        shared = (x, z, cond) if warm else self.draw(x, z, cond)
+        for role, loss in self.imitation() if warm else self.turns(self.step - self.warm_start):
+            self._only(role)
+            self._update(role, loss(*shared))
+        self.step += 1
+
+    def imitation(self) -> Iterator[Turn]:
+        r"""Warm start: each trainable denoiser minimises |G(x_t) - D(x_t)|^2 at t ~ U(0, 1), D the teacher."""
+
+        def loss(role, x, z, cond):
+            t = torch.rand(len(z), device=z.device)
+            x_t = self.teacher.schedule.add_noise(torch.zeros_like(z) if x is None else x, t, z)
+            with torch.no_grad():
+                target = self.teacher(x_t, t, **cond)
+            return mse(getattr(self, role)(x_t, t, **cond), target)
+
+        for role in self.trainable:
+            if hasattr(getattr(self, role), "schedule"):
+                yield role, lambda x, z, cond, role=role: loss(role, x, z, cond)
+
+    def _only(self, role: str) -> None:
+        for name, parameters in self._parameters_of.items():
+            for p in parameters:
+                p.requires_grad_(name == role)
+
+    def _update(self, role: str, value: Tensor) -> None:
+        if not torch.isfinite(value):
+            raise BadInput(
+                f"The {role}'s loss became {value.item()} at step {self.step}; "
+                f"lower optim.{role}.lr or optim.{role}.clip, or look for bad samples in the data."
+            )
+        settings, optimizer = self.optim[role], self._optimizer(role)
+        optimizer.zero_grad()
+        self.manual_backward(value)
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters_of[role], settings.clip or math.inf)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr * learning_rate(settings, self.step, self.total_steps)
+        optimizer.step()
+        self._average(role)
+        self.log_value(f"{role}/loss", value)
+        self.log_value(f"{role}/grad_norm", norm)
+
+    def log_value(self, name: str, value: Tensor | float) -> None:
+        """Keep a scalar of this step for the log; no synchronisation until someone reads it."""
+        self.logs[name] = value.detach() if isinstance(value, Tensor) else value
+
+    # -- averages, optimisers, state -----------------------------------------------------------------------------
+
+    def _start_averages(self, averages: dict[str, tuple[str, float]]) -> None:
+        self._averages = averages
+        for name, (role, _) in self._averages.items():
+            setattr(self, name, copy.deepcopy(getattr(self, role)).requires_grad_(False).eval())
+        self._parameters_of = {r: [p for p in getattr(self, r).parameters()] for r in self.trainable}
+        for role in self.frozen:
+            getattr(self, role).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def _average(self, role: str) -> None:
+        for name, (source, decay) in self._averages.items():
+            if source == role:
+                weight = 1 - min(decay, (1 + self.step) / (10 + self.step))
+                pairs = zip(getattr(self, name).state_dict().values(), getattr(self, role).state_dict().values())
+                for average, value in pairs:
+                    average.lerp_(value, weight) if average.is_floating_point() else average.copy_(value)
+
+    def train(self, mode: bool = True) -> Method:
+        super().train(mode)
+        for role in (*self.frozen, *self._averages):
+            getattr(self, role).eval()
+        return self
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [optimizer_of(self.optim[role], self._parameters_of[role], role) for role in self.trainable]
+
+    def _optimizer(self, role: str) -> torch.optim.Optimizer:
+        found = self.optimizers()
+        return found[self.trainable.index(role)] if isinstance(found, list) else found
+
+    def snapshot(self) -> dict[str, Any]:
+        """All that a run needs to go on bit for bit; frozen roles are read again from their source."""
+        named = (*self.trainable, *self._averages)
+        optimizers = [self._optimizer(role) for role in self.trainable]
+        return {
+            "step": self.step,
+            "networks": {n: getattr(self, n).state_dict() for n in named},
+            "optimizers": {r: o.state_dict() for r, o in zip(self.trainable, optimizers)},
+            "random": {"cpu": torch.get_rng_state(), "shared": self.shared.get_state()}
+            | ({"cuda": torch.cuda.get_rng_state()} if self.device.type == "cuda" else {}),
+        }
+
+    def restore(self, state: dict[str, Any], weights_only: bool = False) -> None:
+        """Undo `snapshot`. Optimisers must exist unless `weights_only`."""
+        for name, weights in state["networks"].items():
+            getattr(self, name).load_state_dict(weights)
+        self.step = state["step"]
+        if weights_only:
+            return
+        for role, weights in state["optimizers"].items():
+            optimizer = self._optimizer(role)
+            getattr(optimizer, "optimizer", optimizer).load_state_dict(weights)
+        torch.set_rng_state(state["random"]["cpu"].cpu())
+        self.shared.set_state(state["random"]["shared"].cpu())
+        if "cuda" in state["random"] and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random"]["cuda"].cpu())
+
+    # -- roles ---------------------------------------------------------------------------------------------------
+
+    def _fill(self, role: str, roles: dict[str, Any]) -> nn.Module:
+        given = roles.get(role)
+        if isinstance(given, str):
+            return copy.deepcopy(self._weights(role, roles, given))
+        if given is not None:
+            return given
+        if role in self.frozen:
+            raise BadInput(f"roles.{role} is missing; {type(self).__name__} needs one.")
+        return self.start(role, roles)
+
+    def _weights(self, role: str, roles: dict[str, Any], source: str) -> nn.Module:
+        given = roles.get(source)
+        if not isinstance(given, nn.Module):
+            given = getattr(self, source, None)
+        if given is None or next(given.parameters(), None) is None:
+            raise BadInput(f"roles.{role} cannot start as a copy of '{source}', which has no weights; give it a network.")
+        return given
+
+    def _optim(self, role: str, given: dict[str, Any]) -> Optim:
+        settings = given.get(role, {})
+        return settings if isinstance(settings, Optim) else Optim(**settings)
+
+
+def batch_size(batch: dict[str, Any]) -> int:
+    """Samples in a batch: the length of its first tensor."""
+    return next(len(v) for v in batch.values() if isinstance(v, Tensor))
+
+
+def optimizer_of(settings: Optim, parameters: list[nn.Parameter], role: str) -> torch.optim.Optimizer:
+    """The `torch.optim` class that `settings.name` names."""
+    kind = getattr(torch.optim, settings.name, None)
+    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+        raise BadInput(f"optim.{role}.name: torch.optim has no '{settings.name}'.{suggest(settings.name, dir(torch.optim))}")
+    keywords = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    if settings.name != "SGD":
+        keywords |= {"betas": tuple(settings.betas), "eps": settings.eps}
+    return kind(parameters, **keywords)
+
+
+def learning_rate(settings: Optim, step: int, total: int) -> float:
+    """Factor on the learning rate: linear warm-up, then constant or a half cosine to zero at `total` steps."""
+    factor = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
+    if settings.decay == "cosine" and total:
+        factor *= 0.5 * (1 + math.cos(math.pi * min(1.0, step / total)))
+    return factor

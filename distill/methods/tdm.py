@@ -1,0 +1,97 @@
+r"""Trajectory distribution matching (Luo et al., 2025), https://arxiv.org/abs/2503.06674.
+
+The student's K-step ODE trajectory is matched in law to the teacher's at every boundary of the grid. In segment
+t = t_k > u >= s = t_{k-1}:
+
+    x = G(x_t, t);   x_s = alpha_s x + sigma_s eps(x, x_t);   x_u ~ q(x_u | x_s)
+    critic   min_F  w(u) min(SNR_u, 5) |F(x_u) - sg x|^2
+    student  d/dx   (F - D_w)(x_u) / mean|x - D_w(x_u)|       through x only
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from distill.denoise import Guided
+from distill.losses.matching import importance, matching
+from distill.losses.regression import mse
+from distill.methods.base import Method
+
+
+class TDM(Method):
+    """Student and critic take turns, data-free.
+
+    Args:
+        student_every: critic turns for one of the student.
+        huber: constant of the per-element pseudo-Huber; none for the squared loss.
+        weigh: use the importance weight w(u), which corrects for x_u's noise not being Gaussian.
+        snr_max: clip of the critic's SNR weight.
+        margin: u is at least `margin` above max(s, 0) and below t, as fractions of [0, 1].
+        base: arguments of Method.
+    """
+
+    trainable, frozen = ("critic", "student"), ("teacher",)
+    needs_data = False
+
+    def __init__(
+        self,
+        roles: dict[str, Any],
+        *,
+        student_every: int = 1,
+        huber: float | None = 1e-3,
+        weigh: bool = True,
+        snr_max: float = 5.0,
+        margin: float = 0.02,
+        **base,
+    ):
+        super().__init__(roles, **base)
+        self.student_every, self.huber, self.weigh = student_every, huber, weigh
+        self.snr_max, self.margin = snr_max, margin
+        self.schedule = self.teacher.schedule
+        self.guided = Guided(self.teacher, self.guidance)
+
+    def turns(self, step):
+        yield "critic", self.critic_loss
+        if step % self.student_every == 0:
+            yield "student", self.student_loss
+
+    @torch.no_grad()
+    def draw(self, x, z, cond):
+        """The student's trajectory x_{t_K} = z, ..., x_{t_1}, shared by both turns: (K, B, ...)."""
+        told, path = self.student_cond(cond, len(z)), [z]
+        for t, s in pairwise(self.grid.tensor(z.device)[:-1].unsqueeze(1).expand(-1, len(z))):
+            x = self.student(path[-1], t, **told)
+            path.append(self.sampler.step(self.schedule, x, path[-1], t, s))
+        return torch.stack(path[::-1]), cond, told
+
+    def walk(self, path, told):
+        """x = G(x_t, t), x_u ~ q(x_u | x_s), u and the noise that made x_u, in a segment drawn per sample."""
+        n = path.shape[1]
+        k = self.grid.draw(n).to(path.device)
+        t, s = self.grid.segment(k)
+        x_t = path[k - 1, torch.arange(n, device=path.device)]
+        x = self.student(x_t, t, **told)
+        low = s.clamp_min(self.margin)
+        u = low + (t - self.margin - low).clamp_min(0) * torch.rand_like(t)
+        noise = torch.randn_like(x)
+        with torch.no_grad():
+            x_s = self.sampler.step(self.schedule, x, x_t, t, s)
+            x_u = self.schedule.transition(x_s, s, u, noise)
+        return x, x_u, u, noise
+
+    def critic_loss(self, path, cond, told):
+        with torch.no_grad():
+            x, x_u, u, noise = self.walk(path, told)
+        weight = self.schedule.log_snr(u).exp().clamp_max(self.snr_max)
+        if self.weigh:
+            weight = weight * importance(self.schedule.eps(x, x_u, u), noise)
+        return mse(self.critic(x_u, u, **cond), x, weight.to(x))
+
+    def student_loss(self, path, cond, told):
+        x, x_u, u, _ = self.walk(path, told)
+        with torch.no_grad():
+            real, fake = self.guided(x_u, u, **cond), self.critic(x_u, u, **cond)
+        return matching(x, fake, real, self.huber)

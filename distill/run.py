@@ -1,0 +1,283 @@
+"""From a config to a run: build, train, sample, evaluate, export. Each function is one verb of the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from distill import __version__, config
+from distill.engine import callbacks as see
+from distill.engine import checkpoint
+from distill.engine.trainer import fit
+from distill.errors import BadInput
+from distill.eval import baselines, suite, table
+from distill.methods.base import Method
+
+CONFIG, METRICS = "config.yaml", "metrics.json"
+
+
+@dataclass
+class Session:
+    """A config's objects."""
+
+    cfg: DictConfig
+    method: Method
+    data: Any
+    allow: tuple[str, ...] = ()
+
+    @property
+    def teacher(self) -> Any:
+        """The reference model: the frozen teacher, or the averaged student of a run that trains a teacher."""
+        return getattr(self.method, "teacher", None) or self.method.ema
+
+    def noise(self, n: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """n fixed noises and balanced labels."""
+        z = torch.randn(n, *self.method.shape, generator=torch.Generator().manual_seed(seed))
+        classes = self.data.info.classes
+        return z, {"label": torch.arange(n) % classes} if classes else {}
+
+    def suite(self) -> Any:
+        """What to measure: an exact law where the data comes from an oracle, else the data's own split."""
+        if hasattr(self.data, "source") and hasattr(self.data.source, "log_prob"):
+            return suite.Toy(self.data.source)
+        real, held_out = self.data.all(), None
+        if self.cfg.eval.reference:
+            held_out = config.build(self.cfg.eval.reference, self.allow, "eval.reference").all()["x"]
+        return suite.Images(real["x"], real.get("label"), held_out)
+
+
+def assemble(cfg: DictConfig, allow: tuple[str, ...] = ()) -> Session:
+    """Seed, then build data, roles and method, and check that they fit each other."""
+    for key in ("method", "data", "roles"):
+        if not cfg[key]:
+            raise BadInput(f"The config has no '{key}'; start from one in configs/, for example configs/toy/tdm.yaml.")
+    torch.manual_seed(cfg.seed)
+    if cfg.train.threads:
+        torch.set_num_threads(cfg.train.threads)
+    data = config.build(cfg.data, allow, "data")
+    roles = config.build(cfg.roles, allow, "roles")
+    optim = {role: config.Optim(**settings) for role, settings in cfg.optim.items()}
+    method = config.build(cfg.method, allow, "method", roles=roles, optim=optim)
+    if not isinstance(method, Method):
+        raise BadInput(f"method._target_: {cfg.method['_target_']} is not a Method; name one of distill.methods.")
+    _fits(method, data)
+    return Session(cfg, method, data, allow)
+
+
+def _fits(method: Method, data: Any) -> None:
+    net, info = method.student.net, data.info
+    if tuple(info.shape) != method.shape:
+        raise BadInput(
+            f"data holds samples of shape {tuple(info.shape)}, the network expects {method.shape}; "
+            "change roles.student.net or the data."
+        )
+    if (info.classes or 0) > 0 and getattr(net, "classes", 0) not in (0, info.classes):
+        raise BadInput(
+            f"data holds {info.classes} classes, the network expects {net.classes}; set the network's classes to match."
+        )
+
+
+# -- train -------------------------------------------------------------------------------------------------------
+
+
+def train(cfg: DictConfig, folder: Path, resume: bool = False, allow: tuple[str, ...] = ()) -> Session:
+    """Train into `folder`; an existing run is resumed if asked, refused otherwise."""
+    folder = Path(folder)
+    exists = (folder / CONFIG).exists()
+    if exists and not resume:
+        raise BadInput(f"{folder} already holds a run; add --resume to go on with it, or give another name=...")
+    if not exists and folder.exists() and any(folder.iterdir()):
+        raise BadInput(f"{folder} exists and is not a run of distill; give another name=... so nothing is overwritten.")
+    if resume and not exists:
+        raise BadInput(f"{folder} holds no run to resume; leave out --resume to start one.")
+    state = checkpoint.load(checkpoint.latest(folder / "checkpoints")) if resume else None
+    session = assemble(cfg, allow)
+    folder.mkdir(parents=True, exist_ok=True)
+    if resume:
+        _same_recipe(cfg, OmegaConf.load(folder / CONFIG))
+    config.save(cfg, folder / CONFIG)
+    sinks = _sinks(cfg, folder)
+    calls = _callbacks(session, folder, sinks)
+    if state is None or state["step"] < cfg.train.steps:
+        fit(
+            session.method,
+            lambda start: session.data.loader(start=start),
+            cfg.train.steps,
+            calls,
+            accelerator=cfg.train.accelerator,
+            precision=cfg.train.precision,
+            resume=state,
+        )
+    else:
+        session.method.restore(state, weights_only=True)
+        see.console.print(f"{folder} has its {state['step']} steps already; raise train.steps to go on.")
+    for sink in sinks:
+        getattr(sink, "close", lambda: None)()
+    return session
+
+
+def _same_recipe(new: DictConfig, old: DictConfig) -> None:
+    """Refuse to go on under another recipe: roles, method, data and seed must agree."""
+    for key in ("seed", "roles", "method", "data"):
+        if new[key] != old[key]:
+            raise BadInput(f"--resume: '{key}' differs from the run's own config; resume without changing it.")
+
+
+def _sinks(cfg: DictConfig, folder: Path) -> list[Any]:
+    sinks: list[Any] = [see.CSV(folder / "metrics.csv")]
+    if cfg.log.wandb not in ("auto", "online", "offline", "off"):
+        raise BadInput(f"log.wandb: '{cfg.log.wandb}' must be auto, online, offline or off.")
+    if cfg.log.wandb != "off":
+        plain = OmegaConf.to_container(cfg)
+        sinks.append(see.Wandb(folder, cfg.log.wandb, cfg.log.project, cfg.name, plain))
+    return sinks
+
+
+def _callbacks(session: Session, folder: Path, sinks: list[Any]) -> list[Any]:
+    cfg, tests = session.cfg, session.suite()
+    record = see.Record(sinks, cfg.train.log_every)
+    z, cond = session.noise(cfg.eval.validation_samples, cfg.eval.seed)
+
+    def save(method):
+        checkpoint.save(
+            folder / "checkpoints", method.snapshot(), cfg.train.keep,
+            config=config.fingerprint(cfg), distill=__version__, torch=torch.__version__,
+        )  # fmt: skip
+
+    def validate(method):
+        x = _batched(lambda z, c: method.sample(z, c, generator=torch.Generator(z.device).manual_seed(0)), z, cond, method)
+        scores = tests.score(x, cond, quick=True)
+        record.write({f"validation/{k}": v for k, v in scores.items()}, method.step)
+        path = folder / "samples" / f"step-{method.step:08d}.png"
+        path.parent.mkdir(exist_ok=True)
+        tests.picture({f"step {method.step}, {method.grid.steps} evaluations": _shown(x)}, path)
+        for sink in sinks:
+            if hasattr(sink, "picture"):
+                sink.picture("samples", path, method.step)
+        values = "  ".join(f"{k} {v:.4g}" for k, v in scores.items())
+        see.console.print(f"validation at step {method.step}: {values}", highlight=False)
+
+    train = cfg.train
+    return [
+        see.Interrupt(),
+        see.Bar(train.steps, train.log_every),
+        record,
+        see.Every(train.save_every, save),
+        see.Every(train.validate_every, validate, start=True, finished=True),
+    ]
+
+
+def _shown(x: Tensor, images: int = 100) -> Tensor:
+    return x[:images] if x.ndim == 4 else x
+
+
+def _batched(call: Any, z: Tensor, cond: dict[str, Tensor], method: Method, batch: int = 1000) -> Tensor:
+    """`call` on slices, on the method's device, in eval mode and without gradient; the result on the CPU."""
+    device, out = next(method.student.parameters()).device, []
+    with torch.no_grad():
+        for i in range(0, len(z), batch):
+            some = {k: v[i : i + batch].to(device) for k, v in cond.items()}
+            out.append(call(z[i : i + batch].to(device), some).cpu())
+    return torch.cat(out)
+
+
+# -- after training ----------------------------------------------------------------------------------------------
+
+
+def open_run(folder: Path, allow: tuple[str, ...] = ()) -> Session:
+    """A run's objects with the weights of its newest checkpoint."""
+    folder = Path(folder)
+    if not (folder / CONFIG).exists():
+        raise BadInput(f"{folder} is no run: it has no {CONFIG}; name a folder that `distill train` made.")
+    state = checkpoint.load(checkpoint.latest(folder / "checkpoints"))
+    session = assemble(config.checked(OmegaConf.load(folder / CONFIG)), allow)
+    session.method.restore(state, weights_only=True)
+    session.method.eval()
+    return session
+
+
+def sample(folder: Path, out: Path, n: int = 100, seed: int = 0, allow: tuple[str, ...] = ()) -> Path:
+    """A picture of n few-step samples."""
+    if Path(out).exists():
+        raise BadInput(f"{out} exists; name another file so nothing is overwritten.")
+    session = open_run(folder, allow)
+    z, cond = session.noise(n, seed)
+    generator = torch.Generator().manual_seed(seed)
+    x = session.method.sample(z, cond, generator=generator)
+    session.suite().picture({f"{session.method.grid.steps} evaluations": x}, out)
+    return Path(out)
+
+
+def evaluate(folder: Path, samples: int | None = None, allow: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Teacher, training-free solvers and student at each NFE from the same noise: metrics.json, samples.png, a table."""
+    folder = Path(folder)
+    session = open_run(folder, allow)
+    result, panels = measure(session, samples)
+    table.write(result, folder / METRICS)
+    session.suite().picture(panels, folder / "samples.png")
+    return result
+
+
+def measure(session: Session, samples: int | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The nested metrics and the panels (teacher at K and at most NFE, student at K) from the same noise."""
+    method, cfg, tests = session.method, session.cfg, session.suite()
+    z, cond = session.noise(samples or cfg.eval.samples, cfg.eval.seed)
+    nfes, steps = sorted({*cfg.eval.evaluations, method.grid.steps}), method.grid.steps
+    teacher, free, panels = {}, {}, {}
+    for nfe in nfes:
+        made = baselines.baseline(session.teacher, z, cond, evaluations=(nfe,), batch=1000)[nfe]
+        free[nfe] = {name: tests.score(x, cond, quick=name != "ddim/uniform") for name, x in made.items()}
+        teacher[nfe] = free[nfe]["ddim/uniform"]
+        if nfe in (steps, nfes[-1]):
+            panels[f"teacher, {nfe} evaluations"] = _shown(made["ddim/uniform"])
+    student = {}
+    for nfe in nfes if session.teacher is not method.ema else ():
+        generator = torch.Generator().manual_seed(cfg.eval.seed)
+        grid = method.grid if nfe == steps else nfe
+        x = _batched(lambda z, c: method.sample(z, c, generator=generator, grid=grid), z, cond, method)  # noqa: B023
+        student[nfe] = tests.score(x, cond)
+        if nfe == steps:
+            panels[f"student, {steps} evaluations"] = _shown(x)
+    result = table.build(teacher, free, student)
+    result["floor"], result["about"] = tests.floor(), _about(session, len(z))
+    return result, panels
+
+
+def _about(session: Session, samples: int) -> dict[str, Any]:
+    return {
+        "config": config.fingerprint(session.cfg),
+        "step": session.method.step,
+        "samples": samples,
+        "seed": session.cfg.eval.seed,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def export(folder: Path, out: Path, allow: tuple[str, ...] = ()) -> Path:
+    """The averaged student as a stock diffusers folder."""
+    from distill.export import folder as stock
+
+    folder = Path(folder)
+    session = open_run(folder, allow)
+    return write_export(session, out, json.loads((folder / METRICS).read_text()) if (folder / METRICS).exists() else None)
+
+
+def write_export(session: Session, out: Path, metrics: dict[str, Any] | None) -> Path:
+    """`session`'s averaged student under `out`."""
+    from distill.export import folder as stock
+
+    method = session.method
+    return stock.export(
+        method.ema, method.grid, method.serving, out,
+        method=type(method).__name__, recipe=OmegaConf.to_yaml(session.cfg), metrics=metrics, w=method.guidance,
+    )  # fmt: skip
