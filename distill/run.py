@@ -21,6 +21,7 @@ from distill.engine.trainer import fit
 from distill.errors import BadInput
 from distill.eval import baselines, suite, table
 from distill.methods.base import Method
+from distill.solvers import DDIM, solve
 
 CONFIG, METRICS = "config.yaml", "metrics.json"
 
@@ -60,6 +61,8 @@ def assemble(cfg: DictConfig, allow: tuple[str, ...] = ()) -> Session:
     for key in ("method", "data", "roles"):
         if not cfg[key]:
             raise BadInput(f"The config has no '{key}'; start from one in configs/, for example configs/toy/tdm.yaml.")
+    if cfg.log.wandb not in ("auto", "online", "offline", "disabled"):
+        raise BadInput(f"log.wandb: '{cfg.log.wandb}' must be auto, online, offline or disabled.")
     torch.manual_seed(cfg.seed)
     if cfg.train.threads:
         torch.set_num_threads(cfg.train.threads)
@@ -101,9 +104,9 @@ def train(cfg: DictConfig, folder: Path, resume: bool = False, allow: tuple[str,
         raise BadInput(f"{folder} holds no run to resume; leave out --resume to start one.")
     state = checkpoint.load(checkpoint.latest(folder / "checkpoints")) if resume else None
     session = assemble(cfg, allow)
-    folder.mkdir(parents=True, exist_ok=True)
     if resume:
         _same_recipe(cfg, OmegaConf.load(folder / CONFIG))
+    folder.mkdir(parents=True, exist_ok=True)
     config.save(cfg, folder / CONFIG)
     sinks = _sinks(cfg, folder)
     calls = _callbacks(session, folder, sinks)
@@ -134,9 +137,7 @@ def _same_recipe(new: DictConfig, old: DictConfig) -> None:
 
 def _sinks(cfg: DictConfig, folder: Path) -> list[Any]:
     sinks: list[Any] = [see.CSV(folder / "metrics.csv")]
-    if cfg.log.wandb not in ("auto", "online", "offline", "off"):
-        raise BadInput(f"log.wandb: '{cfg.log.wandb}' must be auto, online, offline or off.")
-    if cfg.log.wandb != "off":
+    if cfg.log.wandb != "disabled":
         plain = OmegaConf.to_container(cfg)
         sinks.append(see.Wandb(folder, cfg.log.wandb, cfg.log.project, cfg.name, plain))
     return sinks
@@ -250,6 +251,24 @@ def measure(session: Session, samples: int | None = None) -> tuple[dict[str, Any
     result = table.build(teacher, free, student)
     result["floor"], result["about"] = tests.floor(), _about(session, len(z))
     return result, panels
+
+
+def toy_scores(session: Session) -> dict[str, float]:
+    """The numbers that a toy recipe promises under `expect`.
+
+    `energy` of the student at its own K, `energy_ratio` to the teacher at K by DDIM from the same noise; for
+    one-dimensional data `map_error` of the deterministic student against the exact flow map, and `solver_error`, the
+    same for the teacher's N-step solver that a consistency student has as its optimum.
+    """
+    method, tests = session.method, session.suite()
+    z, cond = session.noise(session.cfg.eval.samples, session.cfg.eval.seed)
+    x = method.sample(z, cond, generator=torch.Generator().manual_seed(0))
+    teacher = solve(tests.oracle, z, method.grid.times, DDIM())
+    out = tests.score(x, cond)
+    out["energy_ratio"] = out["energy"] / tests.score(teacher, cond, quick=True)["energy"]
+    if method.shape == (1,):
+        out["map_error"] = tests.map_error(z, x)
+    return out
 
 
 def _about(session: Session, samples: int) -> dict[str, Any]:

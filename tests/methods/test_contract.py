@@ -1,0 +1,159 @@
+"""What every method keeps, found by itself: each Method in distill/methods and each recipe in configs/toy."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill import config, methods, run
+from distill.denoise import Denoiser
+from distill.engine import checkpoint
+from distill.errors import BadInput
+from distill.eval.baselines import Counted
+from distill.nets.small import Transformer
+from distill.noise import RectifiedFlow
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "configs" / "toy").glob("*.yaml"))
+STEPS = 4
+
+
+def small(recipe: Path, *overrides: str):
+    """A toy recipe, shortened: one step of warm start, few samples."""
+    cfg = config.load([recipe], ["log.wandb=disabled", "train.threads=1", *overrides])
+    cfg.data.batch_size = 16
+    cfg.method.pop("warm_start", None)
+    return cfg
+
+
+def by_hand(session, steps: int):
+    """Train without a trainer; yield before each step."""
+    method = session.method
+    optimizers = method.configure_optimizers()
+    method.optimizers = lambda: optimizers
+    method.manual_backward = lambda loss: loss.backward()
+    method.total_steps = steps
+    for batch in session.data.loader(start=method.step):
+        if method.step == steps:
+            return
+        yield batch
+        method.training_step(batch)
+
+
+def state(module) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in module.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+def test_only_the_role_in_turn_moves(recipe):
+    session = run.assemble(small(recipe))
+    method, log = session.method, []
+    inner, watched = method._update, (*method.trainable, *method.frozen)
+
+    def update(role, value):
+        assert torch.isfinite(value), role
+        before = {r: state(getattr(method, r)) for r in watched}
+        needing = {r for r in method.trainable if any(p.requires_grad for p in getattr(method, r).parameters())}
+        inner(role, value)
+        after = {r: state(getattr(method, r)) for r in watched}
+        log.append((role, {r for r in watched if not same(before[r], after[r])}, needing))
+
+    method._update = update
+    for _ in by_hand(session, STEPS):
+        pass
+    assert log and {role for role, _, _ in log} <= set(method.trainable)
+    for role, moved, needing in log:
+        assert moved == {role}, f"{role}'s turn moved {moved}"
+        assert needing == {role}, f"in {role}'s turn {needing} required gradients"
+    assert {role for role, _, _ in log} == set(method.trainable), "a trainable role never had a turn"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+def test_a_resumed_run_equals_an_uninterrupted_one(recipe, tmp_path):
+    whole = run.assemble(small(recipe))
+    for _ in by_hand(whole, STEPS):
+        pass
+    first = run.assemble(small(recipe))
+    for _ in by_hand(first, STEPS // 2):
+        pass
+    saved = checkpoint.save(tmp_path, first.method.snapshot())
+    second = run.assemble(small(recipe))
+    torch.manual_seed(999)  # a new process is elsewhere in its random stream
+    steps = by_hand(second, STEPS)
+    batches = None
+    optimizers = second.method.configure_optimizers()
+    second.method.optimizers = lambda: optimizers
+    second.method.restore(checkpoint.load(saved))
+    second.method.configure_optimizers = lambda: optimizers
+    for batches in steps:
+        pass
+    assert batches is not None and second.method.step == STEPS
+    for role in (*whole.method.trainable, "ema"):
+        assert same(state(getattr(whole.method, role)), state(getattr(second.method, role))), role
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+def test_sampling_costs_k_evaluations_for_points_and_images(recipe):
+    method = run.assemble(small(recipe)).method
+    images = image_twin(recipe)
+    for m, z in ((method, torch.randn(5, *method.shape)), (images, torch.randn(5, 1, 4, 4))):
+        m.ema = Counted(m.ema)
+        x = m.sample(z, {}, generator=torch.Generator().manual_seed(0))
+        assert x.shape == z.shape and torch.isfinite(x).all()
+        assert m.ema.evaluations == m.grid.steps
+
+
+def image_twin(recipe: Path):
+    """The recipe's method with small image networks in every role that the method does not make itself."""
+    cfg = small(recipe)
+    cls = config.resolve(cfg.method["_target_"])
+    extra = {"guided": True} if "guided" in str(cfg.roles) else {}
+    extra |= {"flow_map": True} if "flow_map" in str(cfg.roles) else {}
+    net = Denoiser(Transformer(size=4, channels=1, patch=2, width=16, depth=1, heads=2, **extra), RectifiedFlow(), "flow")
+    roles = {r: copy.deepcopy(net) for r in ("teacher", "student") if r in cls.trainable + cls.frozen}
+    return config.build(cfg.method, (), "method", roles=roles, optim={})
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+def test_a_misspelt_key_raises_with_a_suggestion(recipe):
+    cfg = small(recipe)
+    known = next(k for k in cfg.method if k != "_target_")
+    cfg.method[known + "e"] = 1
+    with pytest.raises(BadInput, match=f"method.{known}e.*Did you mean"):
+        run.assemble(cfg)
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_a_method_names_its_source_and_has_a_toy(name):
+    module = importlib.import_module(methods.names()[name])
+    assert re.search(r"https?://arxiv\.org/abs/\d{4}\.\d{4,5}", module.__doc__), "no source in the module's docstring"
+    used = [p for p in RECIPES if f"distill.methods.{name}" in p.read_text()]
+    assert used, f"no toy recipe in configs/toy trains {name}"
+    row = [line for line in (ROOT / "docs" / "map.md").read_text().splitlines() if f"`{name}`" in line]
+    assert row, f"docs/map.md has no row for {name}"
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_a_method_is_short_and_imports_no_other(name):
+    source = Path(importlib.import_module(methods.names()[name]).__file__).read_text()
+    assert len(source.splitlines()) <= 120
+    assert not re.search(r"distill\.methods\.(?!base\b)", source), "a method imports another"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+def test_the_toy_run_reaches_its_stated_distance(recipe, tmp_path):
+    cfg = config.load([recipe], ["log.wandb=disabled", "train.threads=1", "train.validate_every=0"])
+    assert cfg.expect, f"{recipe.name} states no distance"
+    session = run.train(cfg, tmp_path / "run")
+    scores = run.toy_scores(session)
+    for key, bound in cfg.expect.items():
+        assert scores[key] <= bound, f"{key} is {scores[key]:.4g}, promised {bound}"
