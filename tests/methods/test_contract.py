@@ -31,17 +31,18 @@ def small(recipe: Path, *overrides: str):
     return cfg
 
 
-def by_hand(session, steps: int):
-    """Train without a trainer; yield before each step."""
+def by_hand(session, until: int = STEPS, resume: dict | None = None):
+    """Train a run of STEPS steps without a trainer, up to step `until`."""
     method = session.method
     optimizers = method.configure_optimizers()
     method.optimizers = lambda: optimizers
     method.manual_backward = lambda loss: loss.backward()
-    method.total_steps = steps
+    method.total_steps = STEPS
+    if resume:
+        method.restore(resume)
     for batch in session.data.loader(start=method.step):
-        if method.step == steps:
+        if method.step == until:
             return
-        yield batch
         method.training_step(batch)
 
 
@@ -68,8 +69,7 @@ def test_only_the_role_in_turn_moves(recipe):
         log.append((role, {r for r in watched if not same(before[r], after[r])}, needing))
 
     method._update = update
-    for _ in by_hand(session, STEPS):
-        pass
+    by_hand(session)
     assert log and {role for role, _, _ in log} <= set(method.trainable)
     for role, moved, needing in log:
         assert moved == {role}, f"{role}'s turn moved {moved}"
@@ -79,24 +79,15 @@ def test_only_the_role_in_turn_moves(recipe):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_a_resumed_run_equals_an_uninterrupted_one(recipe, tmp_path):
-    whole = run.assemble(small(recipe))
-    for _ in by_hand(whole, STEPS):
-        pass
-    first = run.assemble(small(recipe))
-    for _ in by_hand(first, STEPS // 2):
-        pass
+    whole, first, second = (run.assemble(small(recipe)) for _ in range(3))
+    torch.manual_seed(0)
+    by_hand(whole)
+    torch.manual_seed(0)
+    by_hand(first, STEPS // 2)
     saved = checkpoint.save(tmp_path, first.method.snapshot())
-    second = run.assemble(small(recipe))
     torch.manual_seed(999)  # a new process is elsewhere in its random stream
-    steps = by_hand(second, STEPS)
-    batches = None
-    optimizers = second.method.configure_optimizers()
-    second.method.optimizers = lambda: optimizers
-    second.method.restore(checkpoint.load(saved))
-    second.method.configure_optimizers = lambda: optimizers
-    for batches in steps:
-        pass
-    assert batches is not None and second.method.step == STEPS
+    by_hand(second, STEPS, checkpoint.load(saved))
+    assert second.method.step == STEPS
     for role in (*whole.method.trainable, "ema"):
         assert same(state(getattr(whole.method, role)), state(getattr(second.method, role))), role
 
