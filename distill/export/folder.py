@@ -1,0 +1,253 @@
+r"""A trained Denoiser to a folder that `diffusers.DiffusionPipeline.from_pretrained` serves without our code.
+
+The stock pipeline is `ConsistencyModelPipeline` (pixels, optional class labels, any scheduler); the student's way of
+walking its grid picks the stock scheduler:
+
+    ode      x_s = alpha_s x + sigma_s eps      DDIMScheduler, trailing spacing
+    renoise  x_s = alpha_s x + sigma_s noise    LCMScheduler, original_inference_steps chosen to hit the grid
+
+`grid_of` reads the times back from that very scheduler, so a student that it would serve at other times is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from distill import __version__
+from distill.denoise import Denoiser
+from distill.errors import BadInput
+from distill.export.card import card, picture
+from distill.grid import Grid
+from distill.noise import Table
+from distill.solvers import DDIM, Renoise, solve
+
+SAMPLERS = {"ode": DDIM(), "renoise": Renoise()}
+SEED, REFERENCES = 0, 4  # the seed and the number of the reference samples that `verify` repeats
+
+
+def export(student: Denoiser, grid: Grid | int | list, sampler: str, out: str | Path, *, method: str = "",
+           recipe: dict | str | None = None, metrics: dict | None = None, samples: Tensor | None = None,
+           w: float | None = None, licence: str = "apache-2.0") -> Path:
+    """Write `student` as a diffusers folder: all of it, or nothing.
+
+    Args:
+        student: a Denoiser around a `UNet2D`, under a Table, that predicts eps, x or v.
+        grid: the times it was trained on.
+        sampler: "ode" or "renoise", the way it walks them.
+        out: the folder to make; it must not exist.
+        method, recipe, metrics: for the model card; recipe is the run's configuration (mapping or YAML text).
+        samples: (B, C, H, W) in [-1, 1] for the picture on the card.
+        w: the guidance to fold into a guided student, which is served at this w only.
+        licence: of the weights, an SPDX name in lower case.
+
+    Returns:
+        the folder, with model_index.json, unet/, scheduler/, distill.json, README.md and reference.safetensors.
+
+    Raises:
+        BadInput: if `out` exists, or no stock network, scheduler or prediction type serves this student.
+    """
+    out, grid = Path(out), Grid.of(grid)
+    if out.exists():
+        raise BadInput(f"{out} exists already: remove it or export to another folder.")
+    student = copy.deepcopy(student).cpu().float().eval()
+    scheduler = stock_scheduler(student, grid, sampler)
+    unet = stock_network(student, grid, sampler, w)
+    text = recipe if isinstance(recipe, str) or recipe is None else _yaml(recipe)
+    record = describe(student, grid, sampler, scheduler, w) | {
+        "method": method, "metrics": metrics or {}, "licence": licence,
+        "recipe_hash": text and hashlib.sha256(text.encode()).hexdigest(),
+    }
+    staging = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        _write(staging, unet, scheduler)
+        _save_references(student, grid, sampler, w, staging / "reference.safetensors")
+        (staging / "distill.json").write_text(json.dumps(record, indent=2) + "\n")
+        if samples is not None:
+            picture(samples).save(staging / "samples.png")
+        (staging / "README.md").write_text(card(record, text, out.name, samples is not None))
+        staging.rename(out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return out
+
+
+def stock_network(student: Denoiser, grid: Grid, sampler: str, w: float | None):
+    """The stock network that answers as the student does on this grid, w and t - s folded in.
+
+    Raises:
+        BadInput: for networks without a stock class, and for flow maps whose t - s varies along the walk.
+    """
+    from distill.nets.diffusers import UNet2D
+
+    net = getattr(student, "net", None)
+    if not isinstance(net, UNet2D):
+        raise BadInput(f"{type(net).__name__} has no stock class in diffusers: networks that export are UNet2D.")
+    if net.timesteps != len(student.schedule.alphas_cumprod):
+        raise BadInput(f"The network counts timesteps={net.timesteps} but its schedule has "
+                       f"{len(student.schedule.alphas_cumprod)}: train with the same number in both.")
+    gap = _gap(grid, sampler) if net.flow_map else None
+    return net.fold(w=w, gap=gap)
+
+
+def stock_scheduler(student: Denoiser, grid: Grid, sampler: str):
+    """The stock scheduler that walks the student's grid the way the student does.
+
+    Raises:
+        BadInput: if there is none; the message shows the times that the stock scheduler would serve.
+    """
+    from distill.nets.diffusers import PREDICTIONS, scheduler_of
+
+    if sampler not in SAMPLERS:
+        raise BadInput(f"sampler '{sampler}' is none of {', '.join(SAMPLERS)}.")
+    stock = {ours: theirs for theirs, ours in PREDICTIONS.items() if ours in ("eps", "x", "v")}
+    if student.prediction not in stock or not isinstance(student.schedule, Table):
+        raise BadInput(
+            f"A student that predicts '{student.prediction}' under {type(student.schedule).__name__} has no stock "
+            f"scheduler here: export needs {', '.join(stock)} under a Table (`schedule_of` makes one)."
+        )
+    settings = stock_table(student.schedule) | {
+        "prediction_type": stock[student.prediction], "clip_sample": False, "set_alpha_to_one": True,
+    }
+    if sampler == "ode":
+        return _serving(grid, [scheduler_of("DDIMScheduler", **settings, timestep_spacing="trailing")])
+    # K itself gives the uniform grid, multiples of it and others the coarser choices out of a finer lattice.
+    total = len(student.schedule.alphas_cumprod)
+    lattices = [grid.steps, *(m for m in range(grid.steps + 1, total) if total % m == 0)]
+    # The default scaling of 10 leaves a trace of x_t in the prediction at small timesteps.
+    lcm = scheduler_of("LCMScheduler", **settings, timestep_scaling=1e4)
+    return _serving(grid, [scheduler_of(lcm, original_inference_steps=m) for m in lattices])
+
+
+def _serving(grid: Grid, candidates: list):
+    """The first of the candidates that serves the grid; else BadInput with the first one's reason."""
+    from distill.nets.diffusers import grid_of
+
+    reasons = []
+    for scheduler in candidates:
+        name, total = type(scheduler).__name__, scheduler.config.num_train_timesteps
+        try:
+            served = grid_of(scheduler, grid.steps)
+        except BadInput as error:
+            reasons.append(error)
+            continue
+        if any(abs(a - b) * total > 1e-2 for a, b in zip(served.times, grid.times)):
+            reasons.append(BadInput(
+                f"{name} serves {_show(served)} in {grid.steps} steps, but the student was trained on {_show(grid)}: "
+                f"train on the served times, or on grid: {grid.steps}."
+            ))
+        elif name == "LCMScheduler" and round(served.times[-2] * total) == 1:
+            reasons.append(BadInput(f"{name} ignores the network at timestep 0: take fewer steps than {grid.steps}."))
+        else:
+            return scheduler
+    raise reasons[0]
+
+
+def stock_table(schedule: Table) -> dict:
+    r"""Settings of a stock scheduler with this table: its formula where one gives it bit for bit, else the betas.
+
+    beta_n = 1 - abar_n / abar_{n-1}, each with the rounding of the ones before it made up for, so that the stock
+    product of 1 - beta in float32 stays within one rounding of the table.
+    """
+    from distill.nets.diffusers import scheduler_of
+
+    abar, total = schedule.alphas_cumprod, len(schedule.alphas_cumprod)
+    first, last = (float(f"{beta:.3g}") for beta in (1 - abar[0], 1 - abar[-1] / (1.0, *abar)[-2]))
+    for formula in ("linear", "scaled_linear", "squaredcos_cap_v2"):
+        settings = {"num_train_timesteps": total, "beta_schedule": formula}
+        settings |= {} if "cos" in formula else {"beta_start": first, "beta_end": last}
+        if tuple(scheduler_of("DDIMScheduler", **settings).alphas_cumprod.tolist()) == abar:
+            return settings
+    betas, product = [], 1.0
+    for a in abar:
+        betas.append(torch.tensor(1 - a / product, dtype=torch.float32))
+        product *= (1 - betas[-1]).item()
+    return {"num_train_timesteps": total, "trained_betas": [beta.item() for beta in betas]}
+
+
+def describe(student: Denoiser, grid: Grid, sampler: str, scheduler, w: float | None) -> dict:
+    """The conventions of an exported student, for distill.json."""
+    scheduler.set_timesteps(grid.steps)
+    return {
+        "distill": __version__,
+        "steps": grid.steps,
+        "timesteps": scheduler.timesteps.tolist(),
+        "times": list(grid.times),
+        "sampler": sampler,
+        "prediction": student.prediction,
+        "guidance": w,
+        "classes": student.net.classes,
+        "null_class": student.net.null_class,
+        "reference": {"seed": SEED},
+    }
+
+
+@torch.no_grad()
+def _save_references(student: Denoiser, grid: Grid, sampler: str, w: float | None, file: Path) -> None:
+    """Noise, class rows and samples of the trainer's own sampler, the student unfolded."""
+    from safetensors.torch import save_file
+
+    net, cond, tensors = student.net, {}, {}
+    if net.classes:
+        labels = torch.arange(REFERENCES) % net.classes
+        if net.null_class:
+            labels[-1] = -1
+        cond["label"] = labels
+        tensors["labels"] = torch.where(labels < 0, net.classes, labels)
+    if w is not None:
+        cond["w"] = w
+    generator = torch.Generator().manual_seed(SEED)
+    noise = torch.randn(REFERENCES, *net.shape, generator=generator)
+    told = FlowMap(student, _gap(grid, sampler)) if net.flow_map else student
+    samples = solve(told, noise, grid.times, SAMPLERS[sampler], generator=generator, **cond)
+    save_file(tensors | {"noise": noise, "samples": samples.contiguous()}, file)
+
+
+class FlowMap(Denoiser):
+    """A flow map that is always asked for the step t -> t - gap."""
+
+    def __init__(self, student: Denoiser, gap: float):
+        super().__init__(None, student.schedule, "x")
+        self.student, self.gap = student, gap
+
+    def native(self, x_t: Tensor, t: Tensor, **cond) -> Tensor:
+        return self.student(x_t, t, s=t - self.gap, **cond)
+
+
+def _gap(grid: Grid, sampler: str) -> float:
+    """t - s of every step of the walk: s is the next time for ode, data for renoise."""
+    ends = grid.times[1:] if sampler == "ode" else (0.0,) * grid.steps
+    gaps = [t - s for t, s in zip(grid.times, ends)]
+    if max(gaps) - min(gaps) > 1e-6:
+        raise BadInput(f"A stock network cannot be told the second time of a flow map, and t - s varies with "
+                       f"'{sampler}' on {_show(grid)}: export it with a uniform grid and 'ode', or with one step.")
+    return gaps[0]
+
+
+def _write(staging: Path, unet, scheduler) -> None:
+    """model_index.json, unet/ and scheduler/, without the paths that diffusers notes in them."""
+    from diffusers import ConsistencyModelPipeline
+
+    staging.mkdir(parents=True)
+    ConsistencyModelPipeline(unet=unet, scheduler=scheduler).save_pretrained(staging)
+    for file in staging.rglob("*.json"):
+        config = json.loads(file.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _yaml(recipe: dict) -> str:
+    import yaml
+
+    return yaml.safe_dump(recipe, sort_keys=False)
+
+
+def _show(grid: Grid) -> str:
+    return f"[{', '.join(f'{t:g}' for t in grid.times)}]"
