@@ -1,0 +1,113 @@
+"""Directional derivatives against hand-made ones, forward against difference, and shared randomness."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from distill.errors import BadInput
+from distill.nets.small import MLP, Transformer
+from distill.tangent import JVPS, Rewind, jvp
+
+F64 = torch.float64
+
+
+@pytest.mark.parametrize("method", JVPS)
+def test_the_derivative_of_a_known_function(method):
+    x, t = torch.randn(5, 3, dtype=F64), torch.rand(5, dtype=F64)
+    v, r = torch.randn(5, 3, dtype=F64) * 30, torch.randn(5, dtype=F64)
+    value, slope = jvp(lambda x, t: x.sin() * t[:, None] ** 2, (x, t), (v, r), method)
+    exact = x.cos() * v * t[:, None] ** 2 + 2 * t[:, None] * x.sin() * r[:, None]
+    torch.testing.assert_close(value, x.sin() * t[:, None] ** 2)
+    torch.testing.assert_close(slope, exact, rtol=1e-8, atol=1e-7)
+
+
+def test_a_zero_tangent_holds_its_input():
+    x, t = torch.randn(4, 2, dtype=F64), torch.rand(4, dtype=F64)
+    for method in JVPS:
+        _, slope = jvp(lambda x, t: x * t[:, None], (x, t), (torch.zeros_like(x), torch.ones_like(t)), method)
+        torch.testing.assert_close(slope, x, rtol=1e-8, atol=1e-9)
+        _, slope = jvp(lambda x, t: x * t[:, None], (x, t), (torch.zeros_like(x), torch.zeros_like(t)), method)
+        assert (slope == 0).all()
+
+
+@pytest.mark.parametrize("dtype, tol", [(F64, 1e-6), (torch.float32, 5e-3)])
+@pytest.mark.parametrize("net", [MLP(3, 16, flow_map=True), Transformer(4, width=16, depth=1, flow_map=True)])
+def test_forward_equals_difference_on_the_small_networks(net, dtype, tol):
+    torch.manual_seed(0)
+    net = net.to(dtype)
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.2)
+    x, v = torch.randn(2, 6, *net.shape, dtype=dtype)
+    t, s = torch.rand(6, dtype=dtype), torch.rand(6, dtype=dtype)
+    tangents = (v, torch.ones_like(t), torch.ones_like(t))
+    exact, near = (jvp(lambda x, t, s: net(x, t, s=s), (x, t, s), tangents, m)[1] for m in JVPS)
+    assert (exact - near).abs().max() < tol * exact.abs().max()
+
+
+@pytest.mark.parametrize("method", JVPS)
+def test_the_value_keeps_its_graph(method):
+    net, x, t = MLP(dim=2, width=8), torch.randn(4, 2), torch.rand(4)
+    value, slope = jvp(net, (x, t), (x, torch.ones(4)), method)
+    value.sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+    with torch.no_grad():
+        value, slope = jvp(net, (x, t), (x, torch.ones(4)), method)
+    assert not value.requires_grad and not slope.requires_grad and slope.abs().sum() > 0
+
+
+class Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def test_a_network_without_forward_derivative_is_one_clear_sentence():
+    x = torch.randn(3, 2)
+    with pytest.raises(BadInput, match="forward-mode derivative.*jvp: difference"):
+        jvp(lambda x: Fused.apply(x), (x,), (x,))
+    torch.testing.assert_close(jvp(lambda x: Fused.apply(x), (x,), (x,), "difference")[1], x, rtol=1e-3, atol=1e-4)
+    with pytest.raises(BadInput, match="Did you mean 'forward'"):
+        jvp(lambda x: x, (x,), (x,), "forwards")
+    with pytest.raises(RuntimeError, match="not mine"):
+        jvp(lambda x: (_ for _ in ()).throw(RuntimeError("not mine")), (x,), (x,))
+
+
+def test_fused_attention_is_written_out():
+    q = torch.randn(2, 4, 8, 16)
+    attend = lambda q: torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    _, slope = jvp(attend, (q,), (torch.ones_like(q),))
+    assert torch.isfinite(slope).all() and slope.abs().sum() > 0
+
+
+def test_autocast_is_off_inside():
+    layer, x = nn.Linear(4, 4), torch.randn(3, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        value, slope = jvp(layer, (x,), (x,))
+    assert value.dtype == slope.dtype == torch.float32
+
+
+def test_a_difference_drops_the_same_units():
+    net, x = nn.Sequential(nn.Linear(8, 64), nn.Dropout(0.5), nn.Linear(64, 8)).double(), torch.randn(4, 8, dtype=F64)
+    torch.manual_seed(3)
+    value, slope = jvp(net, (x,), (x,), "difference")
+    torch.manual_seed(3)
+    torch.testing.assert_close(jvp(net, (x,), (x,), "forward"), (value, slope), rtol=1e-8, atol=1e-8)
+
+
+def test_rewind_repeats_and_leaves_the_stream_alone():
+    torch.manual_seed(0)
+    rewind = Rewind()
+    first = torch.rand(3)
+    with rewind:
+        again = torch.rand(3)
+        torch.rand(100)
+    after = torch.rand(3)
+    torch.manual_seed(0)
+    assert torch.equal(first, again)
+    assert torch.equal(torch.rand(6), torch.cat([first, after]))
