@@ -65,7 +65,7 @@ def card(record: dict, recipe: str | None, name: str, pictured: bool) -> str:
         times=_list(record["times"]),
         sampler={"ode": "deterministic (DDIM)", "renoise": "predict, then add fresh noise (LCM)"}[record["sampler"]],
         prediction=record["prediction"],
-        guidance="none" if record["guidance"] is None else f"{record['guidance']:g}, folded into the weights",
+        guidance="none" if record["guidance"] is None else f"{record['guidance']:g}, in the weights",
         classes=null if classes else "none",
         metrics=_metrics(record["metrics"]),
         recipe=f"\n## Recipe\n\n```yaml\n{recipe.rstrip()}\n```\n" if recipe else "",
@@ -85,10 +85,24 @@ def picture(samples: Tensor) -> Image.Image:
 
 
 def _metrics(metrics: dict) -> str:
+    """A table: a line for each metric or, for the nested dict of metrics.json, for each model and NFE."""
     if not metrics:
         return ""
-    rows = "".join(f"| {k} | {v:.4g} |\n" if isinstance(v, float) else f"| {k} | {v} |\n" for k, v in metrics.items())
-    return f"\n| metric | value |\n|---|---|\n{rows}"
+    if "rows" not in metrics:
+        return _table(["metric", "value"], [[name, _number(value)] for name, value in metrics.items()])
+    lines = [(model, nfe, scores) for model, row in metrics["rows"].items() for nfe, scores in row.items()]
+    names = list(dict.fromkeys(name for *_, scores in lines for name in scores))
+    return _table(["model", "evaluations", *names],
+                  [[model, nfe, *(_number(scores.get(name)) for name in names)] for model, nfe, scores in lines])
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _number(value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
 def _list(values: list) -> str:

@@ -45,7 +45,7 @@ def export(student: Denoiser, grid: Grid | int | list, sampler: str, out: str | 
         out: the folder to make; it must not exist.
         method, recipe, metrics: for the model card; recipe is the run's configuration (mapping or YAML text).
         samples: (B, C, H, W) in [-1, 1] for the picture on the card.
-        w: the guidance to fold into a guided student, which is served at this w only.
+        w: the guidance that the student imitates, for the card; folded into a student that has it as an input.
         licence: of the weights, an SPDX name in lower case.
 
     Returns:
@@ -94,7 +94,7 @@ def stock_network(student: Denoiser, grid: Grid, sampler: str, w: float | None):
         raise BadInput(f"The network counts timesteps={net.timesteps} but its schedule has "
                        f"{len(student.schedule.alphas_cumprod)}: train with the same number in both.")
     gap = _gap(grid, sampler) if net.flow_map else None
-    return net.fold(w=w, gap=gap)
+    return net.fold(w=w if net.guided else None, gap=gap)
 
 
 def stock_scheduler(student: Denoiser, grid: Grid, sampler: str):
@@ -201,7 +201,7 @@ def _save_references(student: Denoiser, grid: Grid, sampler: str, w: float | Non
             labels[-1] = -1
         cond["label"] = labels
         tensors["labels"] = torch.where(labels < 0, net.classes, labels)
-    if w is not None:
+    if net.guided:
         cond["w"] = w
     generator = torch.Generator().manual_seed(SEED)
     noise = torch.randn(REFERENCES, *net.shape, generator=generator)

@@ -33,6 +33,15 @@ def test_card_shortens_long_grids_and_names_the_null_class():
     assert "999, 979, 959, 939, ..., 79, 59, 39, 19" in text and '0 to 9; 10 is "no class"' in text
 
 
+def test_card_lays_out_the_nested_metrics_of_a_run():
+    rows = {"teacher": {"1": {"fid": 3.14159}, "4": {"fid": 2.5, "recall": 1}}, "student": {"4": {"fid": None}}}
+    text = card(RECORD | {"metrics": {"rows": rows, "solvers": {"1": {"fid": "heun"}}}}, None, "mine", False)
+    for line in ("| model | evaluations | fid | recall |", "| teacher | 1 | 3.142 |  |", "| teacher | 4 | 2.5 | 1 |",
+                 "| student | 4 |  |  |"):
+        assert line in text, line
+    assert "heun" not in text
+
+
 @pytest.mark.parametrize("channels, mode", [(1, "L"), (3, "RGB")])
 def test_picture_puts_samples_side_by_side(channels, mode):
     samples = torch.full((3, channels, 4, 4), -1.0)

@@ -68,7 +68,7 @@ def test_folder_holds_what_it_says(tmp_path):
     assert scheduler["beta_schedule"] == "linear" and scheduler["trained_betas"] is None
     readme = (out / "README.md").read_text()
     for words in ("license: apache-2.0", 'from_pretrained("out")', "num_inference_steps=2", "method: x.Y", "1.235",
-                  "Consistency", "![samples](samples.png)", "2.5, folded"):
+                  "Consistency", "![samples](samples.png)", "2.5, in the weights"):
         assert words in readme, words
     assert str(tmp_path) not in "".join(p.read_text() for p in out.rglob("*.json"))
 
@@ -109,6 +109,14 @@ def test_a_table_in_float64_is_served_to_float32():
     torch.testing.assert_close(served, exact, rtol=1.2e-7, atol=0)
 
 
+def test_w_of_a_student_without_the_input_is_only_noted(tmp_path):
+    one = student()
+    out = export(one, 2, "ode", tmp_path / "out", w=1.5)
+    assert json.loads((out / "distill.json").read_text())["guidance"] == 1.5
+    x, t = torch.randn(2, 1, 8, 8), torch.ones(2)
+    assert torch.equal(load(out)(x, t), one(x, t))
+
+
 def test_the_student_is_left_as_it_was(tmp_path):
     one = student(guided=True).train()
     before = {k: v.clone() for k, v in one.state_dict().items()}
@@ -128,7 +136,6 @@ def test_the_student_is_left_as_it_was(tmp_path):
     (lambda: Denoiser(UNet2D(), RectifiedFlow(), "v"), 4, "ode", {}, "under RectifiedFlow"),
     (lambda: student(timesteps=100), 4, "ode", {}, "timesteps=100.*1000"),
     (lambda: student(guided=True), 4, "ode", {}, "needs a fixed w"),
-    (lambda: student(), 4, "ode", {"w": 2.0}, "no input w"),
     (lambda: student(flow_map=True), 2, "renoise", {}, "t - s varies"),
 ])
 def test_what_stock_cannot_serve_is_refused_and_leaves_nothing(tmp_path, make, grid, sampler, kw, words):
