@@ -1,0 +1,170 @@
+"""The numbers of a run as one nested dict, on the terminal, in markdown and in metrics.json.
+
+    {"rows": {row: {nfe: {metric: value}}},
+     "solvers": {nfe: {metric: name}},
+     "training_free": {nfe: {name: {metric: value}}}}
+
+Rows are "teacher", "training-free best" and "student"; nfe is a string, network evaluations per sample, so that the
+dict is the same before and after JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from distill.errors import BadInput, suggest
+
+Scores = Mapping[int, Mapping[str, float]]  # {nfe: {metric: value}}
+
+HIGHER = frozenset({"precision", "recall", "accuracy"})  # of these more is better; of all others less
+SIGNED = frozenset({"nll_gap"})  # best at zero
+BEST = "training-free best"
+
+
+def better(metric: str, a: float, b: float) -> bool:
+    """Whether a is strictly better than b; any finite value is better than NaN or infinity."""
+    if not math.isfinite(a) or not math.isfinite(b):
+        return math.isfinite(a) and not math.isfinite(b)
+    if metric in SIGNED:
+        return abs(a) < abs(b)
+    return a > b if metric in HIGHER else a < b
+
+
+def build(teacher: Scores, training_free: Mapping[int, Mapping[str, Mapping[str, float]]], student: Scores) -> dict:
+    """The nested dict of a run from `{nfe: {metric: value}}` of teacher and student and the scores of every solver.
+
+    The row "training-free best" takes, for each NFE and each metric by itself, the solver that is best at it: the
+    hardest opponent a student can have, no single solver need reach it. "solvers" names the winners.
+    """
+    best: dict[str, dict[str, float]] = {}
+    winners: dict[str, dict[str, str]] = {}
+    for nfe, solvers in training_free.items():
+        row, names = best.setdefault(str(nfe), {}), winners.setdefault(str(nfe), {})
+        for name, scores in solvers.items():
+            for metric, value in scores.items():
+                if metric not in row or better(metric, value, row[metric]):
+                    row[metric], names[metric] = value, name
+    rows = {"teacher": _keys(teacher), BEST: best, "student": _keys(student)}
+    return {"rows": rows, "solvers": winners, "training_free": {str(nfe): dict(s) for nfe, s in training_free.items()}}
+
+
+def write(metrics: dict, path: str | os.PathLike) -> Path:
+    """Write metrics.json whole or not at all: an interrupted or failed write leaves the old file. NaN becomes null."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_finite(metrics), indent=2, allow_nan=False) + "\n"
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)  # mkstemp makes files that only their owner reads
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def read(path: str | os.PathLike) -> dict:
+    """The dict of a metrics.json; `BadInput` when the file is missing, is not JSON or holds no rows."""
+    try:
+        metrics = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} cannot be read as metrics ({error}); run the evaluation again.") from None
+    if not isinstance(metrics, dict) or "rows" not in metrics:
+        raise BadInput(f"{path} holds no 'rows'; it is not a metrics.json of an evaluation.")
+    return metrics
+
+
+def show(metrics: dict, names: Sequence[str] | None = None, console=None, title: str | None = None) -> None:
+    """Print by rich: rows by NFE x metric, the best of each column bold; one table a metric where all are too wide."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = console or Console()
+
+    def table(names: Sequence[str], title: str | None) -> Table:
+        out = Table(title=title, title_justify="left")
+        out.add_column("")
+        for metric, nfe in _columns(metrics, names):
+            out.add_column(f"{_head(metric)}\n{nfe} NFE", justify="right")
+        for row, cells in _cells(metrics, names).items():
+            out.add_row(row, *(f"[bold]{text}[/bold]" if top else text for text, top in cells))
+        return out
+
+    names = _names(metrics, names)
+    whole = table(names, title)
+    if console.measure(whole, options=console.options.update(max_width=10_000)).maximum <= console.width:
+        console.print(whole)
+        return
+    for i, name in enumerate(names):
+        console.print(table([name], title if i == 0 else None))
+
+
+def markdown(metrics: dict, names: Sequence[str] | None = None) -> str:
+    """The same table for a page, the best of each column bold, and below it the solvers behind the middle row."""
+    names = _names(metrics, names)
+    columns = _columns(metrics, names)
+    lines = ["| | " + " | ".join(f"{_head(metric)}, {nfe} NFE" for metric, nfe in columns) + " |"]
+    lines.append("|---|" + "---:|" * len(columns))
+    for row, cells in _cells(metrics, names).items():
+        lines.append(f"| {row} | " + " | ".join(f"**{text}**" if top else text for text, top in cells) + " |")
+    won = [
+        f"{metric} at {nfe} NFE {metrics['solvers'][nfe][metric]}"
+        for metric, nfe in columns
+        if metric in metrics.get("solvers", {}).get(nfe, {})
+    ]
+    return "\n".join(lines) + "\n" + (f"\nTraining-free best: {'; '.join(won)}.\n" if won else "")
+
+
+def _keys(scores: Scores) -> dict[str, dict[str, float]]:
+    return {str(nfe): dict(values) for nfe, values in scores.items()}
+
+
+def _names(metrics: dict, names: Sequence[str] | None) -> list[str]:
+    """Metrics to show, in the order first seen; `BadInput` for one that no row has."""
+    seen = list(dict.fromkeys(m for row in metrics["rows"].values() for values in row.values() for m in values))
+    for name in names or ():
+        if name not in seen:
+            raise BadInput(f"metric '{name}' was not measured; there are {', '.join(seen)}.{suggest(name, seen)}")
+    return list(names or seen)
+
+
+def _columns(metrics: dict, names: Sequence[str]) -> list[tuple[str, str]]:
+    """(metric, nfe) pairs that at least one row has, metric by metric, NFE ascending."""
+    rows = metrics["rows"].values()
+    counts = sorted({nfe for row in rows for nfe in row}, key=int)
+    return [(m, n) for m in names for n in counts if any(m in row.get(n, {}) for row in rows)]
+
+
+def _cells(metrics: dict, names: Sequence[str]) -> dict[str, list[tuple[str, bool]]]:
+    """Text of each cell and whether it is the best of its column (no rival, no best)."""
+    out: dict[str, list[tuple[str, bool]]] = {row: [] for row in metrics["rows"]}
+    for metric, nfe in _columns(metrics, names):
+        column = {row: values.get(nfe, {}).get(metric, math.nan) for row, values in metrics["rows"].items()}
+        column = {row: math.nan if value is None else value for row, value in column.items()}
+        rivals = [value for value in column.values() if math.isfinite(value)]
+        for row, value in column.items():
+            top = len(rivals) > 1 and math.isfinite(value) and not any(better(metric, v, value) for v in rivals)
+            out[row].append((f"{value:.3g}" if math.isfinite(value) else "–", top))
+    return out
+
+
+def _head(metric: str) -> str:
+    return metric + (" ↑" if metric in HIGHER else " →0" if metric in SIGNED else " ↓")
+
+
+def _finite(value):
+    """NaN and infinity as null: JSON has no word for them."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
