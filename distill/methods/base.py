@@ -118,6 +118,19 @@ class Method(lightning.LightningModule):
             return cond
         return cond | {"w": torch.full((n,), float(self.guidance), device=self.device)}
 
+    @torch.no_grad()
+    def simulate(self, z: Tensor, cond: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The student's own input at one time of its grid, by backward simulation: x_{t_k} (B, ...) and t_k (B,).
+
+        k ~ U{1..K}, the same on all ranks; from noise z the student walks down to t_k with its own sampler, so that it
+        trains on what it will meet when it samples. https://arxiv.org/abs/2405.14867, section 4.5.
+        """
+        k = int(self.grid.draw(1, generator=self.shared))
+        times = self.grid.times[: self.grid.steps - k + 1]
+        x_t = solve(self.student, z, times, self.sampler, **cond) if len(times) > 1 else z
+        dtype = torch.promote_types(z.dtype, torch.float32)
+        return x_t, torch.full((len(z),), times[-1], dtype=dtype, device=z.device)
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of one sample."""
