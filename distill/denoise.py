@@ -143,6 +143,7 @@ class Guided(Denoiser):
     r"""Classifier-free guidance: D_w = D(x_t, null) + w (D(x_t, cond) - D(x_t, null)).
 
     w = 0 is unconditional, w = 1 conditional (one evaluation; any other w makes two, in one batch of 2B).
+    A network that takes w as an input, distilled for it, is asked once, with w.
     Ho and Salimans, 2022, https://arxiv.org/abs/2207.12598; their w is ours minus 1.
 
     Args:
@@ -156,6 +157,8 @@ class Guided(Denoiser):
 
     def native(self, x_t: Tensor, t: Tensor, w: float | Tensor | None = None, **cond) -> Tensor:
         w = self.w if w is None else w
+        if getattr(getattr(self.denoiser, "net", None), "guided", False):
+            return self.denoiser(x_t, t, w=w, **cond)
         if not torch.is_tensor(w) and w == 1:
             return self.denoiser(x_t, t, **cond)
         null = self.null(cond)

@@ -34,7 +34,8 @@ class Method(lightning.LightningModule):
         guidance: teacher's w in `uncond + w (cond - uncond)`; w = 1 is the conditional model.
         optim: role -> Optim.
         ema: decay of the averaged student that samples, validates and is exported; ramps up as (1 + n)/(10 + n).
-        averages: further averaged copies, name -> (role, decay), such as a consistency target; decay 0 copies each step.
+        averages: further averaged copies, name -> (role, decay), such as a consistency target; decay 0 copies each step,
+            decay none never: the method renews that copy itself.
         warm_start: steps in which trainable denoisers first regress on the teacher's E[x | x_t]; for students whose
             network is not a copy of the teacher's.
 
@@ -56,7 +57,7 @@ class Method(lightning.LightningModule):
         guidance: float = 1.0,
         optim: dict[str, Any] | None = None,
         ema: float = 0.999,
-        averages: dict[str, tuple[str, float]] | None = None,
+        averages: dict[str, tuple[str, float | None]] | None = None,
         warm_start: int = 0,
     ):
         super().__init__()
@@ -94,6 +95,10 @@ class Method(lightning.LightningModule):
     def start(self, role: str, roles: dict[str, Any]) -> nn.Module:
         """A trainable role that the config does not give: a copy of the teacher."""
         return copy.deepcopy(self._weights(role, roles, "teacher"))
+
+    def clock(self) -> tuple[int, int]:
+        """(step, of how many) for learning rates and averages; a method that starts anew midway counts from there."""
+        return self.step, self.total_steps
 
     # -- sampling ------------------------------------------------------------------------------------------------
 
@@ -139,9 +144,9 @@ class Method(lightning.LightningModule):
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Any], index: int = 0) -> None:
-        cond = {k: v for k, v in batch.items() if isinstance(v, Tensor) and k != "x"}
-        x = batch.get("x")
-        z = torch.randn(batch_size(batch), *self.shape, device=self.device)
+        cond = {k: v for k, v in batch.items() if isinstance(v, Tensor) and k not in ("x", "z")}
+        x, z = batch.get("x"), batch.get("z")  # a batch of pairs brings the noise that its x was made from
+        z = torch.randn(batch_size(batch), *self.shape, device=self.device) if z is None else z
         self.logs = {}
         warm = self.step < self.warm_start
         shared = (x, z, cond) if warm else self.draw(x, z, cond)
@@ -180,7 +185,7 @@ class Method(lightning.LightningModule):
         self.manual_backward(value)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters_of[role], settings.clip or math.inf)
         for group in optimizer.param_groups:
-            group["lr"] = settings.lr * learning_rate(settings, self.step, self.total_steps)
+            group["lr"] = settings.lr * learning_rate(settings, *self.clock())
         optimizer.step()
         self._average(role)
         self.log_value(f"{role}/loss", value)
@@ -192,10 +197,11 @@ class Method(lightning.LightningModule):
 
     # -- averages, optimisers, state -----------------------------------------------------------------------------
 
-    def _start_averages(self, averages: dict[str, tuple[str, float]]) -> None:
+    def _start_averages(self, averages: dict[str, tuple[str, float | None]]) -> None:
         self._averages = averages
         for name, (role, _) in self._averages.items():
-            setattr(self, name, copy.deepcopy(getattr(self, role)).requires_grad_(False).eval())
+            setattr(self, name, copy.deepcopy(getattr(self, role)).requires_grad_(False))
+        self.ema.eval()  # a target keeps its source's mode, so both drop the same units
         self._parameters_of = {r: [p for p in getattr(self, r).parameters()] for r in self.trainable}
         for role in self.frozen:
             getattr(self, role).requires_grad_(False).eval()
@@ -203,15 +209,17 @@ class Method(lightning.LightningModule):
     @torch.no_grad()
     def _average(self, role: str) -> None:
         for name, (source, decay) in self._averages.items():
-            if source == role:
-                weight = 1 - min(decay, (1 + self.step) / (10 + self.step))
+            if source == role and decay is not None:
+                step, _ = self.clock()
+                weight = 1 - min(decay, (1 + step) / (10 + step))
                 pairs = zip(getattr(self, name).state_dict().values(), getattr(self, role).state_dict().values())
                 for average, value in pairs:
                     average.lerp_(value, weight) if average.is_floating_point() else average.copy_(value)
 
     def train(self, mode: bool = True) -> Method:
         super().train(mode)
-        for role in (*self.frozen, *self._averages):
+        still = (name for name, (_, decay) in self._averages.items() if name == "ema" or decay is None)
+        for role in (*self.frozen, *still):
             getattr(self, role).eval()
         return self
 
@@ -221,6 +229,11 @@ class Method(lightning.LightningModule):
     def _optimizer(self, role: str) -> torch.optim.Optimizer:
         found = self.optimizers()
         return found[self.trainable.index(role)] if isinstance(found, list) else found
+
+    def forget(self, role: str) -> None:
+        """Drop the moments of a role's optimiser, for a method that starts anew midway."""
+        optimizer = self._optimizer(role)
+        getattr(optimizer, "optimizer", optimizer).state.clear()
 
     def snapshot(self) -> dict[str, Any]:
         """All that a run needs to go on bit for bit; frozen roles are read again from their source."""
