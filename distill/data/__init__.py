@@ -1,0 +1,12 @@
+"""Data: where batches come from.
+
+A source has `.info` (shape, classes, count), `.batch_size`, `.loader(rank, world, start)`, an endless iterator of
+batches whose n-th item depends on (seed, rank, world, n) only, and `.all()`, a fixed set for evaluation:
+
+    shards.Shards     webdataset shards on disk             x, label, caption
+    toy.Samples       draws from an exact distribution      x, label
+    toy.Conditions    no data, for methods that need none   label
+
+A batch is a dict: "x" float32 (B, ...), images (B, C, H, W) in [-1, 1]; "label" int64 (B,), -1 for no class; "caption"
+list of str. `write` turns folders, .npz and idx files into shards. This package is the one door to webdataset.
+"""
