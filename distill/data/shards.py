@@ -1,0 +1,185 @@
+"""Shards in: endless batches whose order is known for every step, equal for every rank, whatever is broken."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill.data import index, order
+from distill.data import sample as samples
+from distill.data.damage import Bad, Damage, Ledger
+from distill.data.info import Info, check
+from distill.data.stream import Stream, loader
+from distill.errors import BadInput
+
+__all__ = ["Shards", "check"]
+Batch = dict[str, Tensor | list[str]]
+
+
+@dataclass
+class Cache:
+    """A decoded split in memory: stored values (N, ...), labels (N,) and captions as far as the set has them."""
+
+    x: np.ndarray
+    label: np.ndarray | None
+    caption: list[str] | None
+
+    def batch(self, rows: np.ndarray, info: Info) -> Batch:
+        """The samples at `rows` (B,)."""
+        batch: Batch = {"x": info.to_x(torch.from_numpy(self.x[rows]))}
+        if self.label is not None:
+            batch["label"] = torch.from_numpy(self.label[rows])
+        if self.caption is not None:
+            batch["caption"] = [self.caption[i] for i in rows]
+        return batch
+
+
+class Shards:
+    """A split of webdataset shards.
+
+    Samples hold `.npy` or an image, and as far as the set has them `.cls` (class number) and `.txt` (caption).
+
+    Batch n of a rank depends on `seed`, `batch_size`, rank, world and n, and, where the split is streamed, on `workers`
+    and `window`. Batches come without end and are always full, so ranks cannot run apart and no number of shards is too
+    small.
+
+    - A split that fits into `cache_mb` is decoded once and drawn by random permutations: a pass of all ranks together
+      gives each sample once. Workers are not needed and not started.
+    - A larger one is streamed. Every worker of every rank is a lane. Each lane reads all shards, in an order drawn anew
+      for every pass and from its own place on, so that the lanes together read the split once before it comes again,
+      but for a window at the seams. Samples are shuffled within `window` of them. Resuming reads at most one shard and
+      one window.
+
+    Args:
+        path: split folder as `distill.data.write` makes it, a folder of tar files, a brace or glob pattern, or a list.
+        batch_size: samples a rank and step.
+        seed: of the order.
+        workers: processes that read a streamed split.
+        shuffle: False gives stored order.
+        window: samples a lane holds undecoded and shuffles.
+        cache_mb: MiB of decoded values up to which a split is kept in memory, on every rank; 0 never keeps it.
+        budget: damaged shards and samples to skip, or the share of the samples to lose (below 1), before it is refused.
+        size: resize images to this many pixels a side.
+        labels: False leaves labels out.
+
+    Attributes:
+        info: shape, classes, count and the rest, see `Info`.
+        ledger: the damage met so far.
+
+    Raises:
+        BadInput: nothing to read at `path`, shards that do not fit together, damage beyond `budget`, or a bad argument.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike | list,
+        batch_size: int,
+        seed: int = 0,
+        workers: int = 0,
+        shuffle: bool = True,
+        *,
+        window: int = 1024,
+        cache_mb: float = 256,
+        budget: int | float = 10,
+        size: int | None = None,
+        labels: bool = True,
+    ):
+        for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0), ("workers", workers, 0)):
+            if value < least:
+                raise BadInput(f"{name}={value} must be at least {least}.")
+        self.batch_size, self.seed, self.workers, self.shuffle = batch_size, seed, workers, shuffle
+        self.window, self.size = window, size
+        self.tars, info, damage, stated = index.find(path, size)
+        self.info = info if labels else replace(info, classes=0, names=())
+        self.ledger = Ledger(budget, info.path)
+        self.ledger.total = stated
+        self.ledger.take(damage)
+        decoded = info.count * int(np.prod(info.shape)) * np.dtype(info.dtype).itemsize
+        self.cached = decoded <= cache_mb * 2**20
+
+    def loader(self, rank: int = 0, world: int = 1, start: int = 0) -> Iterator[Batch]:
+        """Endless batches of `rank` out of `world`, from batch `start` on; the same as skipping `start` batches.
+
+        Raises:
+            BadInput: damage beyond the budget, when it is met.
+        """
+        if not 0 <= rank < world or start < 0:
+            raise BadInput(f"rank={rank}, world={world}, start={start}: rank must be below world, start 0 or more.")
+        return self._drawn(rank, world, start) if self.cached else self._streamed(rank, world, start)
+
+    def once(self, batch_size: int | None = None) -> Iterator[Batch]:
+        """One pass in stored order; the last batch may be short."""
+        rows: list[samples.Sample] = []
+        for row in self._samples():
+            rows.append(row)
+            if len(rows) == (batch_size or self.batch_size):
+                yield samples.collate(rows, self.info)
+                rows = []
+        if rows:
+            yield samples.collate(rows, self.info)
+
+    def all(self, limit: int | None = None) -> Batch:
+        """The split as one batch in stored order, or its first `limit` samples."""
+        if self.cached:
+            count = len(self._cache.x)
+            return self._cache.batch(np.arange(count if limit is None else min(limit, count)), self.info)
+        parts, count = [], 0
+        for batch in self.once():
+            parts.append(batch)
+            count += len(batch["x"])
+            if limit is not None and count >= limit:
+                break
+        whole = {k: _joined([p[k] for p in parts]) for k in parts[0]}
+        return {k: v[:limit] for k, v in whole.items()}
+
+    def _drawn(self, rank: int, world: int, start: int) -> Iterator[Batch]:
+        cache, step = self._cache, start
+        while True:
+            rows = order.batch(step, rank, world, self.batch_size, len(cache.x), self.seed, self.shuffle)
+            yield cache.batch(rows, self.info)
+            step += 1
+
+    def _streamed(self, rank: int, world: int, start: int) -> Iterator[Batch]:
+        stream = Stream(self.tars, self.info, self.batch_size, self.seed, self.shuffle, self.window, self.size)
+        for batch, damage in loader(stream, rank, world, self.workers, start):
+            self.ledger.take(damage)
+            if isinstance(batch, BadInput):
+                raise batch
+            yield batch
+
+    def _samples(self) -> Iterator[samples.Sample]:
+        damage: list[Damage] = []
+        for shard in self.tars:
+            for raw in index.read_tar(shard, damage):
+                try:
+                    row = samples.decode(raw, self.info, self.size)
+                except Bad as bad:
+                    self.ledger.take([Damage(shard.path, raw["__key__"], str(bad))])
+                else:
+                    yield row
+            self.ledger.take(damage)
+
+    @functools.cached_property
+    def _cache(self) -> Cache:
+        info = self.info
+        x, label, caption, count = np.empty((info.count, *info.shape), info.dtype), [], [], 0
+        for row in self._samples():
+            x[count] = row.x
+            label.append(row.label)
+            caption.append(row.caption)
+            count += 1
+        if not count:
+            raise BadInput(f"no readable sample in {info.path}: {self.ledger.names()}. Write the shards again.")
+        return Cache(
+            x[:count], np.array(label, np.int64) if info.classes else None, caption if info.captions else None
+        )
+
+
+def _joined(parts: list) -> Tensor | list[str]:
+    return torch.cat(parts) if isinstance(parts[0], Tensor) else [c for p in parts for c in p]
