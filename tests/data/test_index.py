@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import members, numbered, tar, who
+from shard_makers import members, numbered, tar, who
 
 from distill.data import array, image
 from distill.data.info import Info

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import numbered
+from shard_makers import numbered
 
 from distill.data import pack
 from distill.data.info import Info

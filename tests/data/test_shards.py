@@ -12,7 +12,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from conftest import change, members, place, tar, who
+from shard_makers import change, members, place, tar, who
 
 from distill.data.info import Info
 from distill.data.pack import Part, shards
