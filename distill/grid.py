@@ -1,7 +1,8 @@
-"""Where in time: densities p(t) to train on, and the student's grid of times."""
+"""Where in time: densities p(t) to train on, laws of pairs of times, and the student's grid of times."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +66,80 @@ class LogNormalSigma(Density):
         return self.schedule.time(-2 * (self.mean + self.std * torch.randn(n, **kw)))
 
 
+class Pairs:
+    """A law of pairs of times t > r >= `floor` for training without a teacher.
+
+    `pairs(n, schedule, progress)` draws (t, r), each (n,), at `progress` in [0, 1) of the run. `floor` is the smallest
+    time, at which a student is the identity.
+    """
+
+    floor: float = 0.0
+
+    def __call__(self, n: int, schedule, progress: float, device=None, dtype=torch.float32) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Doubling(Pairs):
+    """Neighbours of the grid t_j = floor + (1 - floor) j / N; N doubles at equal spans of the run, from first to last.
+
+    log(sigma_t / alpha_t) ~ N(mean, std^2) discretised on the grid, or j uniform where mean is None.
+    Song and Dhariwal 2023, https://arxiv.org/abs/2310.14189, sections 3.4 and 3.5.
+    """
+
+    first: int = 10
+    last: int = 160
+    mean: float | None = -1.1
+    std: float = 2.0
+    floor: float = 0.0
+
+    def __post_init__(self):
+        if not 1 <= self.first <= self.last:
+            raise BadInput(f"intervals from first={self.first} to last={self.last} must grow from 1 or more.")
+
+    def intervals(self, progress: float) -> int:
+        """N at `progress`."""
+        spans = math.ceil(math.log2(self.last / self.first)) + 1
+        return min(self.first * 2 ** int(progress * spans), self.last)
+
+    def __call__(self, n, schedule, progress, device=None, dtype=torch.float32):
+        times = torch.linspace(self.floor, 1, self.intervals(progress) + 1, dtype=dtype, device=device)
+        if self.mean is None:
+            j = torch.randint(1, len(times), (n,), device=device)
+        else:
+            edges = torch.special.ndtr((-schedule.log_snr(times) / 2 - self.mean) / self.std)
+            j = 1 + torch.multinomial(edges.diff().clamp_min(1e-12), n, replacement=True)
+        return times[j], times[j - 1]
+
+
+@dataclass(frozen=True)
+class Shrinking(Pairs):
+    """log y_t ~ N(mean, std^2) for y = sigma / alpha, and y_r = y_t (1 - q^-(stage + 1) (1 + k sigmoid(-b y_t))), or 0.
+
+    The `stages` are equal spans of the run. In the first most r are 0, which is the diffusion objective.
+    Geng et al. 2024, https://arxiv.org/abs/2406.14548, section 3.3.
+    """
+
+    stages: int = 8
+    q: float = 2.0
+    k: float = 8.0
+    b: float = 1.0
+    mean: float = -1.1
+    std: float = 2.0
+    cap: float = 0.999  # the largest y_r / y_t
+
+    def __post_init__(self):
+        if self.q <= 1:
+            raise BadInput(f"q={self.q} must be above 1, so that the gap shrinks from stage to stage.")
+
+    def __call__(self, n, schedule, progress, device=None, dtype=torch.float32):
+        t = LogNormalSigma(schedule, self.mean, self.std)(n, device=device, dtype=dtype)
+        log = -schedule.log_snr(t) / 2
+        gap = self.q ** -(int(progress * self.stages) + 1.0) * (1 + self.k * torch.sigmoid(-self.b * log.exp()))
+        r = schedule.time(-2 * (log + (1 - gap).clamp(0, self.cap).log()))
+        return t, torch.where(gap >= 1, 0.0, r)
+
+
 @dataclass(frozen=True)
 class Grid:
     """The student's times 1 = t_K > ... > t_1 > t_0 = 0. Segment k in 1..K runs from t_k down to t_{k-1}.
@@ -123,6 +198,20 @@ class Grid:
         """n segments k (n,), uniform in 1..K."""
         home = generator.device if generator is not None else device
         return torch.randint(1, self.steps + 1, (n,), generator=generator, device=home).to(device=device)
+
+
+def ladder(start: int, grid: Grid) -> tuple[int, ...]:
+    """Numbers of steps from start/2 by halves down to that of a uniform grid, as progressive distillation takes them.
+
+    Raises:
+        BadInput: if the grid is not uniform, or `start` is not its steps times 2, 4, 8, ...
+    """
+    if grid != Grid.uniform(grid.steps):
+        raise BadInput(f"grid {_show(grid.times)} is not uniform, and only uniform grids can be halved: give a number.")
+    rungs = (start // grid.steps).bit_length() - 1
+    if rungs < 1 or grid.steps * 2**rungs != start:
+        raise BadInput(f"teacher_steps {start} does not halve to {grid.steps}: take {grid.steps} times 2, 4, 8, ...")
+    return tuple(grid.steps * 2**r for r in reversed(range(rungs)))
 
 
 def _show(times: tuple[float, ...]) -> str:

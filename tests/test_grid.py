@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from distill.errors import BadInput
-from distill.grid import Grid, LogitNormal, LogNormalSigma, Uniform
+from distill.grid import Grid, LogitNormal, LogNormalSigma, Uniform, ladder
 from distill.noise import VE, RectifiedFlow, VPLinear
 
 
@@ -86,3 +86,12 @@ def test_density_moments():
 def test_log_normal_sigma_stays_within_a_schedule_that_never_gets_so_noisy():
     t = LogNormalSigma(VPLinear(), 10.0, 1.0)(64)
     assert (t > 0.99).all() and (t < 1).all()
+
+
+def test_a_ladder_halves_down_to_the_grid():
+    assert ladder(32, Grid.uniform(4)) == (16, 8, 4)
+    assert ladder(2, Grid.uniform(1)) == (1,)
+    wrong = (4, Grid.uniform(4), "halve"), (24, Grid.uniform(5), "halve"), (8, Grid.of([1, 0.7, 0]), "uniform")
+    for start, grid, text in wrong:
+        with pytest.raises(BadInput, match=text):
+            ladder(start, grid)

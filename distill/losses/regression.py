@@ -6,16 +6,34 @@ import torch
 from torch import Tensor
 
 
-def reduce(value: Tensor, weight: Tensor | None = None, per_sample: bool = False) -> Tensor:
-    """Mean over all but the batch, times `weight` (B,), then the mean over the batch; (B,) if `per_sample`."""
-    value = value.flatten(1).mean(1)
+def reduce(
+    value: Tensor, weight: Tensor | None = None, per_sample: bool = False, mask: Tensor | None = None
+) -> Tensor:
+    """Mean over all but the batch, times `weight` (B,), then the mean over the batch; (B,) if `per_sample`.
+
+    `mask`, 1 or 0 and broadcastable to `value` (B, ...), restricts each sample's mean to where it is 1 (padding out).
+    """
+    if mask is None:
+        value = value.flatten(1).mean(1)
+    else:
+        mask = mask.to(value).expand_as(value)
+        value = (value * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1)
     value = value if weight is None else value * weight
     return value if per_sample else value.mean()
 
 
-def mse(a: Tensor, b: Tensor, weight: Tensor | None = None, per_sample: bool = False) -> Tensor:
-    r"""weight * mean_i (a_i - b_i)^2. a, b: (B, ...), weight: (B,)."""
-    return reduce((a - b).square(), weight, per_sample)
+def mse(
+    a: Tensor, b: Tensor, weight: Tensor | None = None, per_sample: bool = False, mask: Tensor | None = None
+) -> Tensor:
+    r"""weight * mean_i (a_i - b_i)^2. a, b: (B, ...), weight: (B,), mask: see `reduce`."""
+    return reduce((a - b).square(), weight, per_sample, mask)
+
+
+def mae(
+    a: Tensor, b: Tensor, weight: Tensor | None = None, per_sample: bool = False, mask: Tensor | None = None
+) -> Tensor:
+    r"""weight * mean_i |a_i - b_i|. a, b: (B, ...), weight: (B,), mask: see `reduce`."""
+    return reduce((a - b).abs(), weight, per_sample, mask)
 
 
 def huber(a: Tensor, b: Tensor, c: float = 1e-3, weight: Tensor | None = None, per_sample: bool = False) -> Tensor:

@@ -8,6 +8,7 @@ from distill.errors import BadInput, suggest
 from distill.solvers.base import Solver, ddim
 from distill.solvers.multistep import DPMSolverPP2M
 from distill.solvers.onestep import DDIM, DPMSolverPP, Euler, Heun
+from distill.solvers.overshoot import Overshoot
 from distill.solvers.solve import solve
 from distill.solvers.stochastic import Ancestral, Renoise, ReverseSDE
 
@@ -20,6 +21,7 @@ SOLVERS = {
     "ancestral": Ancestral,
     "sde": ReverseSDE,
     "renoise": Renoise,
+    "overshoot": Overshoot,
 }
 
 
@@ -37,6 +39,6 @@ def solver(name: str | Solver) -> Solver:
 
 
 __all__ = [
-    "DDIM", "DPMSolverPP", "DPMSolverPP2M", "Ancestral", "Euler", "Heun", "Renoise", "ReverseSDE",
+    "DDIM", "DPMSolverPP", "DPMSolverPP2M", "Ancestral", "Euler", "Heun", "Overshoot", "Renoise", "ReverseSDE",
     "SOLVERS", "Solver", "ddim", "solve", "solver",
 ]

@@ -1,0 +1,114 @@
+r"""Progressive distillation (Salimans and Ho, 2022), https://arxiv.org/abs/2202.00512.
+
+A ladder of rungs N = M/2, M/4, ..., K: on each, one DDIM step of the student is two of its teacher; then the averaged
+student is the next one's teacher, and averages, moments and learning rate start anew:
+
+    t = i/N,  m = (i - 1/2)/N,  s = (i - 1)/N,  i ~ U{1..N},  x_t = alpha_t x + sigma_t z
+    x_m = ddim(D; x_t, t -> m),  x_s = ddim(D; x_m, m -> s)
+    y   = (x_s - (sigma_s/sigma_t) x_t) / (alpha_s - alpha_t sigma_s/sigma_t)      the x that lands on x_s in one step
+    L   = max(SNR_t, 1) |G(x_t, t) - y|^2       or (SNR_t + 1), the error in v
+
+Distance `mae`, weight `x`: ProDiff (Huang et al., 2022), https://arxiv.org/abs/2207.06389. With a student that takes w:
+stage two of guidance distillation (Meng et al., 2022), https://arxiv.org/abs/2210.03142.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from distill.denoise import Guided
+from distill.errors import BadInput
+from distill.grid import Uniform, ladder
+from distill.losses import snr
+from distill.losses.regression import mae, mse
+from distill.methods.base import Method
+from distill.noise import wide
+from distill.solvers import DDIM, Overshoot
+
+DISTANCES = {"mse": mse, "mae": mae}
+
+
+class Progressive(Method):
+    """The whole ladder in one run.
+
+    Args:
+        teacher_steps: M, the teacher's steps; M/K is a power of two.
+        rung_steps: training steps a rung, the last keeps what is left; none divides train.steps equally.
+        weight: see `distill.losses.snr`.
+        distance: `mse` or `mae`, over where the batch's `mask` is 1, if it has one.
+        guidance_range: draw w per sample from [low, high]; a student whose network has an input w is told it.
+        stochastic: jumps of twice the length, for the sampler `Overshoot` (derived; the paper leaves the details out).
+        base: arguments of Method; `grid` is K, uniform.
+
+    Raises:
+        BadInput: if the grid is not uniform, M is not K times 2, 4, 8, ..., or w is drawn for a student without it.
+    """
+
+    def __init__(
+        self,
+        roles: dict[str, Any],
+        *,
+        teacher_steps: int = 64,
+        rung_steps: int | None = None,
+        weight: str = "snr",
+        distance: str = "mse",
+        guidance_range: list[float] | None = None,
+        stochastic: bool = False,
+        **base,
+    ):
+        super().__init__(roles, averages={"promoted": ("student", None)}, **base)
+        self.ladder = ladder(teacher_steps, self.grid)
+        self.tells = bool(getattr(self.student.net, "guided", False))
+        if guidance_range is not None and not self.tells:
+            raise BadInput("method.guidance_range: the student has no input w to tell it by; set guided: true.")
+        if distance not in DISTANCES:
+            raise BadInput(f"method.distance: '{distance}' is none of {', '.join(DISTANCES)}.")
+        self.rung_steps, self.weight, self.distance = rung_steps, weight, DISTANCES[distance]
+        self.strength = None if guidance_range is None else Uniform(*guidance_range)
+        self.stride = 2 if stochastic else 1
+        self.sampler, self.serving = (Overshoot(), "overshoot") if stochastic else (DDIM(), "ode")
+        self.guided = Guided(self.teacher, self.guidance)
+        self.rung, self.begun = 0, self.warm_start
+
+    def turns(self, step):
+        while self.rung < min(step // self.length, len(self.ladder) - 1):
+            self.promote()
+        yield "student", self.loss
+
+    @property
+    def length(self) -> int:  # of a rung, in training steps
+        return self.rung_steps or max(1, (self.total_steps - self.warm_start) // len(self.ladder))
+
+    def clock(self):
+        return super().clock() if self.step < self.warm_start else (self.step - self.begun, self.length)
+
+    def promote(self) -> None:
+        """The averaged student becomes the teacher, and the start, of the next rung."""
+        for copied in (self.promoted, self.student):
+            copied.load_state_dict(self.ema.state_dict())
+        self.forget("student")
+        self.rung, self.begun = self.rung + 1, self.step
+
+    def loss(self, x, z, cond):
+        schedule, n, steps = self.teacher.schedule, len(x), self.ladder[self.rung]
+        i = torch.randint(1, steps + 1, (n,), device=x.device).to(wide(x).dtype)
+        t, m, s = (((i - c * self.stride).clamp(min=0)) / steps for c in (0, 0.5, 1))
+        w = self.guidance if self.strength is None else self.strength.draw(n, device=x.device, dtype=t.dtype)
+        told = cond | ({"w": torch.as_tensor(w).to(t).expand(n)} if self.tells else {})
+        x_t = schedule.add_noise(x, t, z)
+        with torch.no_grad():
+            teacher, asked = (self.promoted, told) if self.rung else (self.guided, cond | {"w": w})
+            x_m = DDIM()(teacher, x_t, t, m, **asked)
+            x_s = DDIM()(teacher, x_m, m, s, **asked)
+            target = DDIM().invert(schedule, x_s, x_t, t, s)
+        weight = snr.weight(self.weight, schedule.log_snr(t))
+        return self.distance(self.student(x_t, t, **told), target, weight, mask=cond.get("mask"))
+
+    def snapshot(self):
+        return super().snapshot() | {"ladder": [self.rung, self.begun]}
+
+    def restore(self, state, weights_only=False):
+        super().restore(state, weights_only)
+        self.rung, self.begun = state["ladder"]
