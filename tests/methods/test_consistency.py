@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from affine import F64, STD, Affine, batch, fixed_point, karras
 from torch import nn
 
 from distill.denoise import Denoiser, Gaussian
@@ -13,27 +14,6 @@ from distill.methods.consistency import Consistency
 from distill.nets.small import MLP
 from distill.noise import VE, RectifiedFlow, TrigFlow, VPCosine, bcast
 from distill.solvers import DDIM
-
-F64 = torch.float64
-STD = 0.5
-
-
-class Affine(nn.Module):
-    """x = m + a_i (x_t - alpha m) with one slope a_i per equidistant time t_i; guidance moves m = null + w shift."""
-
-    guided, shape = True, (1,)
-
-    def __init__(self, times, slopes, null=0.0, shift=0.0):
-        super().__init__()
-        self.times = torch.tensor(times, dtype=F64)
-        self.slopes = nn.Parameter(slopes.to(F64).clone())
-        self.null_mean, self.shift, self.alpha = null, shift, lambda t: torch.ones_like(t)
-
-    def forward(self, x, t, label=None, w=None):
-        low, high = self.times[0], self.times[-1]
-        i = ((t - low) / (high - low) * (len(self.times) - 1)).round().long()
-        mean = bcast(self.null_mean + self.shift * (torch.ones_like(t) if w is None else w), x)
-        return mean + bcast(self.slopes[i], x) * (x - bcast(self.alpha(t), x) * mean)
 
 
 class TwoClasses(Denoiser):
@@ -47,41 +27,11 @@ class TwoClasses(Denoiser):
         return torch.where(bcast(label < 0, x_t), self.without(x_t, t), self.with_label(x_t, t))
 
 
-def karras(n: int) -> list[float]:
-    """The times of VE(80, 7) at which sigma is the Karras grid from 80 down to 0.002."""
-    low = (0.002 / 80) ** (1 / 7)
-    return [1 + i / (n - 1) * (low - 1) for i in range(n)]
-
-
 def method_of(times, slopes, teacher, null=0.0, shift=0.0, **kw):
     net = Affine(sorted(times), slopes, null, shift)
     net.alpha = teacher.schedule.alpha
     kw = {"target_ema": 0.0, "intervals": list(times)} | kw
     return Consistency({"teacher": teacher, "student": Denoiser(net, teacher.schedule, "x")}, **kw)
-
-
-def batch(n: int, seed: int = 0):
-    g = torch.Generator().manual_seed(seed)
-    return STD * torch.randn(n, 1, dtype=F64, generator=g), torch.randn(n, 1, dtype=F64, generator=g)
-
-
-def fixed_point(method) -> torch.Tensor:
-    """Newton's method on each slope by itself (the loss is quadratic in it) until the target stops moving."""
-    net, x, z = method.student.net, *batch(10 * len(method.times))
-
-    def slope_gradient():
-        torch.manual_seed(1)
-        return torch.autograd.grad(method.loss(x, z, {}), net.slopes)[0]
-
-    for _ in range(len(method.times) + 1):
-        g = slope_gradient()
-        with torch.no_grad():
-            net.slopes += 1
-        curvature = slope_gradient() - g
-        with torch.no_grad():
-            net.slopes += -1 - g / torch.where(curvature == 0, 1, curvature)
-        method.target.load_state_dict(method.student.state_dict())
-    return net.slopes.detach()
 
 
 @pytest.mark.parametrize(
@@ -96,7 +46,7 @@ def test_the_fixed_point_in_the_edm_chart(solver, n, expected):
     times = karras(n)
     method = method_of(times, torch.ones(n), Gaussian([0.0], STD, VE(80.0, 7.0)), solver=solver)
     assert len(method.times) == n
-    slopes = fixed_point(method)
+    slopes = fixed_point(method, *batch(10 * n))
     assert abs(80 * slopes[-1].item() - expected) < 1e-4
     assert method.loss(*batch(4000), {}).item() < 1e-20, "CD's optimum is exact, not only in the mean"
 
