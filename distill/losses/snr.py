@@ -1,7 +1,8 @@
 r"""Weights of |x - x'|^2 by the signal-to-noise ratio SNR = alpha^2 / sigma^2, from log SNR (B,).
 
-    "snr"   max(SNR, 1)   the larger of the errors in x and in eps: |eps - eps'|^2 = SNR |x - x'|^2
-    "v"     SNR + 1       the error in v = alpha eps - sigma x of a variance-preserving schedule
+    "snr"   max(SNR, 1)             the larger of the errors in x and in eps: |eps - eps'|^2 = SNR |x - x'|^2
+    "v"     SNR + 1                 the error in v = alpha eps - sigma x of a variance-preserving schedule
+    "flow"  (alpha / sigma + 1)^2   the error in z - x, the flow of any schedule's straight paths
     "x"     1
 
 Salimans and Ho, 2022, https://arxiv.org/abs/2202.00512, section 4; "x" is the choice of ProDiff,
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from distill.errors import BadInput, suggest
 
-WEIGHTS = ("snr", "v", "x")
+WEIGHTS = ("snr", "v", "flow", "x")
 
 
 def weight(name: str, log_snr: Tensor, limit: float = 20.0) -> Tensor:
@@ -29,6 +30,8 @@ def weight(name: str, log_snr: Tensor, limit: float = 20.0) -> Tensor:
         return snr.clamp(min=1)
     if name == "v":
         return snr + 1
+    if name == "flow":
+        return (snr.sqrt() + 1).square()
     if name == "x":
         return torch.ones_like(snr)
     raise BadInput(f"weight '{name}' is none of {', '.join(WEIGHTS)}.{suggest(name, WEIGHTS)}")

@@ -28,6 +28,14 @@ def test_v_is_the_error_in_v_of_a_variance_preserving_schedule():
     torch.testing.assert_close(weighed, (v[0] - v[1]).square().squeeze(1), atol=1e-9, rtol=1e-9)
 
 
+def test_flow_is_the_error_in_noise_minus_data():
+    for schedule in (VPCosine(), RectifiedFlow(3.0)):
+        x_t, x, y = torch.randn(3, len(T), 1, dtype=torch.float64)
+        flow = [schedule.eps(c, x_t, T) - c for c in (x, y)]
+        weighed = snr.weight("flow", schedule.log_snr(T)) * (x - y).square().squeeze(1)
+        torch.testing.assert_close(weighed, (flow[0] - flow[1]).square().squeeze(1), atol=1e-9, rtol=1e-9)
+
+
 def test_the_ends_of_time_are_finite_and_unknown_names_refused():
     ends = torch.tensor([torch.inf, -torch.inf])
     assert torch.equal(snr.weight("snr", ends), torch.tensor([20.0]).exp().expand(2) * torch.tensor([1.0, 0]) +
