@@ -53,7 +53,7 @@ class Schedule:
         raise NotImplementedError
 
     def d_sigma(self, t: Tensor) -> Tensor:
-        """d sigma_t / dt (B,); infinite at t = 0 for the VP families."""
+        """d sigma_t / dt (B,); 0 stands for the infinite slope of the VP families at t = 0."""
         raise NotImplementedError
 
     def time(self, log_snr: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ class VP(Schedule):
         return -self.d_q(wide(t)) * self.alpha(t)
 
     def d_sigma(self, t: Tensor) -> Tensor:
-        return self.d_q(wide(t)) * self.alpha(t) ** 2 / self.sigma(t)
+        return over(self.d_q(wide(t)) * self.alpha(t) ** 2, self.sigma(t))
 
     def time(self, log_snr: Tensor) -> Tensor:
         q = torch.nn.functional.softplus(-wide(log_snr)) / 2
@@ -207,7 +207,7 @@ class VPCosine(Schedule):
         return -self._angle(1) * torch.cos(self._angle(1 - wide(t))) / math.sin(self._angle(1))
 
     def d_sigma(self, t: Tensor) -> Tensor:
-        return -self.alpha(t) * self.d_alpha(t) / self.sigma(t)
+        return over(-self.alpha(t) * self.d_alpha(t), self.sigma(t))
 
     def time(self, log_snr: Tensor) -> Tensor:
         alpha = torch.sigmoid(wide(log_snr)).sqrt()
@@ -306,29 +306,27 @@ class Table(Schedule):
             raise BadInput("alphas_cumprod must decrease strictly within [0, 1): pass the scheduler's own table.")
         object.__setattr__(self, "alphas_cumprod", abar)
 
-    def _angles(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """phi, its complement pi/2 - phi, and d phi / dt."""
-        phi, psi = _table_angles(self.alphas_cumprod, t.dtype, t.device)
+    def _angle(self, t: Tensor, which: int) -> tuple[Tensor, Tensor]:
+        """phi (which = 0) or its complement pi/2 - phi (which = 1), and its derivative in t."""
+        nodes = _table_angles(self.alphas_cumprod, t.dtype, t.device)[which]
         steps = len(self.alphas_cumprod)
         n = (t.detach() * steps).long().clamp(0, steps - 1)
-        part = t * steps - n
-        phi_t = phi[n] + part * (phi[n + 1] - phi[n])
-        psi_t = psi[n] + part * (psi[n + 1] - psi[n])
-        return phi_t, psi_t, steps * (phi[n + 1] - phi[n])
+        rise = nodes[n + 1] - nodes[n]
+        return nodes[n] + (t * steps - n) * rise, steps * rise
 
     def alpha(self, t: Tensor) -> Tensor:
-        return torch.sin(self._angles(wide(t))[1])
+        return torch.sin(self._angle(wide(t), 1)[0])
 
     def sigma(self, t: Tensor) -> Tensor:
-        return torch.sin(self._angles(wide(t))[0])
+        return torch.sin(self._angle(wide(t), 0)[0])
 
     def d_alpha(self, t: Tensor) -> Tensor:
-        phi, _, d_phi = self._angles(wide(t))
+        phi, d_phi = self._angle(wide(t), 0)
         return -torch.sin(phi) * d_phi
 
     def d_sigma(self, t: Tensor) -> Tensor:
-        _, psi, d_phi = self._angles(wide(t))
-        return torch.sin(psi) * d_phi
+        psi, d_psi = self._angle(wide(t), 1)
+        return -torch.sin(psi) * d_psi
 
     def time(self, log_snr: Tensor) -> Tensor:
         angle = torch.atan(torch.exp(-wide(log_snr) / 2))
@@ -340,8 +338,7 @@ class Table(Schedule):
 @lru_cache(maxsize=64)
 def _table_angles(abar: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """atan2(sigma, alpha) and its complement at the N + 1 nodes of a Table; both end exactly at 0."""
-    with torch.inference_mode(False):  # a cached inference tensor could never be used in training
-        alpha = torch.tensor((1.0, *abar), dtype=torch.float64).sqrt()
-        sigma = (1 - alpha**2).sqrt()
-        angles = torch.atan2(sigma, alpha), torch.atan2(alpha, sigma)
-        return tuple(a.to(device=device, dtype=dtype) for a in angles)
+    alpha = torch.tensor((1.0, *abar), dtype=torch.float64).sqrt()
+    sigma = (1 - alpha**2).sqrt()
+    angles = torch.atan2(sigma, alpha), torch.atan2(alpha, sigma)
+    return tuple(a.to(device=device, dtype=dtype) for a in angles)

@@ -293,7 +293,7 @@ def test_score_is_the_gradient_of_log_prob(schedule):
 @every
 def test_log_prob_is_normalised(schedule):
     """The integral over the line is 1 and the mean is alpha_t E[x]."""
-    oracle = GaussianMixture([[-1.0], [0.5]], [0.2, 0.4], [0.25, 0.75], schedule=schedule)
+    oracle = GaussianMixture([[-1.0], [0.5]], [0.2, 0.4], [1.0, 3.0], schedule=schedule)
     for t in (0.0, 0.3, 0.9):
         alpha, sigma = schedule(torch.tensor([t], dtype=torch.float64))
         x = torch.linspace(-9, 9, 4_001, dtype=torch.float64)[:, None] * (alpha + sigma)
@@ -418,6 +418,18 @@ def test_ring():
 def test_what_the_oracles_refuse(build, words):
     with pytest.raises(BadInput, match=words):
         build()
+
+
+@every
+def test_forward_mode_derivatives_in_x_and_t(schedule):
+    """Continuous-time methods take the JVP of a denoiser along the flow: against central differences."""
+    denoiser = Denoiser(Perfect(schedule, "v"), schedule, "v")
+    x_t, t = noisy(schedule, torch.linspace(-3, 3, 8, dtype=torch.float64))
+    d_x, d_t, h = torch.randn_like(x_t), torch.rand_like(t), 1e-6
+    x, tangent = torch.func.jvp(denoiser, (x_t, t), (d_x, d_t))
+    central = (denoiser(x_t + h * d_x, t + h * d_t) - denoiser(x_t - h * d_x, t - h * d_t)) / (2 * h)
+    torch.testing.assert_close(x, mixture(schedule)(x_t, t), atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(tangent, central, atol=1e-5, rtol=1e-5)
 
 
 def test_score_far_from_the_data_is_finite():

@@ -97,6 +97,6 @@ class DPMSolverPP(Solver):
             lambda_u = (half_log_snr(schedule, t) + half_log_snr(schedule, s)) / 2
             finite = lambda_u.isfinite()
             u = torch.where(finite, schedule.time(torch.where(finite, 2 * lambda_u, 0.0)), t)
-            x_u = ddim(schedule, x, x_t, t, u)
-            x = torch.where(bcast(finite, x_t), denoiser(x_u, u, **cond), x)
+            x_u = ddim(schedule, x, x_t, t, u)  # x_t itself where u = t
+            x = denoiser(x_u, u, **cond)
         return ddim(schedule, x, x_t, t, s)

@@ -34,7 +34,7 @@ def times(start, end, steps):
     return torch.linspace(start, end, steps + 1, dtype=torch.float64).tolist()
 
 
-def strong_order(step, schedule, start, end, steps=(32, 64, 128)):
+def strong_order(step, schedule, start, end, steps=(24, 48, 96)):
     oracle = GaussianMixture([[-1.0], [1.0]], [0.5, 0.7], [0.4, 0.6], schedule=schedule)
     a, b = (torch.full((9,), t, dtype=torch.float64) for t in (start, end))
     alpha, sigma = schedule(a[:1])
@@ -52,8 +52,8 @@ def test_order_of_deterministic_solvers(schedule, name):
 
 
 @every
-@pytest.mark.parametrize("chart", ["edm", "flow"])
-def test_heun_has_order_2_in_either_chart(schedule, chart):
+def test_heun_has_order_2_in_the_chart_it_would_not_choose(schedule):
+    chart = "edm" if schedule.zero_terminal_snr else "flow"
     assert strong_order(Heun(chart), schedule, 0.9, 0.2) == pytest.approx(2, abs=0.2)
 
 
@@ -63,10 +63,9 @@ def test_heun_keeps_order_2_from_pure_noise_to_clean_data(name):
 
 
 @pytest.mark.parametrize("name", ["dpmpp_2s", "dpmpp_2m"])
-@pytest.mark.parametrize("schedule", ZERO_SNR_SMOOTH)
-def test_dpmpp_stays_better_than_first_order_from_pure_noise_to_clean_data(schedule, name):
-    """The steps at an infinite log-SNR are of first order, and cost a logarithm: 1.8 to 1.9 at 4096 steps."""
-    assert strong_order(solver(name), SCHEDULES[schedule], 1.0, 0.0, steps=(128, 256, 512)) > 1.5
+def test_dpmpp_stays_better_than_first_order_from_pure_noise_to_clean_data(name):
+    """The steps at an infinite log-SNR are of first order, and cost a logarithm: 1.84 and 1.93 at 4096 steps."""
+    assert strong_order(solver(name), RectifiedFlow(), 1.0, 0.0, steps=(64, 128, 256)) > 1.5
 
 
 def law_after(step, oracle, steps):
@@ -86,7 +85,7 @@ def law_after(step, oracle, steps):
 def test_weak_order_of_stochastic_solvers(schedule, name):
     # VE ends early: below, g is so small that the leading error of the SDE vanishes and 2 is measured
     start, end = (0.9, 0.6) if isinstance(schedule, VE) else (0.9, 0.2)
-    step, oracle, steps = solver(name), Gaussian([0.7], 0.5, schedule), (64, 128, 256)
+    step, oracle, steps = solver(name), Gaussian([0.7], 0.5, schedule), (40, 80, 160)
     last = torch.full((1,), end, dtype=torch.float64)
     truth = [p.item() for p in oracle._marginal(torch.zeros(1, 1, dtype=torch.float64), last)]
     laws = [law_after(step, oracle, times(start, end, k)) for k in steps]

@@ -46,12 +46,12 @@ def test_noise_comes_from_the_generator_and_is_fresh_at_every_step(name):
 @pytest.mark.parametrize("name", [n for n in SOLVERS if n != "renoise"])
 @pytest.mark.parametrize("schedule", [VPLinear(), RectifiedFlow()], ids=["vp", "flow"])
 def test_many_steps_reach_the_law_of_the_data(name, schedule):
-    n, g = 20_000, torch.Generator().manual_seed(0)
+    n, g = 8_000, torch.Generator().manual_seed(0)
     model = GaussianMixture([[-1.0], [1.0]], [0.3, 0.2], [0.3, 0.7], schedule=schedule)
     z = torch.randn(n, 1, generator=g)
-    x = solve(model, z, Grid.uniform(100), solver(name), generator=g).sort(0).values
+    x = solve(model, z, Grid.uniform(50), solver(name), generator=g).sort(0).values
     data = model.sample(n, g)[0].sort(0).values
-    assert (x - data).abs().mean() < 0.04, "Wasserstein-1"
+    assert (x - data).abs().mean() < 0.06, "Wasserstein-1"
 
 
 def test_renoise_of_a_consistency_function_keeps_the_law():

@@ -29,7 +29,8 @@ def f64(*values):
 
 
 # t, s: from noise, inside, to data, all the way, and nowhere at all
-T, S = f64(1.0, 1.0, 0.7, 0.4, 0.05, 1.0, 0.5, 0.97), f64(0.9, 0.3, 0.5, 0.0, 0.0, 0.0, 0.5, 0.96)
+T = f64(1.0, 1.0, 0.7, 0.4, 0.05, 1.0, 0.5, 0.97, 0.0, 1.0)
+S = f64(0.9, 0.3, 0.5, 0.0, 0.0, 0.0, 0.5, 0.96, 0.0, 1.0)
 
 
 def oracle(schedule, shape):
@@ -74,13 +75,27 @@ def test_finite_with_finite_gradients_at_both_ends(schedule, name, dtype):
 @every_solver
 def test_no_move_at_s_equal_t_and_clean_data_at_s_0(schedule, name):
     model, step = oracle(schedule, (2,)), solver(name)
-    t = f64(1.0, 0.6, 0.3)
-    x_t, noise = torch.randn(2, 3, 2, dtype=torch.float64)
+    t = f64(1.0, 0.6, 0.3, 0.0)
+    x_t, noise = torch.randn(2, 4, 2, dtype=torch.float64)
     if name != "renoise":
         torch.testing.assert_close(step(model, x_t, t, t, noise=noise), x_t, atol=1e-12, rtol=1e-12)
     if name in ("ddim", "ancestral", "sde", "renoise", "heun", "dpmpp_2m", "dpmpp_2s"):
         end = step(model, x_t, t, 0 * t, noise=noise, history=[])
-        torch.testing.assert_close(end, model(x_t, t), atol=0, rtol=0)
+        torch.testing.assert_close(end, model(x_t, t), atol=1e-15, rtol=0)
+
+
+@every
+@every_solver
+def test_no_solver_asks_the_model_about_clean_data(schedule, name):
+    """At t = 0 many a network takes the log of sigma."""
+
+    class Net(nn.Module):
+        def forward(self, x, t):
+            return torch.where(t[:, None] == 0, torch.nan, torch.tanh(x))
+
+    t, noise = f64(1.0, 0.6, 0.3), torch.randn(3, 2, dtype=torch.float64)
+    x_s = solver(name)(Denoiser(Net(), schedule, "v"), noise, t, 0 * t, noise=noise, history=[])
+    assert x_s.isfinite().all()
 
 
 @every
@@ -206,6 +221,22 @@ def test_ancestral_keeps_the_marginal_for_every_eta(schedule, eta):
     torch.testing.assert_close(mean, alpha_s * x)
     var = (step(1.0, 0.0) - mean) ** 2 + (step(0.0, 1.0) - mean) ** 2
     torch.testing.assert_close(var, sigma_s**2)
+
+
+@every
+def test_reverse_sde_is_euler_maruyama_inside_and_the_posterior_at_the_ends(schedule):
+    """dx = (f x - g^2 score) dt + g dw with f = d log alpha/dt and g^2 = d sigma^2/dt - 2 f sigma^2."""
+    model, t, s = oracle(schedule, (2,)), f64(0.8, 0.6, 0.5), f64(0.7, 0.2, 0.4)
+    x_t, noise = torch.randn(2, 3, 2, dtype=torch.float64)
+    alpha, sigma = schedule.at(t, x_t)
+    f, d_sigma, dt = schedule.d_alpha(t)[:, None] / alpha, schedule.d_sigma(t)[:, None], (t - s)[:, None]
+    g2 = 2 * sigma * d_sigma - 2 * f * sigma**2
+    drift = f * x_t - g2 * schedule.score(model(x_t, t), x_t, t)
+    step = solver("sde")
+    torch.testing.assert_close(step(model, x_t, t, s, noise=noise), x_t - dt * drift + (g2 * dt).sqrt() * noise)
+    t, s = (f64(1.0, 1.0, 0.5), f64(0.9, 0.0, 0.0)) if schedule.zero_terminal_snr else (t, 0 * t)
+    posterior = Ancestral()(model, x_t, t, s, noise=noise)
+    torch.testing.assert_close(step(model, x_t, t, s, noise=noise), posterior)
 
 
 def test_renoise_is_the_forward_process_of_the_prediction():
