@@ -1,66 +1,71 @@
-"""An affine student per time, whose optimum a consistency loss has in closed form."""
+"""Students and teachers whose law is known: what the closed-form tests of distribution matching stand on."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-from distill.noise import bcast
-
-F64 = torch.float64
-STD = 0.5
+from distill.denoise import Denoiser, Gaussian
+from distill.noise import RectifiedFlow
 
 
-class Affine(nn.Module):
-    """x = m + a_i (x_t - alpha m) with one slope a_i per equidistant time t_i; guidance moves m = null + w shift."""
+class Affine(Denoiser):
+    """x = m + g x_t whatever t: from noise at t = 1 its one-step law is exactly N(m, g^2)."""
 
-    guided, shape = True, (1,)
+    def __init__(self, mean, std, dim=1, schedule=None):
+        super().__init__(nn.Linear(1, 1), schedule or RectifiedFlow(), "x")
+        self.net.shape, self.net.guided = (dim,), False
+        self.net.requires_grad_(False)
+        self.m = nn.Parameter(torch.full((dim,), float(mean), dtype=torch.float64))
+        self.g = nn.Parameter(torch.full((dim,), float(std), dtype=torch.float64))
 
-    def __init__(self, times, slopes, null=0.0, shift=0.0):
-        super().__init__()
-        self.times = torch.tensor(times, dtype=F64)
-        self.slopes = nn.Parameter(slopes.to(F64).clone())
-        self.null_mean, self.shift, self.alpha = null, shift, lambda t: torch.ones_like(t)
+    def forward(self, x_t, t, **cond):
+        return self.m + self.g * x_t
 
-    def forward(self, x, t, label=None, w=None):
-        low, high = self.times[0], self.times[-1]
-        i = ((t - low) / (high - low) * (len(self.times) - 1)).round().long()
-        mean = bcast(self.null_mean + self.shift * (torch.ones_like(t) if w is None else w), x)
-        return mean + bcast(self.slopes[i], x) * (x - bcast(self.alpha(t), x) * mean)
+    native = forward
 
-
-def karras(n: int) -> list[float]:
-    """The times of VE(80, 7) at which sigma is the Karras grid from 80 down to 0.002."""
-    low = (0.002 / 80) ** (1 / 7)
-    return [1 + i / (n - 1) * (low - 1) for i in range(n)]
+    def null(self, cond):
+        return {k: torch.full_like(v, -1) for k, v in cond.items()}
 
 
-def batch(n: int, seed: int = 0):
-    g = torch.Generator().manual_seed(seed)
-    return STD * torch.randn(n, 1, dtype=F64, generator=g), torch.randn(n, 1, dtype=F64, generator=g)
+class Labelled(Denoiser):
+    """N(m_label, std^2), and N(m_u, std^2) for label -1: guidance w extrapolates the mean exactly."""
+
+    def __init__(self, means, mean_null, std, schedule=None):
+        super().__init__(None, schedule or RectifiedFlow(), "x")
+        self.means = torch.tensor([*means, mean_null], dtype=torch.float64)
+        self.std = std
+
+    def forward(self, x_t, t, label=None, **cond):
+        mean = self.means[-1].expand(len(x_t)) if label is None else self.means[label]
+        centred = Gaussian(torch.zeros(x_t.shape[1:]), self.std, self.schedule)
+        alpha, _ = self.schedule.at(t, x_t)
+        mean = mean.view(-1, *[1] * (x_t.ndim - 1))
+        return mean + centred(x_t - alpha * mean, t)
 
 
-def square(n: int):
-    """n times the four points (+-STD, +-1): E x^2, E z^2 and E xz of Gaussian data and noise are exact."""
-    x = STD * torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=F64)
-    z = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=F64)
-    return x.repeat(n)[:, None], z.repeat(n)[:, None]
+def of_gaussian(mean, std, dim=1, schedule=None):
+    """The exact critic of a student with the law N(mean, std^2)."""
+    return Gaussian([float(mean)] * dim, std, schedule or RectifiedFlow())
 
 
-def fixed_point(method, x, z) -> torch.Tensor:
-    """Newton's method on each slope by itself (the loss is quadratic in it) until the target stops moving."""
-    net = method.student.net
+def in_turn(method, role):
+    """Let only `role` require gradient, as the loop does, and clear what is there."""
+    method._only(role)
+    for p in method.parameters():
+        p.grad = None
+    return method
 
-    def slope_gradient():
-        torch.manual_seed(1)
-        return torch.autograd.grad(method.loss(x, z, {}), net.slopes)[0]
 
-    for _ in range(len(net.slopes) + 1):
-        g = slope_gradient()
-        with torch.no_grad():
-            net.slopes += 1
-        curvature = slope_gradient() - g
-        with torch.no_grad():
-            net.slopes += -1 - g / torch.where(curvature == 0, 1, curvature)
-        method.target.load_state_dict(method.student.state_dict())
-    return net.slopes.detach()
+def pull(method, loss):
+    """d loss / d(m, g) of an affine student, each a float (mean over dimensions)."""
+    in_turn(method, "student")
+    loss().backward()
+    return method.student.m.grad.sum().item(), method.student.g.grad.sum().item()
+
+
+def touched(method):
+    """The roles whose parameters hold a non-zero gradient."""
+    roles = (*method.trainable, *method.frozen)
+    grads = {r: [p.grad for p in getattr(method, r).parameters() if p.grad is not None] for r in roles}
+    return {r for r in roles if any(g.abs().sum() > 0 for g in grads[r])}

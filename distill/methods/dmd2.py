@@ -1,0 +1,120 @@
+r"""DMD2, improved distribution matching distillation (Yin et al., 2024), https://arxiv.org/abs/2405.14867,
+with the divergences of f-distill (Xu et al., 2025), https://arxiv.org/abs/2502.15681.
+
+    x = G(x_t, t), x_t from the student's own rollout to a time t of its grid;  x_u = alpha_u x + sigma_u noise
+    critic   min_F  |F(x_u) - sg x|^2 in the network's chart  (+ b times the head's loss, if the head reads the critic)
+    head     min_h  softplus(-h(data_u)) + softplus(h(sg x_u)) (+ R1)
+    student  d/dx   h_f(r) (F - D_w)(x_u) / mean|x - D_w(x_u)|,  r = exp h(x_u);   plus a d/dx softplus(-h(x_u))
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from distill.denoise import Guided
+from distill.errors import BadInput
+from distill.grid import Grid, Uniform
+from distill.losses.adversarial import balance, discriminate, generator
+from distill.losses.matching import divergence_weight, gap, matching
+from distill.losses.regression import mse
+from distill.methods.base import Method
+from distill.nets.heads import Head, Layers
+from distill.solvers import DDIM, Renoise, solve
+
+
+class DMD2(Method):
+    """Several critic turns to one of the student; data-free unless it has a head.
+
+    Args:
+        student_every: critic turns for one of the student; the critic must lead.
+        divergence: name in `losses.matching.DIVERGENCES`; any but reverse_kl has a head estimate the density ratio.
+        adversarial: weight a of the student's GAN loss; 0 leaves it out.
+        critic_adversarial: weight b of the head's loss for the critic whose features it reads.
+        features, layers: the head reads these layers (see `nets.heads.Layers`) of the `critic` or the `teacher`.
+        r1, r1_step: weight of the head's gradient penalty, and the step that approximates it; none: exact.
+        balance: scale the GAN loss to the matching loss's gradient norm, times `adversarial`.
+        regression: weight of |G(z) - y|^2 with y the teacher's ODE from the same z in `regression_steps` DDIM steps
+            (DMD, https://arxiv.org/abs/2311.18828, with the plain distance); one-step students only.
+        density, base: law of u; arguments of Method.
+    """
+
+    trainable, frozen = ("critic", "head", "student"), ("teacher",)
+    sampler, serving = Renoise(), "renoise"
+
+    def __init__(
+        self, roles: dict[str, Any], *, grid: Any = 4, student_every: int = 5, divergence: str = "reverse_kl",
+        adversarial: float = 0.0, critic_adversarial: float = 0.01, features: str = "critic",
+        layers: str | list[str] = "mid_block", r1: float = 0.0, r1_step: float | None = 0.01, balance: bool = False,
+        regression: float = 0.0, regression_steps: int = 16, density: Any = None, **base,
+    ):  # fmt: skip
+        self.needs_data = self.judged = adversarial > 0 or divergence != "reverse_kl"
+        self.trainable = tuple(role for role in self.trainable if self.judged or role != "head")
+        self.features, self.layers = features, layers
+        if features not in ("critic", "teacher"):
+            raise BadInput(f"features: '{features}' must be critic or teacher.")
+        if regression and Grid.of(grid).steps > 1:
+            raise BadInput("regression pairs a noise with the teacher's sample: it needs grid: 1.")
+        divergence_weight(divergence, torch.zeros(1))  # refuses an unknown name
+        super().__init__(roles, grid=grid, **base)
+        self.student_every, self.divergence, self.adversarial = student_every, divergence, adversarial
+        self.critic_adversarial = critic_adversarial if features == "critic" and self.judged else 0.0
+        self.r1, self.r1_step, self.balance = r1, r1_step, balance
+        self.regression, self.regression_steps = regression, regression_steps
+        self.density, self.guided = density or Uniform(0.02, 0.98), Guided(self.teacher, self.guidance)
+
+    def start(self, role, roles):
+        if role != "head":
+            return super().start(role, roles)
+        read = getattr(self, self.features)
+        return Head.of(Layers(read, self.layers), read.net.shape)
+
+    def turns(self, step):
+        yield "critic", self.critic_loss
+        if self.judged:
+            yield "head", self.head_loss
+        if (step + 1) % self.student_every == 0:
+            yield "student", self.student_loss
+
+    def draw(self, x, z, cond):
+        told = self.student_cond(cond, len(z))
+        x_t, t = self.simulate(z, told)
+        with torch.no_grad():
+            return x, self.student(x_t, t, **told), cond, lambda: self.student(x_t, t, **told), x_t
+
+    def noised(self, x):
+        u = self.density(len(x), device=x.device, dtype=x.dtype)
+        return self.teacher.schedule.add_noise(x, u, torch.randn_like(x)), u
+
+    def logit(self, x_u, u, cond):
+        return self.head(Layers(getattr(self, self.features), self.layers)(x_u, u, **cond))
+
+    def critic_loss(self, data, x, cond, *_):
+        x_u, u = self.noised(x)
+        loss = mse(self.critic.native(x_u, u, **cond), self.critic.from_x(x, x_u, u))
+        return loss + self.critic_adversarial * self.head_loss(data, x, cond) if self.critic_adversarial else loss
+
+    def head_loss(self, data, x, cond, *_):
+        x_u, u = self.noised(x)
+        data_u, noise = self.teacher.schedule.add_noise(data, u, torch.randn_like(data)), torch.randn_like(data)
+        return discriminate(lambda y: self.logit(y, u, cond), data_u, x_u, noise, self.r1, self.r1_step)
+
+    def student_loss(self, data, _, cond, sample, z):
+        x = sample()
+        x_u, u = self.noised(x)
+        with torch.no_grad():
+            real, fake = self.guided(x_u, u, **cond), self.critic(x_u, u, **cond)
+        logit, weight = self.logit(x_u, u, cond) if self.judged else None, None
+        if self.divergence != "reverse_kl":
+            weight = divergence_weight(self.divergence, logit.mean(1))
+        loss = matching(x, fake, real, weight=weight)
+        self.log_value("student/gap", gap(x, fake, real))
+        if self.adversarial:
+            extra = generator(logit)
+            loss = loss + self.adversarial * extra * (balance(x, loss, extra) if self.balance else 1.0)
+        if self.regression:
+            with torch.no_grad():
+                y = solve(self.guided, z, Grid.uniform(self.regression_steps), DDIM(), **cond)
+            loss = loss + self.regression * mse(x, y)
+        return loss

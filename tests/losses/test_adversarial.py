@@ -1,0 +1,102 @@
+"""Adversarial losses: values, the optimal logit, the gradient penalty's limit."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from distill.errors import BadInput
+from distill.losses.adversarial import balance, discriminate, discriminator, generator, r1, r1_near
+
+D = torch.float64
+
+
+def test_values_by_hand():
+    zero, two = torch.zeros(3, dtype=D), torch.full((3,), 2.0, dtype=D)
+    assert discriminator(zero, zero).item() == pytest.approx(2 * math.log(2))
+    assert generator(zero).item() == pytest.approx(math.log(2))
+    assert discriminator(two, -two, "hinge").item() == 0.0, "hinge is 0 beyond its margins"
+    assert discriminator(zero, zero, "hinge").item() == 2.0 and generator(two, "hinge").item() == -2.0
+    with pytest.raises(BadInput, match="Did you mean 'hinge'"):
+        generator(zero, "hing")
+
+
+def test_a_linear_head_gives_the_generator_gradient_minus_sigmoid_alpha_w():
+    torch.manual_seed(0)
+    w, alpha = torch.randn(3, dtype=D), 0.6
+    x = torch.randn(4, 3, dtype=D, requires_grad=True)
+    logit = (alpha * x + torch.randn(4, 3, dtype=D)) @ w
+    generator(logit).backward()
+    assert torch.allclose(x.grad, -torch.sigmoid(-logit.detach())[:, None] * alpha * w / 4, atol=1e-14)
+
+
+def test_the_optimal_logit_is_the_log_density_ratio():
+    """The discriminator's loss on a grid of points with weights p and q has its zero gradient at log p - log q."""
+    y = torch.linspace(-8, 8, 4001, dtype=D)
+    p, q = torch.exp(-0.5 * y**2), torch.exp(-0.5 * ((y - 1) / 0.7) ** 2) / 0.7
+    logit = (p.log() - q.log()).requires_grad_()
+    loss = (p * nn.functional.softplus(-logit) + q * nn.functional.softplus(logit)).sum()
+    (slope,) = torch.autograd.grad(loss, logit)
+    assert slope.abs().max() < 1e-14
+    hand = sum(discriminator(l[None], l[None]) for l in logit[:3].detach())
+    assert hand.item() == pytest.approx(
+        (nn.functional.softplus(-logit[:3]) + nn.functional.softplus(logit[:3])).sum().item()
+    )
+
+
+def net():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 3)).double()
+
+
+def test_r1_by_hand():
+    w = torch.tensor([3.0, 4.0], dtype=D)
+    x = torch.randn(6, 2, dtype=D, requires_grad=True)
+    assert r1(x @ w, x).item() == pytest.approx(12.5)  # |w|^2 / 2
+    patches = torch.stack([x @ w, -(x @ w)], dim=1)
+    assert r1(patches, x).item() == pytest.approx(0.0), "patches are averaged before the slope"
+
+
+def test_r1_trains_the_discriminator_only_through_the_second_derivative():
+    f = net()
+    x = torch.randn(6, 5, dtype=D, requires_grad=True)
+    r1(f(x), x).backward()
+    assert f[0].weight.grad.abs().sum() > 0
+
+
+def test_the_approximate_r1_tends_to_the_exact_one():
+    f, n = net(), 200_000
+    torch.manual_seed(2)
+    x = torch.randn(1, 5, dtype=D).expand(n, 5)
+    leaf = x[:1].clone().requires_grad_()
+    exact = r1(f(leaf), leaf).item()
+    noise = torch.randn(n, 5, dtype=D)
+    errors = []
+    with torch.no_grad():
+        for step in (1.0, 1e-1, 1e-3):
+            near = r1_near(f(x), f(x + step * noise), step).item()
+            errors.append(abs(near / exact - 1))
+    assert errors[0] > errors[1] and errors[2] < 0.015, errors  # 1e-3: sampling error, 1.4 / sqrt(n) x 4
+
+
+def test_discriminate_reaches_no_sample_and_adds_the_named_penalty():
+    f = net()
+    torch.manual_seed(3)
+    real, fake, noise = (torch.randn(6, 5, dtype=D, requires_grad=True) for _ in range(3))
+    plain = discriminate(f, real, fake, noise)
+    plain.backward()
+    assert real.grad is None and fake.grad is None and f[0].weight.grad.abs().sum() > 0
+    leaf = real.detach().requires_grad_()
+    exact = discriminate(f, real, fake, noise, penalty=0.3)
+    assert (exact - plain).item() == pytest.approx(0.3 * r1(f(leaf), leaf).item())
+    near = discriminate(f, real, fake, noise, penalty=0.3, step=0.1)
+    assert (near - plain).item() == pytest.approx(0.3 * r1_near(f(real), f(real + 0.1 * noise), 0.1).item())
+
+
+def test_balance_equals_the_gradient_norms():
+    x = torch.randn(4, 3, dtype=D, requires_grad=True)
+    main, extra = x.square().sum(), 7 * x.pow(3).sum()
+    factor = balance(x, main, extra)
+    a, b = torch.autograd.grad(main, x, retain_graph=True)[0], torch.autograd.grad(factor * extra, x)[0]
+    assert a.norm().item() == pytest.approx(b.norm().item()) and not factor.requires_grad

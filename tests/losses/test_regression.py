@@ -1,0 +1,55 @@
+"""Regression losses: values, limits, weights and gradients by hand."""
+
+import pytest
+import torch
+
+from distill.losses.regression import huber, huber_norm, mse, reduce
+
+D = torch.float64
+
+
+def test_reduce_is_the_mean_of_per_sample_means():
+    value = torch.tensor([[1.0, 3.0], [5.0, 7.0]], dtype=D)
+    assert reduce(value).item() == 4.0
+    assert reduce(value, per_sample=True).tolist() == [2.0, 6.0]
+    weight = torch.tensor([0.5, 2.0], dtype=D)
+    assert reduce(value, weight, per_sample=True).tolist() == [1.0, 12.0]
+    assert reduce(value, weight).item() == 6.5, "the weight is not normalised away"
+
+
+def test_mse_by_hand_and_its_gradient():
+    a = torch.tensor([[1.0, 2.0], [0.0, -1.0]], dtype=D, requires_grad=True)
+    b = torch.tensor([[0.0, 0.0], [0.0, 1.0]], dtype=D)
+    loss = mse(a, b)
+    assert loss.item() == pytest.approx((2.5 + 2.0) / 2)
+    loss.backward()
+    assert torch.allclose(a.grad, 2 * (a - b).detach() / 4)
+
+
+@pytest.mark.parametrize("form", [huber, huber_norm])
+def test_huber_is_square_near_zero_and_linear_far_away(form):
+    c, zero = 0.1, torch.zeros(1, 1, dtype=D)
+    near, far = torch.full((1, 1), 1e-4, dtype=D), torch.full((1, 1), 1e4, dtype=D)
+    assert form(near, zero, c).item() == pytest.approx(1e-8 / (2 * c), rel=1e-5)
+    assert form(far, zero, c).item() == pytest.approx(1e4 - c, rel=1e-9)
+
+
+def test_the_two_hubers_differ_by_where_the_norm_is_taken():
+    a, b = torch.tensor([[3.0, 4.0]], dtype=D), torch.zeros(1, 2, dtype=D)
+    assert huber(a, b, 1e-9).item() == pytest.approx(3.5)  # mean |.|
+    assert huber_norm(a, b).item() == pytest.approx(5.0)  # |.|_2
+
+
+def test_huber_norm_has_no_gradient_at_its_minimum():
+    a = torch.zeros(2, 3, dtype=D, requires_grad=True)
+    huber_norm(a, torch.zeros(2, 3, dtype=D)).backward()
+    assert torch.equal(a.grad, torch.zeros(2, 3, dtype=D)), "0/0 at a = b"
+
+
+@pytest.mark.parametrize("form", [mse, huber, huber_norm])
+def test_weights_and_per_sample(form):
+    torch.manual_seed(0)
+    a, b, w = torch.randn(4, 2, 3, dtype=D), torch.randn(4, 2, 3, dtype=D), torch.rand(4, dtype=D)
+    each = form(a, b, per_sample=True)
+    assert each.shape == (4,)
+    assert form(a, b, weight=w).item() == pytest.approx((w * each).mean().item())
