@@ -58,7 +58,7 @@ class Train:
 class Log:
     """Where the numbers go besides the console: `metrics.csv` always, wandb by mode."""
 
-    wandb: str = "auto"  # auto: online when a key is at hand, else offline; online, offline, off
+    wandb: str = "auto"  # auto: online when a key is at hand, else offline; online, offline, disabled
     project: str = "distill"
 
 
@@ -210,6 +210,12 @@ def signature(target: Any) -> dict[str, inspect.Parameter]:
     return found
 
 
+def open_ended(target: Any) -> bool:
+    """A function with `**keywords` checks its names itself, such as one that hands them to a stock class."""
+    kinds = [] if isinstance(target, type) else [p.kind for p in inspect.signature(target).parameters.values()]
+    return inspect.Parameter.VAR_KEYWORD in kinds
+
+
 def build(node: Any, allow: tuple[str, ...] = (), where: str = "", **given: Any) -> Any:
     """The object that `node` describes; mappings without `_target_` and lists are built item by item.
 
@@ -233,12 +239,13 @@ def build(node: Any, allow: tuple[str, ...] = (), where: str = "", **given: Any)
     for key, value in node.items():
         if key == TARGET:
             continue
-        if key not in schema or key in given:
+        if (key not in schema and not open_ended(target)) or key in given:
             known = [k for k in schema if k not in given]
             raise BadInput(
                 f"Unknown key '{dot}{key}' for {node[TARGET]}.{suggest(key, known)} Known keys: {', '.join(known)}."
             )
-        arguments[key] = _typed(build(value, allow, f"{dot}{key}"), schema[key], target, f"{dot}{key}")
+        made = build(value, allow, f"{dot}{key}")
+        arguments[key] = _typed(made, schema[key], target, f"{dot}{key}") if key in schema else made
     missing = [k for k, p in schema.items() if p.default is p.empty and k not in arguments and k not in given]
     if missing:
         raise BadInput(f"Missing key '{dot}{missing[0]}' for {node[TARGET]}; give it in the config.")

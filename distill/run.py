@@ -15,11 +15,13 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from distill import __version__, config
+from distill.denoise import Guided
 from distill.engine import callbacks as see
 from distill.engine import checkpoint
 from distill.engine.trainer import fit
 from distill.errors import BadInput
 from distill.eval import baselines, suite, table
+from distill.grid import Grid
 from distill.methods.base import Method
 from distill.solvers import DDIM, solve
 
@@ -228,29 +230,52 @@ def evaluate(folder: Path, samples: int | None = None, allow: tuple[str, ...] = 
     return result
 
 
-def measure(session: Session, samples: int | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The nested metrics and the panels (teacher at K and at most NFE, student at K) from the same noise."""
+def measure(
+    session: Session,
+    samples: int | None = None,
+    evaluations: tuple[int, ...] | None = None,
+    training_free: tuple[int, ...] | None = None,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The nested metrics and the panels (teacher at K and at the most evaluations, student at K), all from one noise.
+
+    Args:
+        evaluations: NFEs of teacher and student; the config's `eval.evaluations` and K by default.
+        training_free: NFEs at which every training-free solver is tried on the teacher; all up to 16 by default.
+    """
     method, cfg, tests = session.method, session.cfg, session.suite()
     z, cond = session.noise(samples or cfg.eval.samples, cfg.eval.seed)
-    nfes, steps = sorted({*cfg.eval.evaluations, method.grid.steps}), method.grid.steps
-    teacher, free, panels = {}, {}, {}
+    steps = method.grid.steps
+    nfes = sorted({*(evaluations or cfg.eval.evaluations), steps})
+    tried = [n for n in nfes if n <= 16] if training_free is None else training_free
+    teacher, free, student, panels = {}, {}, {}, {}
     for nfe in nfes:
-        made = baselines.baseline(session.teacher, z, cond, evaluations=(nfe,), batch=1000)[nfe]
-        free[nfe] = {name: tests.score(x, cond, quick=name != "ddim/uniform") for name, x in made.items()}
-        teacher[nfe] = free[nfe]["ddim/uniform"]
+        all_of_them = {} if nfe in tried else {"solvers": ("ddim",), "grids": ("uniform",)}
+        made = _on(session, lambda z, c: baselines.baseline(session.teacher, z, c, (nfe,), batch=1000, **all_of_them), z, cond)  # noqa: B023, E501
+        scores = {name: tests.score(x.cpu(), cond, quick=name != PLAIN) for name, x in made[nfe].items()}
+        teacher[nfe] = scores[PLAIN]
+        if nfe in tried:
+            free[nfe] = scores
         if nfe in (steps, nfes[-1]):
-            panels[f"teacher, {nfe} evaluations"] = _shown(made["ddim/uniform"])
-    student = {}
-    for nfe in nfes if session.teacher is not method.ema else ():
-        generator = torch.Generator().manual_seed(cfg.eval.seed)
-        grid = method.grid if nfe == steps else nfe
-        x = _batched(lambda z, c: method.sample(z, c, generator=generator, grid=grid), z, cond, method)  # noqa: B023
-        student[nfe] = tests.score(x, cond)
-        if nfe == steps:
-            panels[f"student, {steps} evaluations"] = _shown(x)
+            panels[f"teacher, {nfe} evaluations"] = _shown(made[nfe][PLAIN].cpu())
+        if session.teacher is not method.ema:
+            grid, generator = method.grid if nfe == steps else nfe, torch.Generator().manual_seed(cfg.eval.seed)
+            x = _batched(lambda z, c: method.sample(z, c, generator=generator, grid=grid), z, cond, method)  # noqa: B023
+            student[nfe] = tests.score(x, cond)
+            if nfe == steps:
+                panels[f"student, {steps} evaluations"] = _shown(x)
     result = table.build(teacher, free, student)
     result["floor"], result["about"] = tests.floor(), _about(session, len(z))
-    return result, panels
+    return result, dict(sorted(panels.items(), key=lambda item: item[0].startswith("student")))
+
+
+PLAIN = "ddim/uniform"  # the teacher's own row
+
+
+def _on(session: Session, call: Any, z: Tensor, cond: dict[str, Tensor]) -> Any:
+    """`call` on the method's device."""
+    device = next(session.method.student.parameters()).device
+    with torch.no_grad():
+        return call(z.to(device), {k: v.to(device) for k, v in cond.items()})
 
 
 def toy_scores(session: Session) -> dict[str, float]:
@@ -258,7 +283,9 @@ def toy_scores(session: Session) -> dict[str, float]:
 
     `energy` of the student at its own K, `energy_ratio` to the teacher at K by DDIM from the same noise; for
     one-dimensional data `map_error` of the deterministic student against the exact flow map, and `solver_error`, the
-    same for the teacher's N-step solver that a consistency student has as its optimum.
+    same for the teacher's N-step solver that a consistency student has as its optimum. `teacher_error`, where there is
+    a teacher: root mean square distance to where the guided teacher gets from the same noise in 64 DDIM steps, over
+    the data's standard deviation.
     """
     method, tests = session.method, session.suite()
     z, cond = session.noise(session.cfg.eval.samples, session.cfg.eval.seed)
@@ -268,6 +295,9 @@ def toy_scores(session: Session) -> dict[str, float]:
     out["energy_ratio"] = out["energy"] / tests.score(teacher, cond, quick=True)["energy"]
     if method.shape == (1,):
         out["map_error"] = tests.map_error(z, x)
+    if getattr(method, "teacher", None) is not None:
+        exact = solve(Guided(method.teacher, method.guidance), z, Grid.uniform(64), DDIM(), **cond)
+        out["teacher_error"] = float((x - exact).square().mean().sqrt() / tests.x.std())
     return out
 
 
@@ -284,7 +314,6 @@ def _about(session: Session, samples: int) -> dict[str, Any]:
 
 def export(folder: Path, out: Path, allow: tuple[str, ...] = ()) -> Path:
     """The averaged student as a stock diffusers folder."""
-    from distill.export import folder as stock
 
     folder = Path(folder)
     session = open_run(folder, allow)
