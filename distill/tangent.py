@@ -37,9 +37,10 @@ def jvp(
         fn: maps tensors (B, ...) to a tensor (B, ...), sample by sample.
         inputs, tangents: equally many tensors (B, ...) of equal shapes; a zero tangent holds its input fixed.
         method: "forward" (torch.func.jvp) or "difference": (fn(a + h v) - fn(a - h v)) / 2h.
-        step: the largest root-mean-square displacement h |v| of an input in a difference; by default a fifth of the
-            cube root of the precision, 1e-3 in float32 and 1e-6 in float64: truncation against rounding for embeddings
-            of time that turn tens of times faster than their input. Inputs may leave their range by as much.
+        step: of a difference: h = step / max(1, |v|) per sample, |v| the largest root mean square of its tangents, so
+            that no input moves by more than `step` or than `step` times its tangent. By default a fifth of the cube
+            root of the precision, 1e-3 in float32 and 1e-6 in float64: truncation against rounding for embeddings of
+            time that turn tens of times faster than their input.
 
     Raises:
         BadInput: if the network has no forward-mode derivative, or `method` is unknown.
@@ -67,7 +68,7 @@ def _forward(fn, inputs, tangents):
 def _difference(fn, inputs, tangents, step):
     step = torch.finfo(inputs[0].dtype).eps ** (1 / 3) / 5 if step is None else step
     size = torch.stack([v.flatten(1).square().mean(1).sqrt() if v.ndim > 1 else v.abs() for v in tangents]).amax(0)
-    h = step / torch.where(size > 0, size, 1.0)
+    h = step / size.clamp_min(1)
     rewind = Rewind(inputs[0].device)
     value = fn(*inputs)
     with torch.no_grad():

@@ -1,0 +1,120 @@
+r"""sCM: consistency in continuous time (Lu and Song 2024, https://arxiv.org/abs/2410.11081), in TrigFlow's chart:
+
+    x_theta = cos(theta) x + sin(theta) z,   f = cos(theta) x_theta - sin(theta) sd F,   theta in [0, pi/2]
+
+    dx/dtheta = sd F_teacher (distillation)  or  cos(theta) z - sin(theta) x (training, without a teacher)
+    g = -cos^2 (sd F - dx/dtheta) - r (cos sin x_theta + sd JVP_F(cos sin dx/dtheta, cos sin))
+    L = e^-u(theta) / (sd tan theta) |F - sg F - g / (|g| + c)|^2 + u(theta)
+
+with r the tangents' warm-up and u a learned weight. At the optimum, the exact flow map, g = 0.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from distill.denoise import Guided
+from distill.errors import BadInput
+from distill.grid import LogNormalSigma
+from distill.losses.continuous import balanced, descend, normalised, tangent
+from distill.methods.base import Method
+from distill.nets.small import Scalar
+from distill.noise import TrigFlow, bcast, wide
+from distill.solvers import Renoise
+from distill.tangent import Rewind, jvp
+
+
+class SCM(Method):
+    """Distillation with a teacher among the roles (sCD), training on data without one (sCT).
+
+    The student may have any schedule and prediction. Its loss does not show progress: watch `tangent`, the norm of g.
+
+    Args:
+        sigma_data: sd, the data's standard deviation.
+        mean, std: normal law of log(sd tan theta), that is of log(sigma / alpha).
+        warm_up: steps in which r rises from 0, the teacher's velocity as optimum, to 1.
+        c: constant of the tangent's normalisation; none leaves it as it is.
+        jvp: "forward", or "difference" for networks without forward-mode derivatives.
+        base: arguments of Method.
+
+    Raises:
+        BadInput: a student that predicts x, which nothing makes the identity at t = 0; in the first step, a network
+            without forward-mode derivative if jvp is "forward".
+    """
+
+    trainable, frozen = ("student", "balance"), ("teacher",)
+    sampler, serving = Renoise(), "renoise"
+
+    def __init__(
+        self,
+        roles: dict[str, Any],
+        *,
+        sigma_data: float = 1.0,
+        mean: float = -1.0,
+        std: float = 1.4,
+        warm_up: int = 10_000,
+        c: float | None = 0.1,
+        jvp: str = "forward",
+        **base,
+    ):
+        if "teacher" not in roles:
+            self.frozen = ()
+        super().__init__(roles, **base)
+        if self.student.prediction == "x":
+            raise BadInput("roles.student: prediction: x leaves f(x, 0) = x open; give it v, flow or edm for SCM.")
+        self.chart, self.c, self.jvp, self.warm_up = TrigFlow(sigma_data), c, jvp, warm_up
+        self.density = LogNormalSigma(self.chart, mean, std)
+        self.guided = Guided(self.teacher, self.guidance) if self.frozen else None
+
+    def start(self, role, roles):
+        return Balance() if role == "balance" else super().start(role, roles)
+
+    def turns(self, step):
+        yield "student", self.loss
+        yield "balance", lambda *_: balanced(self.value, self.balance(self.theta))
+
+    def loss(self, x, z, cond):
+        sd, told = self.chart.sigma_data, self.student_cond(cond, len(x))
+        t = self.density(len(x), device=x.device, dtype=wide(x).dtype).clamp_max(1 - 1e-4)
+        theta = t * (math.pi / 2)
+        x_t = self.chart.add_noise(x, t, z)
+        F = lambda x_t, theta: self.output(self.student, x_t, theta, told)
+        dx, along = self.velocity(x, z, x_t, theta, cond), theta.cos() * theta.sin()
+        rewind, out = Rewind(x.device), F(x_t, theta)
+        with torch.no_grad(), rewind:
+            _, slope = jvp(F, (x_t, theta), (bcast(along, x) * dx, along), self.jvp)
+            r = min(1.0, self.clock()[0] / self.warm_up) if self.warm_up else 1.0
+            g = tangent(out, slope, x_t, dx, theta, sd, r)
+            self.log_value("student/tangent", g.flatten(1).square().mean(1).sqrt().mean())
+            g = g if self.c is None else normalised(g, self.c)
+            u = self.balance(theta)
+        value = descend(out, g, 1 / (sd * theta.tan()), per_sample=True)
+        self.theta, self.value = theta, value.detach()  # for the balance's turn
+        return balanced(value, u)
+
+    def output(self, denoiser, x_t, theta, cond):
+        """F = (cos x_theta - D) / (sd sin) of any Denoiser, asked in the chart."""
+        x = denoiser.under(self.chart)(x_t, theta / (math.pi / 2), **cond)
+        return (bcast(theta.cos(), x_t) * x_t - x) / (self.chart.sigma_data * bcast(theta.sin(), x_t))
+
+    @torch.no_grad()
+    def velocity(self, x, z, x_t, theta, cond):
+        """dx/dtheta: the guided teacher's, or the sample's own, whose mean given x_theta is the data's."""
+        if self.guided is None:
+            return bcast(theta.cos(), x) * self.chart.sigma_data * z - bcast(theta.sin(), x) * x
+        return self.chart.sigma_data * self.output(self.guided, x_t, theta, cond)
+
+
+class Balance(nn.Module):
+    """u(theta) (B,), 0 at the start."""
+
+    def __init__(self, width: int = 64):
+        super().__init__()
+        self.features, self.out = Scalar(width, zero=True), nn.Linear(width, 1, bias=False)
+
+    def forward(self, theta):
+        return self.out(self.features(theta / (math.pi / 2))).squeeze(1)

@@ -1,0 +1,57 @@
+"""The continuous-time consistency loss against closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from distill.losses.continuous import balanced, descend, normalised, tangent
+from distill.noise import bcast
+
+F64 = torch.float64
+
+
+def test_the_tangent_is_cos_times_the_derivative_of_f():
+    """f = cos x - sin sd F along x(theta) = theta^2 a, F = sin(3 theta) x, by hand."""
+    sd = 0.7
+    theta = torch.linspace(0.1, 1.5, 9, dtype=F64)
+    a = torch.randn(9, 2, dtype=F64)
+    x, dx = bcast(theta**2, a) * a, bcast(2 * theta, a) * a
+    F = lambda th: bcast(torch.sin(3 * th) * th**2, a) * a
+    f = lambda th: bcast(th.cos() * th**2, a) * a - bcast(th.sin(), a) * sd * F(th)
+    _, slope = torch.func.jvp(F, (theta,), (theta.cos() * theta.sin(),))
+    _, df = torch.func.jvp(f, (theta,), (torch.ones_like(theta),))
+    g = tangent(F(theta), slope, x, dx, theta, sd)
+    torch.testing.assert_close(g, bcast(theta.cos(), a) * df, rtol=1e-12, atol=1e-12)
+
+
+def test_without_warm_up_the_optimum_is_the_velocity():
+    x, dx, slope = torch.randn(3, 5, 2, dtype=F64)
+    theta = torch.rand(5, dtype=F64)
+    assert tangent(dx / 0.5, slope, x, dx, theta, sd=0.5, r=0.0).abs().max() < 1e-15
+
+
+def test_the_gradient_is_minus_two_g_weight_over_the_elements():
+    F = torch.randn(6, 3, 4, dtype=F64, requires_grad=True)
+    g, weight = torch.randn(6, 3, 4, dtype=F64), torch.rand(6, dtype=F64)
+    descend(F, g, weight, per_sample=True).sum().backward()
+    torch.testing.assert_close(F.grad, -2 * g * bcast(weight, g) / 12)
+
+
+def test_the_normalised_tangent_is_below_one_and_keeps_its_direction():
+    g = torch.randn(8, 50, dtype=F64) * torch.logspace(-6, 6, 8, dtype=F64)[:, None]
+    n = normalised(g, 0.1)
+    size = n.square().mean(1).sqrt()
+    assert (size < 1).all() and size[-1] > 0.999 and abs(size[0] / (g[0].square().mean().sqrt() / 0.1) - 1) < 1e-4
+    torch.testing.assert_close(torch.cosine_similarity(n, g), torch.ones(8, dtype=F64))
+
+
+def test_the_optimum_of_the_balance_is_the_log_of_the_value():
+    value = torch.tensor([0.1, 1.0, 30.0], dtype=F64)
+    u = value.log().requires_grad_()
+    balanced(value, u).backward()
+    assert u.grad.abs().max() < 1e-15
+    up = (value.log() + 0.1).requires_grad_()
+    balanced(value, up).backward()
+    assert (up.grad > 0).all() and math.isclose(balanced(value, u).item(), (1 + value.log()).mean().item())
