@@ -112,6 +112,11 @@ class Denoiser(nn.Module):
             return self.net.null(cond)
         return {k: torch.full_like(v, -1) if k == "label" else v for k, v in cond.items()}
 
+    def drop(self, cond: dict, mask: Tensor) -> dict:
+        """`cond` with the unconditional condition where `mask` (B,), for training with dropped conditions."""
+        null = self.null(cond)
+        return {k: torch.where(bcast(mask, v), null[k], v) if torch.is_tensor(v) else v for k, v in cond.items()}
+
     def under(self, schedule: Schedule) -> Denoiser:
         """The same model, weights shared, asked about x_t of another schedule."""
         return Under(self, schedule)

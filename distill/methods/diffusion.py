@@ -40,12 +40,7 @@ class Diffusion(Method):
     def loss(self, x, z, cond):
         t = self.density(len(x), device=x.device)
         if self.drop_label and cond:
-            cond = drop(cond, self.student.null(cond), torch.rand_like(t) < self.drop_label)
+            cond = self.student.drop(cond, torch.rand_like(t) < self.drop_label)
         x_t = self.student.schedule.add_noise(x, t, z)
         native = self.student.native(x_t, t, **cond)
         return mse(native, self.student.from_x(x, x_t, t))
-
-
-def drop(cond, null, mask):
-    """`null` where `mask` (B,), else `cond`, for every condition."""
-    return {k: torch.where(mask.view(-1, *[1] * (v.ndim - 1)), null[k], v) for k, v in cond.items()}
