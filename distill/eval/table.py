@@ -1,10 +1,10 @@
 """The numbers of a run as one nested dict, on the terminal, in markdown and in metrics.json.
 
-    {"rows": {row: {nfe: {metric: value}}},
+    {"teacher": {nfe: {metric: value}}, "training_free": ..., "student": ...,
      "solvers": {nfe: {metric: name}},
-     "training_free": {nfe: {name: {metric: value}}}}
+     "every_solver": {nfe: {name: {metric: value}}}}
 
-Rows are "teacher", "training-free best" and "student"; nfe is a string, network evaluations per sample, so that the
+"training_free" is the best solver of each metric and "solvers" its name; nfe is a string, network evaluations per sample, so that the
 dict is the same before and after JSON.
 """
 
@@ -23,7 +23,7 @@ Scores = Mapping[int, Mapping[str, float]]  # {nfe: {metric: value}}
 
 HIGHER = frozenset({"precision", "recall", "accuracy"})  # of these more is better; of all others less
 SIGNED = frozenset({"nll_gap"})  # best at zero
-BEST = "training-free best"
+ROWS = {"teacher": "teacher", "training_free": "training-free best", "student": "student"}  # key -> title
 
 
 def better(metric: str, a: float, b: float) -> bool:
@@ -38,7 +38,7 @@ def better(metric: str, a: float, b: float) -> bool:
 def build(teacher: Scores, training_free: Mapping[int, Mapping[str, Mapping[str, float]]], student: Scores) -> dict:
     """The nested dict of a run from `{nfe: {metric: value}}` of teacher and student and the scores of every solver.
 
-    The row "training-free best" takes, for each NFE and each metric by itself, the solver that is best at it: the
+    The row "training_free" takes, for each NFE and each metric by itself, the solver that is best at it: the
     hardest opponent a student can have, no single solver need reach it. "solvers" names the winners.
     """
     best: dict[str, dict[str, float]] = {}
@@ -49,8 +49,14 @@ def build(teacher: Scores, training_free: Mapping[int, Mapping[str, Mapping[str,
             for metric, value in scores.items():
                 if metric not in row or better(metric, value, row[metric]):
                     row[metric], names[metric] = value, name
-    rows = {"teacher": _keys(teacher), BEST: best, "student": _keys(student)}
-    return {"rows": rows, "solvers": winners, "training_free": {str(nfe): dict(s) for nfe, s in training_free.items()}}
+    every = {str(nfe): dict(s) for nfe, s in training_free.items()}
+    row = {"teacher": _keys(teacher), "training_free": best, "student": _keys(student)}
+    return row | {"solvers": winners, "every_solver": every}
+
+
+def rows(metrics: dict) -> dict[str, dict[str, dict[str, float]]]:
+    """Title -> {nfe: {metric: value}} of the rows that `metrics` holds."""
+    return {title: metrics[key] for key, title in ROWS.items() if key in metrics}
 
 
 def write(metrics: dict, path: str | os.PathLike) -> Path:
@@ -78,8 +84,8 @@ def read(path: str | os.PathLike) -> dict:
         metrics = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BadInput(f"{path} cannot be read as metrics ({error}); run the evaluation again.") from None
-    if not isinstance(metrics, dict) or "rows" not in metrics:
-        raise BadInput(f"{path} holds no 'rows'; it is not a metrics.json of an evaluation.")
+    if not isinstance(metrics, dict) or not rows(metrics):
+        raise BadInput(f"{path} holds no row of a model; it is not a metrics.json of an evaluation.")
     return metrics
 
 
@@ -130,7 +136,7 @@ def _keys(scores: Scores) -> dict[str, dict[str, float]]:
 
 def _names(metrics: dict, names: Sequence[str] | None) -> list[str]:
     """Metrics to show, in the order first seen; `BadInput` for one that no row has."""
-    seen = list(dict.fromkeys(m for row in metrics["rows"].values() for values in row.values() for m in values))
+    seen = list(dict.fromkeys(m for row in rows(metrics).values() for values in row.values() for m in values))
     for name in names or ():
         if name not in seen:
             raise BadInput(f"metric '{name}' was not measured; there are {', '.join(seen)}.{suggest(name, seen)}")
@@ -139,16 +145,16 @@ def _names(metrics: dict, names: Sequence[str] | None) -> list[str]:
 
 def _columns(metrics: dict, names: Sequence[str]) -> list[tuple[str, str]]:
     """(metric, nfe) pairs that at least one row has, metric by metric, NFE ascending."""
-    rows = metrics["rows"].values()
-    counts = sorted({nfe for row in rows for nfe in row}, key=int)
-    return [(m, n) for m in names for n in counts if any(m in row.get(n, {}) for row in rows)]
+    found = rows(metrics).values()
+    counts = sorted({nfe for row in found for nfe in row}, key=int)
+    return [(m, n) for m in names for n in counts if any(m in row.get(n, {}) for row in found)]
 
 
 def _cells(metrics: dict, names: Sequence[str]) -> dict[str, list[tuple[str, bool]]]:
     """Text of each cell and whether it is the best of its column (no rival, no best)."""
-    out: dict[str, list[tuple[str, bool]]] = {row: [] for row in metrics["rows"]}
+    out: dict[str, list[tuple[str, bool]]] = {row: [] for row in rows(metrics)}
     for metric, nfe in _columns(metrics, names):
-        column = {row: values.get(nfe, {}).get(metric, math.nan) for row, values in metrics["rows"].items()}
+        column = {row: values.get(nfe, {}).get(metric, math.nan) for row, values in rows(metrics).items()}
         column = {row: math.nan if value is None else value for row, value in column.items()}
         rivals = [value for value in column.values() if math.isfinite(value)]
         for row, value in column.items():

@@ -88,9 +88,10 @@ def _metrics(metrics: dict) -> str:
     """A table: a line for each metric or, for the nested dict of metrics.json, for each model and NFE."""
     if not metrics:
         return ""
-    if "rows" not in metrics:
+    models = {key: metrics[key] for key in ("teacher", "training_free", "student") if key in metrics}
+    if not models:
         return _table(["metric", "value"], [[name, _number(value)] for name, value in metrics.items()])
-    lines = [(model, nfe, scores) for model, row in metrics["rows"].items() for nfe, scores in row.items()]
+    lines = [(model, nfe, scores) for model, row in models.items() for nfe, scores in row.items()]
     names = list(dict.fromkeys(name for *_, scores in lines for name in scores))
     return _table(["model", "evaluations", *names],
                   [[model, nfe, *(_number(scores.get(name)) for name in names)] for model, nfe, scores in lines])

@@ -37,11 +37,11 @@ def show(run, width, **kw):
 
 
 def test_the_best_training_free_solver_is_chosen_metric_by_metric(run):
-    assert run["rows"]["training-free best"]["4"] == {"fd": 4.0, "recall": 0.7, "nll_gap": 0.2}
+    assert run["training_free"]["4"] == {"fd": 4.0, "recall": 0.7, "nll_gap": 0.2}
     assert run["solvers"]["4"] == {"fd": "dpmpp_2m/karras", "recall": "ddim/uniform", "nll_gap": "dpmpp_2m/karras"}
-    assert run["rows"]["training-free best"]["2"] == {}
-    assert run["training_free"]["4"]["ddim/uniform"]["fd"] == 9.0
-    assert run["rows"]["teacher"] == {"50": TEACHER[50]} and run["rows"]["student"] == {"4": STUDENT[4]}
+    assert run["training_free"]["2"] == {}
+    assert run["every_solver"]["4"]["ddim/uniform"]["fd"] == 9.0
+    assert run["teacher"] == {"50": TEACHER[50]} and run["student"] == {"4": STUDENT[4]}
 
 
 @pytest.mark.parametrize("names", [("heun/uniform", "ddim/uniform"), ("ddim/uniform", "heun/uniform")])
@@ -118,17 +118,17 @@ def test_metrics_json_comes_back_equal_with_nan_as_null(run, tmp_path):
     text = path.read_text()
     assert "NaN" not in text and stat.S_IMODE(path.stat().st_mode) == 0o644
     back = table.read(path)
-    assert back["training_free"]["4"]["heun/uniform"]["fd"] is None
-    assert back["rows"] == run["rows"] and back["solvers"] == run["solvers"]
+    assert back["every_solver"]["4"]["heun/uniform"]["fd"] is None
+    assert table.rows(back) == table.rows(run) and back["solvers"] == run["solvers"]
     assert table.markdown(back) == table.markdown(run) and show(back, 80) == show(run, 80)
-    odd = table.write({"rows": {}, "floor": [math.inf, 1.0, "x"]}, tmp_path / "odd.json")
+    odd = table.write({"student": {}, "floor": [math.inf, 1.0, "x"]}, tmp_path / "odd.json")
     assert table.read(odd)["floor"] == [None, 1.0, "x"]
-    assert table.markdown({"rows": {"student": {"4": {"fd": None}}}}).splitlines()[2] == "| student | – |"
+    assert table.markdown({"student": {"4": {"fd": None}}}).splitlines()[2] == "| student | – |"
 
 
 @pytest.mark.parametrize("broken", ["fsync", "replace"])
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(run, tmp_path, monkeypatch, broken):
-    path = table.write({"rows": {}}, tmp_path / "metrics.json")
+    path = table.write({"student": {}}, tmp_path / "metrics.json")
 
     def full(*_):
         raise OSError("No space left on device")
@@ -136,7 +136,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(run, tmp_path, monk
     monkeypatch.setattr(os, broken, full)
     with pytest.raises(OSError, match="No space"):
         table.write(run, path)
-    assert json.loads(path.read_text()) == {"rows": {}}
+    assert json.loads(path.read_text()) == {"student": {}}
     assert os.listdir(tmp_path) == ["metrics.json"]
 
 

@@ -35,7 +35,7 @@ def test_card_shortens_long_grids_and_names_the_null_class():
 
 def test_card_lays_out_the_nested_metrics_of_a_run():
     rows = {"teacher": {"1": {"fid": 3.14159}, "4": {"fid": 2.5, "recall": 1}}, "student": {"4": {"fid": None}}}
-    text = card(RECORD | {"metrics": {"rows": rows, "solvers": {"1": {"fid": "heun"}}}}, None, "mine", False)
+    text = card(RECORD | {"metrics": rows | {"solvers": {"1": {"fid": "heun"}}}}, None, "mine", False)
     for line in ("| model | evaluations | fid | recall |", "| teacher | 1 | 3.142 |  |", "| teacher | 4 | 2.5 | 1 |",
                  "| student | 4 |  |  |"):
         assert line in text, line
