@@ -19,6 +19,7 @@ from distill.denoise import Guided
 from distill.losses.matching import importance, matching
 from distill.losses.regression import mse
 from distill.methods.base import Method
+from distill.noise import wide
 
 
 class TDM(Method):
@@ -61,8 +62,8 @@ class TDM(Method):
     @torch.no_grad()
     def draw(self, x, z, cond):
         """The student's trajectory x_{t_K} = z, ..., x_{t_1}, shared by both turns: (K, B, ...)."""
-        told, path = self.student_cond(cond, len(z)), [z]
-        for t, s in pairwise(self.grid.tensor(z.device)[:-1].unsqueeze(1).expand(-1, len(z))):
+        told, path = self.student_cond(cond, len(z)), [wide(z)]
+        for t, s in pairwise(self.grid.tensor(z.device, wide(z).dtype)[:-1].unsqueeze(1).expand(-1, len(z))):
             x = self.student(path[-1], t, **told)
             path.append(self.sampler.step(self.schedule, x, path[-1], t, s))
         return torch.stack(path[::-1]), cond, told
@@ -71,7 +72,7 @@ class TDM(Method):
         """x = G(x_t, t), x_u ~ q(x_u | x_s), u and the noise that made x_u, in a segment drawn per sample."""
         n = path.shape[1]
         k = self.grid.draw(n).to(path.device)
-        t, s = self.grid.segment(k)
+        t, s = self.grid.segment(k, path.dtype)
         x_t = path[k - 1, torch.arange(n, device=path.device)]
         x = self.student(x_t, t, **told)
         low = s.clamp_min(self.margin)
