@@ -1,0 +1,69 @@
+r"""MMD-DDM: finetune a diffusion model for a fixed number of steps (Aiello et al., 2023), https://arxiv.org/abs/2301.07969.
+
+    x = z -> x_{t_{K-1}} -> ... -> x_0 by K DDIM steps of the student, the graph kept through all of them
+    L = MMD^2_u( features(x), features(data) ),  the unbiased estimate
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from distill.losses.mmd import mmd
+from distill.methods.base import Method
+from distill.solvers import DDIM, solve
+
+
+class MMD(Method):
+    """One network and one turn; the teacher is where the student starts and the baseline, and is never evaluated.
+
+    Args:
+        kernel: `cubic` or `rbf`.
+        bandwidths: of the RBF kernels, in units of sqrt(features).
+        recompute: keep no activations of the K steps, but compute them again in the backward pass.
+        clamp: clip samples to [-1, 1] before the features, as image networks expect; no gradient outside.
+        base: arguments of Method. `roles.features`, a module x (B, ...) -> (B, d), is optional: none compares samples.
+    """
+
+    trainable, frozen = ("student",), ("teacher", "features")
+    sampler, serving = DDIM(), "ode"
+
+    def __init__(
+        self,
+        roles: dict[str, Any],
+        *,
+        kernel: str = "cubic",
+        bandwidths: list[float] | tuple[float, ...] = (0.5**0.5,),
+        recompute: bool = True,
+        clamp: bool = False,
+        **base,
+    ):
+        super().__init__({"features": nn.Flatten()} | roles, **base)
+        mmd(torch.zeros(2, 1), torch.zeros(2, 1), kernel)  # refuses an unknown name
+        self.kernel, self.bandwidths, self.recompute, self.clamp = kernel, tuple(bandwidths), recompute, clamp
+
+    def turns(self, step):
+        yield "student", self.loss
+
+    def loss(self, data, z, cond):
+        denoiser = Recomputed(self.student) if self.recompute else self.student
+        x = solve(denoiser, z, self.grid, self.sampler, **self.student_cond(cond, len(z)))
+        with torch.no_grad():
+            real = self.seen(data)
+        return mmd(self.seen(x), real, self.kernel, self.bandwidths)
+
+    def seen(self, x):
+        return self.features(x.clamp(-1, 1) if self.clamp else x)
+
+
+class Recomputed:
+    """A denoiser whose activations are computed again in the backward pass: memory of one step instead of K."""
+
+    def __init__(self, denoiser):
+        self.denoiser, self.schedule = denoiser, denoiser.schedule
+
+    def __call__(self, x_t, t, **cond):
+        return checkpoint(self.denoiser, x_t, t, use_reentrant=False, **cond)
