@@ -11,6 +11,9 @@ MeanFlow, https://arxiv.org/abs/2505.13447; Align Your Flow, https://arxiv.org/a
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
 from distill.errors import BadInput
@@ -31,13 +34,31 @@ class FlowMap(Solver):
         self.gamma, self.stochastic = gamma, gamma > 0
 
     def __call__(self, denoiser, x_t, t, s, *, history=None, noise=None, **cond):
-        schedule, u = denoiser.schedule, (1 - self.gamma) * s
+        schedule, u = denoiser.schedule, self.landing(denoiser.schedule, s)
         x_u = self.step(schedule, denoiser(x_t, t, s=u, **cond), x_t, t, u)
         return schedule.transition(x_u, u, s, self._needs(noise)) if self.stochastic else x_u
+
+    def landing(self, schedule: Schedule, s: Tensor) -> Tensor:
+        """u (B,), where a step to s lands before it is noised."""
+        return (1 - self.gamma) * s
 
     def step(self, schedule: Schedule, x: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """x_s for x = G(x_t, t, s) already known."""
         return ddim(schedule, x, x_t, t, s)
+
+
+class Gamma(FlowMap):
+    r"""CTM's gamma-sampler: the fresh noise is the share gamma of x_s's, in units of alpha_s:
+
+    sigma_u / alpha_u = sqrt(1 - gamma^2) sigma_s / alpha_s,   x_s = alpha_s / alpha_u x_u + gamma sigma_s noise.
+
+    Kim et al. 2023, https://arxiv.org/abs/2310.02279, Algorithm 3.
+    """
+
+    def landing(self, schedule, s):
+        if self.gamma == 1:
+            return torch.zeros_like(s)
+        return schedule.time(schedule.log_snr(s) - math.log1p(-(self.gamma**2)))
 
 
 def flow(denoiser, x_t: Tensor, t: Tensor, **cond) -> Tensor:

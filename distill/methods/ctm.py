@@ -1,0 +1,120 @@
+r"""Consistency trajectory models (Kim et al. 2023, https://arxiv.org/abs/2310.02279), without their GAN term.
+
+The student g(x_t, t, s) is told where it goes; its jump is the DDIM step G(x_t, t, s) = ddim(g, x_t: t -> s), which is
+sigma_s/sigma_t x_t + (1 - sigma_s/sigma_t) g in EDM's chart. On a grid of N times, for one n for all and t = t_j,
+u = t_{j-n}, s = t_i <= u per sample:
+
+    x_u = n steps of the guided teacher's ODE from x_t
+    e   = G_target( G(x_t, t, s), s, 0 ),   e_ = sg G_target( G(x_u, u, s), s, 0 )
+    L   = |e - e_|^2 + lambda |g(x_t, t, t) - x|^2,   lambda = |d L_1 / d last| / |d L_2 / d last|
+
+The target's weights are fixed, but e's gradient passes through it to the student's jump. Optimum: the solver's map.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from distill.denoise import Guided
+from distill.errors import BadInput
+from distill.grid import Uniform
+from distill.losses.regression import mse
+from distill.methods.base import Method
+from distill.noise import wide
+from distill.solvers import ddim
+from distill.solvers import solver as solver_of
+from distill.solvers.flowmap import Gamma
+from distill.tangent import Rewind
+
+
+class CTM(Method):
+    """A student that jumps from any time to any smaller one.
+
+    Args:
+        intervals: N, for t_j = j/N.
+        longest: the most teacher steps in one jump from t to u; N by default.
+        solver: the teacher's ODE step, by name.
+        target_ema: decay of the target network.
+        gamma: of the sampler: 0 is deterministic, 1 noises the predicted data afresh at every step.
+        denoise: factor on lambda; the denoising term's target is the guided teacher where `guidance` is not 1.
+        density: law of t of the denoising term.
+        base: arguments of Method.
+
+    Raises:
+        BadInput: if the student's network has no input s.
+    """
+
+    def __init__(
+        self,
+        roles: dict[str, Any],
+        *,
+        intervals: int = 18,
+        longest: int | None = None,
+        solver: str = "heun",
+        target_ema: float = 0.999,
+        gamma: float = 0.0,
+        denoise: float = 1.0,
+        density: Any = None,
+        **base,
+    ):
+        super().__init__(roles, averages={"target": ("student", target_ema)}, **base)
+        if not getattr(self.student.net, "flow_map", False):
+            raise BadInput("roles.student: CTM needs a network with an input s; set flow_map: true.")
+        self.intervals, self.longest = intervals, min(longest or intervals, intervals)
+        self.solver, self.sampler = solver_of(solver), Gamma(gamma)
+        self.denoise, self.density = denoise, density or Uniform(1e-3, 1.0)
+        self.guided, self.schedule = Guided(self.teacher, self.guidance), self.student.schedule
+
+    def turns(self, step):
+        yield "student", self.loss
+
+    def loss(self, x, z, cond):
+        jump, denoise = self.jump_loss(x, z, cond), self.denoise_loss(x, z, cond)
+        self.log_value("student/jump", jump)
+        return jump + self.denoise * self.balance(jump, denoise) * denoise
+
+    def jump_loss(self, x, z, cond):
+        n = int(torch.randint(1, self.longest + 1, (), generator=self.shared))  # the same on all ranks
+        j = torch.randint(n, self.intervals + 1, (len(x),), device=x.device)
+        i = (torch.rand(len(x), device=x.device) * (j - n + 1)).long()
+        t, s = self.time(j, x), self.time(i, x)
+        told, x_t = self.student_cond(cond, len(x)), self.schedule.add_noise(x, t, z)
+        with torch.no_grad():
+            x_u = x_t
+            for k in range(n):
+                x_u = self.solver(self.guided, x_u, self.time(j - k, x), self.time(j - k - 1, x), **cond)
+        rewind = Rewind(x.device)
+        e = self.landed(x_t, t, s, told)
+        with torch.no_grad(), rewind:
+            target = self.landed(x_u, self.time(j - n, x), s, told)
+        return mse(e, target)
+
+    def landed(self, x_t, t, s, told):
+        """The student's jump from t to s, carried on to the data by the target."""
+        x_s = jump(self.student, x_t, t, s, told)
+        return jump(self.target, x_s, s, torch.zeros_like(s), told)
+
+    def denoise_loss(self, x, z, cond):
+        t = self.density(len(x), device=x.device, dtype=wide(x).dtype)
+        x_t = self.schedule.add_noise(x, t, z)
+        if self.guidance != 1:
+            with torch.no_grad():
+                x = self.guided(x_t, t, **cond)
+        native = self.student.native(x_t, t, s=t, **self.student_cond(cond, len(x)))
+        return mse(native, self.student.from_x(x, x_t, t))
+
+    def balance(self, jump, denoise):
+        """lambda: the ratio of the two gradients' norms at the network's last weight matrix, at most 1e4."""
+        last = [p for p in self.student.parameters() if p.requires_grad and p.ndim > 1][-1]
+        above, below = (torch.autograd.grad(a, last, retain_graph=True)[0].norm() for a in (jump, denoise))
+        return (above / (below + 1e-4)).clamp_max(1e4).detach()
+
+    def time(self, j, x):
+        return j.to(wide(x).dtype) / self.intervals
+
+
+def jump(student, x_t, t, s, told):
+    """G(x_t, t, s); x_t itself where s = t."""
+    return ddim(student.schedule, student(x_t, t, s=s, **told), x_t, t, s)
