@@ -1,0 +1,104 @@
+r"""LADD, latent adversarial diffusion distillation (Sauer et al., 2024), https://arxiv.org/abs/2403.12015.
+
+    x = G(x_t, t), x_t = data noised to a time t of the grid, or the student's rollout;  x_u = alpha_u x + sigma_u noise
+    head     min_h  softplus(-h(data_u)) + softplus(h(sg x_u)) (+ R1),  h on features of a frozen denoiser
+    student  softplus(-h(x_u))  (+ c alpha_u |x - sg D_w(sg x_u)|^2, the distillation loss of ADD)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.denoise import Guided
+from distill.grid import LogitNormal
+from distill.losses.adversarial import discriminate, generator
+from distill.losses.regression import mse
+from distill.methods.base import Method
+from distill.nets.heads import Head, Layers
+from distill.solvers import Renoise
+
+
+class LADD(Method):
+    """Head and student take turns on data, best on the teacher's own samples.
+
+    Args:
+        head_turns: the student has a turn every `head_turns`-th step, the head every step.
+        layers: names of layers to read, see `nets.heads.Layers`; of `roles.features` if given, else of the teacher.
+        form: `softplus` or `hinge`.
+        r1, r1_step: weight of the head's gradient penalty, and the step that approximates it; none: exact.
+        simulate: start from the student's own rollout instead of noised data.
+        same_noise: noise data and sample alike in the head's turn.
+        distillation: c; the paper of ADD (https://arxiv.org/abs/2311.17042) has 2.5, LADD none.
+        density: law of u.
+        base: arguments of Method.
+    """
+
+    trainable, frozen = ("head", "student"), ("teacher", "features")
+    sampler, serving = Renoise(), "renoise"
+
+    def __init__(
+        self, roles: dict[str, Any], *, head_turns: int = 1, layers: str | list[str] = "mid_block",
+        form: str = "softplus", r1: float = 0.0, r1_step: float | None = 0.01, simulate: bool = False,
+        same_noise: bool = False, distillation: float = 0.0, density: Any = None, **base,
+    ):  # fmt: skip
+        self.layers = layers
+        if "features" not in roles:
+            self.frozen = ("teacher",)
+        generator(torch.zeros(1), form)  # refuses an unknown name
+        super().__init__(roles, **base)
+        self.head_turns, self.form, self.r1, self.r1_step = head_turns, form, r1, r1_step
+        self.from_rollout, self.same_noise, self.distillation = simulate, same_noise, distillation
+        self.density, self.schedule = density or LogitNormal(1.0, 1.0), self.teacher.schedule
+        self.guided = Guided(self.teacher, self.guidance)
+
+    def start(self, role, roles):
+        if role != "head":
+            return super().start(role, roles)
+        return Head.of(self.read(), self.reader.net.shape)
+
+    @property
+    def reader(self):
+        return self.features if "features" in self.frozen else self.teacher
+
+    def read(self) -> Layers:
+        return Layers(self.reader, self.layers)
+
+    def turns(self, step):
+        yield "head", self.head_loss
+        if (step + 1) % self.head_turns == 0:
+            yield "student", self.student_loss
+
+    def draw(self, x, z, cond):
+        told = self.student_cond(cond, len(z))
+        x_t, t = self.simulate(z, told) if self.from_rollout else self.from_data(x, z)
+        with torch.no_grad():
+            return x, self.student(x_t, t, **told), cond, lambda: self.student(x_t, t, **told)
+
+    def from_data(self, x, z):
+        """Data noised to t_k, k ~ U{1..K} per sample; at t_K = 1 as the sampler starts, from z alone."""
+        t, _ = self.grid.segment(self.grid.draw(len(z), device=z.device), z.dtype)
+        return torch.where((t == 1).view(-1, *[1] * (z.ndim - 1)), z, self.schedule.add_noise(x, t, z)), t
+
+    def logit(self, x_u: Tensor, u: Tensor, cond: dict) -> Tensor:
+        return self.head(self.read()(x_u, u, **cond))
+
+    def head_loss(self, data, x, cond, *_):
+        u, noise = self.density(len(x), device=x.device, dtype=x.dtype), torch.randn_like(x)
+        x_u = self.schedule.add_noise(x, u, noise)
+        data_u = self.schedule.add_noise(data, u, noise if self.same_noise else torch.randn_like(noise)).to(x_u)
+        step = torch.randn_like(noise)
+        return discriminate(lambda y: self.logit(y, u, cond), data_u, x_u, step, self.r1, self.r1_step, self.form)
+
+    def student_loss(self, data, _, cond, sample):
+        x = sample()
+        u = self.density(len(x), device=x.device, dtype=x.dtype)
+        x_u = self.schedule.add_noise(x, u, torch.randn_like(x))
+        loss = generator(self.logit(x_u, u, cond), self.form)
+        if self.distillation:
+            with torch.no_grad():
+                target = self.guided(x_u, u, **cond)
+            loss = loss + self.distillation * mse(x, target, self.schedule.alpha(u).to(x))
+        return loss
