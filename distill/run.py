@@ -285,7 +285,8 @@ def toy_scores(session: Session) -> dict[str, float]:
     one-dimensional data `map_error` of the deterministic student against the exact flow map, and `solver_error`, the
     same for the teacher's N-step solver that a consistency student has as its optimum. `teacher_error`, where there is
     a teacher: root mean square distance to where the guided teacher gets from the same noise in 64 DDIM steps, over
-    the data's standard deviation.
+    the data's standard deviation. `reward_gap`, where a method has a `metric`: the data's mean score minus the
+    student's, negative when the student scores better.
     """
     method, tests = session.method, session.suite()
     z, cond = session.noise(session.cfg.eval.samples, session.cfg.eval.seed)
@@ -295,6 +296,8 @@ def toy_scores(session: Session) -> dict[str, float]:
     out["energy_ratio"] = out["energy"] / tests.score(teacher, cond, quick=True)["energy"]
     if method.shape == (1,):
         out["map_error"] = tests.map_error(z, x)
+    if getattr(method, "metric", None) is not None:
+        out["reward_gap"] = float(method.metric(tests.x).mean() - method.metric(x).mean())
     if getattr(method, "teacher", None) is not None:
         exact = solve(Guided(method.teacher, method.guidance), z, Grid.uniform(64), DDIM(), **cond)
         out["teacher_error"] = float((x - exact).square().mean().sqrt() / tests.x.std())
