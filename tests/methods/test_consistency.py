@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from affine import F64, STD, Affine, batch, fixed_point, karras
+from slopes import F64, STD, Affine, batch, fixed_point, karras
 from torch import nn
 
 from distill.denoise import Denoiser, Gaussian

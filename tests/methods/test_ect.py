@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from affine import F64, STD, Affine, batch, fixed_point, karras, square
+from slopes import F64, STD, Affine, batch, fixed_point, karras, square
 from torch import nn
 
 from distill.denoise import Denoiser
