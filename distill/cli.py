@@ -213,5 +213,23 @@ def data_idx(src: Path, out: Path) -> None:
     click.echo(f"{out}: written.")
 
 
+@data.command("pairs")
+@click.argument("config_file", metavar="CONFIG", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("-n", "count", default=10_000, show_default=True, help="Number of pairs.")
+@click.option("--seed", default=0, show_default=True)
+def data_pairs(config_file: Path, out: Path, count: int, seed: int) -> None:
+    """Noise, and where the teacher's ODE takes it, by the solver and guidance of CONFIG's Reflow, to shards in OUT.
+
+    \b
+    Example:
+      distill data pairs configs/toy/reflow.yaml data/pairs -n 20000
+    """
+    from distill import config, run
+
+    run.pairs(config.load([config_file]), out, count, seed, _allow())
+    click.echo(f"{out}: {count} pairs.")
+
+
 if __name__ == "__main__":
     main()

@@ -115,7 +115,7 @@ def train(cfg: DictConfig, folder: Path, resume: bool = False, allow: tuple[str,
     if state is None or state["step"] < cfg.train.steps:
         fit(
             session.method,
-            lambda start: session.data.loader(start=start),
+            session.data,
             cfg.train.steps,
             calls,
             accelerator=cfg.train.accelerator,
@@ -218,6 +218,20 @@ def sample(folder: Path, out: Path, n: int = 100, seed: int = 0, allow: tuple[st
     x = session.method.sample(z, cond, generator=generator)
     session.suite().picture({f"{session.method.grid.steps} evaluations": x}, out)
     return Path(out)
+
+
+def pairs(cfg: DictConfig, out: Path, count: int, seed: int = 0, allow: tuple[str, ...] = ()) -> None:
+    """Shards of noise and where the teacher's ODE takes it, solved as the config's method would in its loop."""
+    from distill.data import pairs as stored
+
+    method = (session := assemble(cfg, allow)).method
+    if not hasattr(method, "endpoint"):
+        raise BadInput(f"{type(method).__name__} does not train on pairs: give a recipe of distill.methods.Reflow.")
+    method.to("cuda" if torch.cuda.is_available() else "cpu")
+    about = f"{type(method.solver).__name__} in {len(method.times) - 1} steps, w = {method.guidance:g}"
+    stored.write(
+        out, method.endpoint, method.teacher, count, method.shape, classes=session.data.info.classes, about=about, seed=seed
+    )
 
 
 def evaluate(folder: Path, samples: int | None = None, allow: tuple[str, ...] = ()) -> dict[str, Any]:

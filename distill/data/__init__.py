@@ -4,6 +4,7 @@ A source has `.info` (shape, classes, count), `.batch_size`, `.loader(rank, worl
 batches whose n-th item depends on (seed, rank, world, n) only, and `.all()`, a fixed set for evaluation:
 
     shards.Shards     webdataset shards on disk             x, label, caption
+    pairs.Pairs       a teacher's solved pairs on disk      x, z, label
     toy.Samples       draws from an exact distribution      x, label
     toy.Conditions    no data, for methods that need none   label
 

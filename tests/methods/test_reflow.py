@@ -1,10 +1,14 @@
 """Reflow: pairs of the teacher, straight paths at the optimum, one Euler step that is exact."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from exact import Pair, drawn, gradient, student
 
+from distill import config, run
 from distill.denoise import Denoiser, Gaussian, GaussianMixture
+from distill.errors import BadInput
 from distill.methods import Reflow
 from distill.nets.small import MLP
 from distill.noise import RectifiedFlow, Table, TrigFlow, VPCosine, VPLinear
@@ -14,6 +18,7 @@ SCHEDULES = {"flow": RectifiedFlow(), "shift": RectifiedFlow(3.0), "cosine": VPC
              "trig": TrigFlow(), "table": Table([0.9, 0.6, 0.3, 0.05])}
 every = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 STD = 0.5
+RECIPE = Path(__file__).parents[2] / "configs" / "toy" / "reflow.yaml"
 
 
 def method(schedule, teacher=None, net=None, **kw):
@@ -111,3 +116,20 @@ def test_distillation_sees_the_grids_times_and_its_own_start():
     assert set(t.tolist()) == {0.25, 0.5, 0.75, 1.0}
     last = t == 1
     torch.testing.assert_close(x_t[last], z[last] * 0.95**0.5, atol=1e-12, rtol=0)
+
+
+def test_a_run_trains_on_stored_pairs(tmp_path):
+    recipe = config.load([RECIPE], ["log.wandb=disabled", "train.steps=3", "train.validate_every=0", "train.threads=1"])
+    run.pairs(recipe, tmp_path / "pairs", 64)
+    recipe.data = {"_target_": "distill.data.pairs.Pairs", "path": str(tmp_path / "pairs" / "train"), "batch_size": 16,
+                   "teacher": recipe.roles.teacher}
+    session = run.assemble(recipe)
+    batch = next(session.data.loader())
+    torch.testing.assert_close(session.method.endpoint(batch["z"], {}), batch["x"])
+    session.method.endpoint = None  # a run on stored pairs must not solve
+    optimizers = session.method.configure_optimizers()
+    session.method.optimizers, session.method.manual_backward = (lambda: optimizers), (lambda loss: loss.backward())
+    session.method.training_step(batch)
+    assert session.suite().oracle is session.data.source
+    with pytest.raises(BadInput, match="does not train on pairs"):
+        run.pairs(config.load([RECIPE.with_name("tdm.yaml")]), tmp_path / "none", 4)

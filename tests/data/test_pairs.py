@@ -1,0 +1,72 @@
+"""Stored pairs: what was solved is what is read, and another teacher's are refused."""
+
+import pytest
+import torch
+
+from distill.data import write as writers
+from distill.data.pairs import Pairs, fingerprint, write
+from distill.denoise import Denoiser, Gaussian
+from distill.errors import BadInput
+from distill.nets.small import MLP
+from distill.noise import RectifiedFlow, VPCosine
+
+TEACHER = Gaussian([0.2, -0.1], 0.5, RectifiedFlow())
+
+
+def endpoint(z, cond):
+    one = torch.ones(len(z))
+    return TEACHER.flow_map(z, one, 0 * one) + cond.get("label", torch.zeros(len(z)))[:, None]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write(tmp_path / "pairs", endpoint, TEACHER, 50, (2,), classes=3, about="exact", batch=16, per_shard=20)
+    return tmp_path / "pairs"
+
+
+@pytest.mark.parametrize("cache_mb", [256, 0])
+def test_batches_hold_the_pairs_that_were_solved(folder, cache_mb):
+    data = Pairs(folder / "train", 8, cache_mb=cache_mb, teacher=TEACHER)
+    assert data.info.shape == (2,) and data.info.classes == 3 and data.info.count == 50
+    batches, again = data.loader(), data.loader(start=2)
+    seen = [next(batches) for _ in range(3)]
+    for batch in (*seen, data.all()):
+        torch.testing.assert_close(batch["x"], endpoint(batch["z"], {"label": batch["label"]}).float())
+    for key, value in next(again).items():
+        assert torch.equal(value, seen[2][key])
+    z = data.all()["z"]
+    assert len(z) == 50 and len(z.unique(dim=0)) == 50 and z.std() == pytest.approx(1, abs=0.2)
+
+
+def test_the_same_seed_gives_the_same_bytes_and_nothing_else_is_left(folder, tmp_path):
+    write(tmp_path / "again", endpoint, TEACHER, 50, (2,), classes=3, about="exact", batch=16, per_shard=20)
+    for path in sorted((folder / "train").iterdir()):
+        assert path.read_bytes() == (tmp_path / "again" / "train" / path.name).read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "pairs"]
+
+
+def test_pairs_of_another_teacher_and_plain_shards_are_refused(folder, tmp_path):
+    with pytest.raises(BadInput, match="pairs of teacher"):
+        Pairs(folder / "train", 8, teacher=Gaussian([0.2, -0.1], 0.6, RectifiedFlow()))
+    writers.digits(tmp_path / "digits")
+    with pytest.raises(BadInput, match="holds no pairs but scikit-learn digits"):
+        Pairs(tmp_path / "digits" / "train", 8)
+
+
+def test_what_cannot_be_written_is_refused_and_leaves_nothing(folder, tmp_path):
+    with pytest.raises(BadInput, match="exists already"):
+        write(folder, endpoint, TEACHER, 4, (2,))
+    with pytest.raises(BadInput, match="1 or more"):
+        write(tmp_path / "none", endpoint, TEACHER, 0, (2,))
+    with pytest.raises(BadInput, match="finite numbers in pairs 0 to 3"):
+        write(tmp_path / "nan", lambda z, cond: z / 0, TEACHER, 4, (2,), about="euler")
+    assert [p.name for p in tmp_path.iterdir()] == ["pairs"]
+
+
+def test_a_fingerprint_names_weights_schedule_and_prediction():
+    net = MLP(dim=2, width=8)
+    models = [Denoiser(net, RectifiedFlow()), Denoiser(net, VPCosine()), Denoiser(net, RectifiedFlow(), "v")]
+    names = [fingerprint(m) for m in models]
+    assert len(set(names)) == 3 and names[0] == fingerprint(Denoiser(net, RectifiedFlow()))
+    next(net.parameters()).data[0] += 1e-3
+    assert fingerprint(models[0]) != names[0]
