@@ -27,8 +27,8 @@ from distill.errors import BadInput
 class Scalar(nn.Module):
     r"""Embed one number per sample: phi(v) = [v, cos(f_k v), sin(f_k v)], then two layers with SiLU between.
 
-    f_k = 2^k pi / period for k = 0..4, so that |d phi/dv| <= 16 pi / period: small enough for the methods that
-    differentiate the network in time (Lu & Song 2024, https://arxiv.org/abs/2410.11081, section 4.1).
+    f_k = 2^k pi / period for k = 0..4, so that |d phi/dv| <= 16 pi / period: methods that differentiate the network in
+    time need it small (Lu & Song 2024, https://arxiv.org/abs/2410.11081, section 4.1).
 
     `v`: (B,) -> (B, dim). `period` is the range over which v is told apart; `zero` starts the last layer at zero.
     """
@@ -51,13 +51,13 @@ class Scalar(nn.Module):
 class Condition(nn.Module):
     r"""c = e_t(t) + e_label + e_w(w) + e_gap(t - s), (B, dim); the last two start at zero and are absent by default."""
 
-    def __init__(self, dim: int, classes: int, guided: bool, flow_map: bool):
+    def __init__(self, dim: int, classes: int, guided: bool, flow_map: bool, period: float = 1.0):
         super().__init__()
         self.classes = classes
-        self.time = Scalar(dim)
+        self.time = Scalar(dim, period)
         self.label = nn.Embedding(classes + 1, dim) if classes else None
         self.guidance = Scalar(dim, period=16.0, zero=True) if guided else None
-        self.gap = Scalar(dim, zero=True) if flow_map else None
+        self.gap = Scalar(dim, period, zero=True) if flow_map else None
 
     def forward(self, t: Tensor, label: Tensor | None, w: Tensor | float | None, s: Tensor | None) -> Tensor:
         c = self.time(t)
@@ -88,13 +88,15 @@ class MLP(nn.Module):
     r"""Residual MLP for vectors, (B, dim) -> (B, dim), told its condition c in every layer:
 
     h <- h + W_2 silu((1 + a) W_1 silu(h) + b) with (a, b) linear in silu(c).
+
+    `period` of the time features: 8 for sCM, which differentiates the network in time and diverges with narrow ones.
     """
 
     def __init__(self, dim: int = 2, width: int = 128, depth: int = 3, classes: int = 0,
-                 guided: bool = False, flow_map: bool = False):
+                 guided: bool = False, flow_map: bool = False, period: float = 1.0):
         super().__init__()
         self.shape, self.classes, self.guided, self.flow_map = (dim,), classes, guided, flow_map
-        self.condition = Condition(width, classes, guided, flow_map)
+        self.condition = Condition(width, classes, guided, flow_map, period)
         self.enter = nn.Linear(dim, width)
         self.blocks = nn.ModuleList(
             nn.ModuleDict({"first": nn.Linear(width, width), "scale_shift": nn.Linear(width, 2 * width),
@@ -145,7 +147,7 @@ class Transformer(nn.Module):
     """
 
     def __init__(self, size: int = 8, channels: int = 1, patch: int = 2, width: int = 64, depth: int = 3,
-                 heads: int = 4, classes: int = 0, guided: bool = False, flow_map: bool = False):
+                 heads: int = 4, classes: int = 0, guided: bool = False, flow_map: bool = False, period: float = 1.0):
         super().__init__()
         if size % patch or width % heads:
             raise BadInput(
@@ -153,7 +155,7 @@ class Transformer(nn.Module):
             )
         self.shape, self.patch = (channels, size, size), patch
         self.classes, self.guided, self.flow_map = classes, guided, flow_map
-        self.condition = Condition(width, classes, guided, flow_map)
+        self.condition = Condition(width, classes, guided, flow_map, period)
         self.enter = nn.Linear(channels * patch**2, width)
         self.position = nn.Parameter(0.02 * torch.randn((size // patch) ** 2, width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
