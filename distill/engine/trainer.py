@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
 import lightning
+import torch.distributed as dist
 
 
 class Batches:
-    """An iterable over batches that starts anew at each `iter`."""
+    """`count` batches of this process's share of `data`, from step `start` on, anew at each `iter`."""
 
-    def __init__(self, source: Callable[[], Iterator[dict[str, Any]]], count: int):
-        self.source, self.count = source, count
+    def __init__(self, data: Any, start: int, count: int):
+        self.data, self.start, self.count = data, start, count
 
     def __iter__(self):
-        return islice(self.source(), self.count)
+        alone = not (dist.is_available() and dist.is_initialized())
+        rank, world = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
+        return islice(self.data.loader(rank, world, self.start), self.count)
 
     def __len__(self):
         return self.count
@@ -26,7 +29,7 @@ class Batches:
 
 def fit(
     method: lightning.LightningModule,
-    source: Callable[[int], Iterator[dict[str, Any]]],
+    data: Any,
     steps: int,
     callbacks: Iterable[lightning.Callback] = (),
     *,
@@ -34,7 +37,7 @@ def fit(
     precision: str = "32",
     resume: dict[str, Any] | None = None,
 ) -> None:
-    """Train until `method.step == steps`. `source(start)` yields batches from step `start` on."""
+    """Train until `method.step == steps`. `data.loader(rank, world, start)` yields its batches from step `start` on."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning.*")
     method.total_steps = steps
@@ -53,7 +56,7 @@ def fit(
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    trainer.fit(method, train_dataloaders=Batches(lambda: source(start), max(steps - start, 0)))
+    trainer.fit(method, train_dataloaders=Batches(data, start, max(steps - start, 0)))
 
 
 class _Restore(lightning.Callback):

@@ -299,7 +299,9 @@ def optimizer_of(settings: Optim, parameters: list[nn.Parameter], role: str) -> 
         raise BadInput(f"optim.{role}.name: torch.optim has no '{settings.name}'.{suggest(settings.name, dir(torch.optim))}")
     keywords = {"lr": settings.lr, "weight_decay": settings.weight_decay}
     if settings.name != "SGD":
-        keywords |= {"betas": tuple(settings.betas), "eps": settings.eps}
+        keywords |= {"betas": tuple(float(b) for b in settings.betas), "eps": settings.eps}
+    if settings.name in ("Adam", "AdamW"):
+        keywords["fused"] = True
     return kind(parameters, **keywords)
 
 
