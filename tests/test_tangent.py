@@ -74,6 +74,14 @@ def test_a_network_without_forward_derivative_is_one_clear_sentence():
     torch.testing.assert_close(jvp(lambda x: Fused.apply(x), (x,), (x,), "difference")[1], x, rtol=1e-3, atol=1e-4)
     with pytest.raises(BadInput, match="Did you mean 'forward'"):
         jvp(lambda x: x, (x,), (x,), "forwards")
+    def views(x):
+        """Works, but not under torch.func.jvp, for a reason of torch's own: x.view of a strided tensor."""
+        if torch._C._functorch.is_functorch_wrapped_tensor(x):
+            x.T.view(-1)
+        return x
+
+    with pytest.raises(BadInput, match="view.*jvp: difference"):
+        jvp(views, (x,), (x,))
     with pytest.raises(RuntimeError, match="not mine"):
         jvp(lambda x: (_ for _ in ()).throw(RuntimeError("not mine")), (x,), (x,))
 

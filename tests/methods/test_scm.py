@@ -93,7 +93,7 @@ def test_guidance_is_mean_extrapolation(how, monkeypatch):
     cond = {"label": torch.zeros(200, dtype=torch.long)}
     right = made(RectifiedFlow(), TwoClasses(RectifiedFlow()), -0.5, 1.5, guidance=3.0, guided=True, jvp=how)
     off_by_one = made(RectifiedFlow(), TwoClasses(RectifiedFlow()), 1.0, 1.5, guidance=3.0, guided=True, jvp=how)
-    assert tangents(right, monkeypatch, cond=cond)[0].abs().max() < 1e-7
+    assert tangents(right, monkeypatch, cond=cond)[0].abs().max() < 1e-6
     assert tangents(off_by_one, monkeypatch, cond=cond)[0].abs().max() > 1e-2
 
 
