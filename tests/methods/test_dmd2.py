@@ -156,3 +156,12 @@ def test_bad_options_are_refused():
         small(grid=1, divergence="jss")
     with pytest.raises(BadInput, match="roles.head"):
         DMD2({"teacher": Denoiser(MLP(2, 8, 1), RectifiedFlow()), "student": "teacher", "head": torch.nn.Linear(1, 1)})
+
+
+def test_training_sees_what_sampling_makes():
+    """In one step the sample that is matched is the one that `sample` returns from the same noise."""
+    method = small(grid=1)
+    method.ema = method.student
+    z = torch.randn(8, 2).double()
+    _, x, _, again, _ = method.draw(None, z, {})
+    assert torch.equal(x, method.sample(z, {})) and torch.equal(again(), x)
