@@ -126,6 +126,9 @@ def test_stage_two_tells_the_distilled_teacher_and_the_student_the_same_w():
     assert m.loss(x, z, cond) < 1e-20
     plain = Progressive({"teacher": pair, "student": two}, teacher_steps=8, grid=4, guidance_range=[1.0, 4.0])
     assert plain.loss(x, z, cond) < 1e-20, "with the undistilled teacher guidance is applied here"
+    later = Progressive({"teacher": pair, "student": two}, teacher_steps=16, grid=4, guidance_range=[1.0, 4.0])
+    later.rung, later.promoted = 1, one
+    assert later.loss(x, z, cond) < 1e-20, "a promoted teacher is told w too"
     Guidance({"teacher": pair, "student": one})  # and stage one takes the same network
 
 
