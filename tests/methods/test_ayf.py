@@ -79,10 +79,11 @@ def test_equal_times_are_flow_matching(schedule):
 def test_guidance_extrapolates_the_mean_and_the_student_is_told_w():
     schedule, (x, z, cond) = RectifiedFlow(), drawn(labels=1)
     pair = Pair([[U], [C]], STD, schedule=schedule)
-    moved = exact_map(schedule, U + 2.5 * (C - U))
-    fixed = method(schedule, pair, lambda x, t, s, label: moved(x, t, s), guidance=2.5)
+    shifted = exact_map(schedule, U + 2.5 * (C - U))
+    fixed = method(schedule, pair, lambda x, t, s, label: shifted(x, t, s), guidance=2.5)
     assert fixed.loss(x, z, cond) < 1e-20
-    told = method(schedule, pair, exact_map(schedule, lambda w: U + w * (C - U)), guided=True, guidance_range=[1.0, 3.0])
+    moved = exact_map(schedule, lambda w: U + w * (C - U))
+    told = method(schedule, pair, moved, guided=True, guidance_range=[1.0, 3.0])
     assert told.loss(x, z, cond) < 1e-20
 
 
