@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 from functools import lru_cache
 
 import torch
@@ -77,6 +78,12 @@ class Schedule:
     def zero_terminal_snr(self) -> bool:
         """Whether x_1 is pure noise, alpha_1 = 0: x cannot be read off a prediction of the noise there."""
         return self.alpha(torch.ones(1, dtype=torch.float64)).item() < 1e-6
+
+    noise_scale: ClassVar[float] = 1.0  # standard deviation of pure noise, which sampling starts from
+
+    def start(self, z: Tensor) -> Tensor:
+        """x_1 for sampling, from z ~ N(0, I): noise_scale z. Families that explode scale it, as stock schedulers do."""
+        return self.noise_scale * z
 
     def add_noise(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
         """x_t = alpha_t x + sigma_t z for x, z (B, ...) and t (B,)."""
@@ -221,6 +228,10 @@ class VE(Schedule):
     sigma_max: float = 80.0
     rho: float = 7.0
 
+    @property
+    def noise_scale(self) -> float:
+        return self.sigma_max
+
     def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(wide(t))
 
@@ -270,6 +281,10 @@ class TrigFlow(Schedule):
     """alpha = cos(pi t / 2), sigma = sigma_data sin(pi t / 2), Lu and Song 2024, https://arxiv.org/abs/2410.11081."""
 
     sigma_data: float = 1.0
+
+    @property
+    def noise_scale(self) -> float:
+        return self.sigma_data
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.sin(math.pi / 2 * (1 - wide(t)))  # exactly 0 at t = 1

@@ -19,7 +19,8 @@ RANKS = [
     {"denoise"},
     {"tangent", "solvers", "losses", "nets", "data"},
     {"methods", "eval", "export", "engine"},
-    {"run", "demo"},
+    {"run"},
+    {"demo"},
     {"cli"},
 ]
 DOORS = {

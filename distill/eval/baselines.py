@@ -147,7 +147,7 @@ def price(denoiser: nn.Module, z: Tensor, cond: Mapping[str, Any]) -> float:
 
 def _walk(denoiser, z: Tensor, cond: dict, legs: list[Solver], times: Sequence[float], generator) -> Tensor:
     """Through all times, consecutive steps of one solver in one `solve`, so that multistep ones keep their history."""
-    start = 0
+    start, z = 0, denoiser.schedule.start(z)
     for end in range(1, len(legs) + 1):
         if end == len(legs) or legs[end] is not legs[start]:
             z = solve(denoiser, z, times[start : end + 1], legs[start], generator=generator, **cond)

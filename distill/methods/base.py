@@ -115,7 +115,8 @@ class Method(lightning.LightningModule):
         `generator` draws what a stochastic sampler needs; `grid` replaces the grid it was trained for.
         """
         times = (self.grid if grid is None else Grid.of(grid)).times
-        return solve(self.ema, z, times, self.sampler, generator=generator, **self.student_cond(cond, len(z)))
+        x_1, told = self.student.schedule.start(z), self.student_cond(cond, len(z))
+        return solve(self.ema, x_1, times, self.sampler, generator=generator, **told)
 
     def student_cond(self, cond: dict[str, Tensor], n: int) -> dict[str, Tensor]:
         """The conditions of n samples as the student takes them: with `guidance` where its network has that input."""
@@ -132,7 +133,8 @@ class Method(lightning.LightningModule):
         """
         k = int(self.grid.draw(1, generator=self.shared))
         times = self.grid.times[: self.grid.steps - k + 1]
-        x_t = solve(self.student, z, times, self.sampler, **cond) if len(times) > 1 else z
+        x_1 = self.student.schedule.start(z)
+        x_t = solve(self.student, x_1, times, self.sampler, **cond) if len(times) > 1 else x_1
         dtype = torch.promote_types(z.dtype, torch.float32)
         return x_t, torch.full((len(z),), times[-1], dtype=dtype, device=z.device)
 

@@ -50,7 +50,7 @@ class MMD(Method):
 
     def loss(self, data, z, cond):
         denoiser = Recomputed(self.student) if self.recompute else self.student
-        x = solve(denoiser, z, self.grid, self.sampler, **self.student_cond(cond, len(z)))
+        x = solve(denoiser, self.student.schedule.start(z), self.grid, self.sampler, **self.student_cond(cond, len(z)))
         with torch.no_grad():
             real = self.seen(data)
         return mmd(self.seen(x), real, self.kernel, self.bandwidths)

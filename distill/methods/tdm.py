@@ -62,7 +62,7 @@ class TDM(Method):
     @torch.no_grad()
     def draw(self, x, z, cond):
         """The student's trajectory x_{t_K} = z, ..., x_{t_1}, shared by both turns: (K, B, ...)."""
-        told, path = self.student_cond(cond, len(z)), [wide(z)]
+        told, path = self.student_cond(cond, len(z)), [self.schedule.start(wide(z))]
         for t, s in pairwise(self.grid.tensor(z.device, wide(z).dtype)[:-1].unsqueeze(1).expand(-1, len(z))):
             x = self.student(path[-1], t, **told)
             path.append(self.sampler.step(self.schedule, x, path[-1], t, s))

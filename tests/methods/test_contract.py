@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from distill import config, methods, run
-from distill.denoise import Denoiser
+from distill.denoise import Denoiser, Gaussian
 from distill.engine import checkpoint
 from distill.errors import BadInput
 from distill.eval.baselines import Counted
-from distill.nets.small import Transformer
-from distill.noise import RectifiedFlow
+from distill.nets.small import MLP, Transformer
+from distill.noise import VE, RectifiedFlow
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs" / "toy").glob("*.yaml"))
@@ -148,3 +148,17 @@ def test_the_toy_run_reaches_its_stated_distance(recipe, tmp_path):
     scores = run.toy_scores(session)
     for key, bound in cfg.expect.items():
         assert scores[key] <= bound, f"{key} is {scores[key]:.4g}, promised {bound}"
+
+
+def test_a_student_of_an_exploding_schedule_starts_from_its_own_noise():
+    oracle = Gaussian([0.0], 0.5, VE())
+    method = methods.Diffusion({"student": Denoiser(oracle_net(oracle), VE(), "x")}, grid=64)
+    x = method.sample(torch.randn(4000, 1, generator=torch.Generator().manual_seed(0)), {})
+    assert x.std().item() == pytest.approx(0.5, rel=0.1)
+
+
+def oracle_net(oracle):
+    """The oracle as a network, so that it has the attributes that a method asks of one."""
+    net = MLP(dim=1, width=8, depth=1)
+    net.forward = lambda x, t, **_: oracle(x, t)
+    return net
