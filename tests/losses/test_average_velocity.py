@@ -55,3 +55,12 @@ def test_guidance_in_the_target_has_its_fixed_point_at_the_extrapolation(w, kapp
     torch.testing.assert_close(guided_velocity(v, u_null, u_cond, w, kappa), u_cond)
     omega = w * (1 - kappa)
     assert omega / (1 - kappa) == pytest.approx(w)
+
+
+def test_the_adaptive_weight_finds_the_mean_of_symmetric_targets_only():
+    """In one dimension power 1 is log(S + c), which leans to where targets crowd; power 0 is the mean."""
+    skewed = f64(0.0, 0.0, 0.0, 4.0)[:, None]
+    mean = torch.ones(4, 1, dtype=torch.float64, requires_grad=True)
+    slope = lambda power: torch.autograd.grad(adaptive(mean, skewed, power), mean)[0].sum().item()
+    assert slope(0.0) == pytest.approx(0, abs=1e-12) and slope(1.0) > 0.1
+    assert torch.autograd.grad(adaptive(mean, f64(0.0, 0.0, 2.0, 2.0)[:, None]), mean)[0].sum().abs() < 1e-12
