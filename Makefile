@@ -15,7 +15,6 @@ test-all: .venv/installed
 
 lint: .venv/installed
 	$(PY) -m ruff check distill tests
-	$(PY) -m ruff format --check distill tests
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(PY) || python3 -m venv .venv

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -320,6 +320,16 @@ class Table(Schedule):
         if not abar or not all(0 <= a < 1 for a in abar) or any(a <= b for a, b in zip(abar, abar[1:])):
             raise BadInput("alphas_cumprod must decrease strictly within [0, 1): pass the scheduler's own table.")
         object.__setattr__(self, "alphas_cumprod", abar)
+
+    @classmethod
+    def of(cls, schedule: Schedule, steps: int = 1000) -> Table:
+        """Any path as a table of `steps`, rescaled to alpha^2 + sigma^2 = 1: alpha-bar = 1 / (1 + sigma^2 / alpha^2).
+
+        A model trained on it is served by a stock DDIM scheduler with these betas.
+        """
+        t = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+        alpha, sigma = schedule(t)
+        return cls(tuple((alpha**2 / (alpha**2 + sigma**2)).tolist()))
 
     def _angle(self, t: Tensor, which: int) -> tuple[Tensor, Tensor]:
         """phi (which = 0) or its complement pi/2 - phi (which = 1), and its derivative in t."""

@@ -194,3 +194,10 @@ def test_the_plain_torch_core_imports_only_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_table_of_a_path_keeps_its_snr_at_every_node():
+    t = torch.arange(1, 1000, dtype=torch.float64) / 1000
+    table, path = Table.of(RectifiedFlow()), RectifiedFlow()
+    assert torch.allclose(table.log_snr(t), path.log_snr(t), atol=1e-9)
+    assert table.zero_terminal_snr and table.alphas_cumprod[-1] == 0

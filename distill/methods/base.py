@@ -298,7 +298,8 @@ def optimizer_of(settings: Optim, parameters: list[nn.Parameter], role: str) -> 
     """The `torch.optim` class that `settings.name` names."""
     kind = getattr(torch.optim, settings.name, None)
     if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
-        raise BadInput(f"optim.{role}.name: torch.optim has no '{settings.name}'.{suggest(settings.name, dir(torch.optim))}")
+        near = suggest(settings.name, dir(torch.optim))
+        raise BadInput(f"optim.{role}.name: torch.optim has no '{settings.name}'.{near}")
     keywords = {"lr": settings.lr, "weight_decay": settings.weight_decay}
     if settings.name != "SGD":
         keywords |= {"betas": tuple(float(b) for b in settings.betas), "eps": settings.eps}

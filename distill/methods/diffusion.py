@@ -2,8 +2,8 @@ r"""Diffusion and flow matching: train a teacher.
 
     L = E |N(x_t, t) - n(x, x_t, t)|^2,   x_t = alpha_t x + sigma_t z
 
-with N the network's native output (eps, x, v, flow or EDM) and n its target in that chart, so that each parameterisation
-trains under the weighting it is known by. Ho et al. 2020, https://arxiv.org/abs/2006.11239; Lipman et al. 2023,
+with N the network's native output (eps, x, v, flow or EDM) and n its target in that chart, so that each
+parameterisation trains under the weighting it is known by. Ho et al. 2020, https://arxiv.org/abs/2006.11239; Lipman et al. 2023,
 https://arxiv.org/abs/2210.02747; Karras et al. 2022, https://arxiv.org/abs/2206.00364.
 """
 

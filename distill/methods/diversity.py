@@ -47,7 +47,8 @@ class DiversityRewarded(Method):
         """Two paths a condition, (K + 1, 2B, ...), with the conditions of both."""
         pairs = {k: torch.cat([v, v]) for k, v in cond.items()}
         told, z = self.student_cond(pairs, 2 * len(z)), torch.cat([z, torch.randn_like(z)])
-        return solve(self.student, self.student.schedule.start(z), self.grid, self.sampler, trajectory=True, **told), pairs, told
+        x_1 = self.student.schedule.start(z)
+        return solve(self.student, x_1, self.grid, self.sampler, trajectory=True, **told), pairs, told
 
     def loss(self, path, cond, told):
         n, steps = path.shape[1], self.grid.steps

@@ -29,6 +29,9 @@ class TDM(Method):
         student_every: critic turns for one of the student.
         huber: constant of the per-element pseudo-Huber; none for the squared loss.
         weigh: use the importance weight w(u), which corrects for x_u's noise not being Gaussian.
+        separate: u stays below the segment's t, so that each segment has its own noise levels; false: below 1, the
+            authors' other choice, where the critic is shared by all segments.
+        normalise: of `losses.matching.matching`; "real" divides by mean|x - D| per sample, "none" does not.
         snr_max: clip of the critic's SNR weight.
         margin: u is at least `margin` above max(s, 0) and below t, as fractions of [0, 1].
         base: arguments of Method.
@@ -43,14 +46,16 @@ class TDM(Method):
         *,
         student_every: int = 1,
         huber: float | None = 1e-3,
+        separate: bool = True,
+        normalise: str = "real",
         weigh: bool = True,
         snr_max: float = 5.0,
         margin: float = 0.02,
         **base,
     ):
         super().__init__(roles, **base)
-        self.student_every, self.huber, self.weigh = student_every, huber, weigh
-        self.snr_max, self.margin = snr_max, margin
+        self.student_every, self.huber, self.normalise, self.weigh = student_every, huber, normalise, weigh
+        self.separate, self.snr_max, self.margin = separate, snr_max, margin
         self.schedule = self.teacher.schedule
         self.guided = Guided(self.teacher, self.guidance)
 
@@ -76,7 +81,8 @@ class TDM(Method):
         x_t = path[k - 1, torch.arange(n, device=path.device)]
         x = self.student(x_t, t, **told)
         low = s.clamp_min(self.margin)
-        u = low + (t - self.margin - low).clamp_min(0) * torch.rand_like(t)
+        high = t if self.separate else torch.ones_like(t)
+        u = low + (high - self.margin - low).clamp_min(0) * torch.rand_like(t)
         noise = torch.randn_like(x)
         with torch.no_grad():
             x_s = self.sampler.step(self.schedule, x, x_t, t, s)
@@ -95,4 +101,4 @@ class TDM(Method):
         x, x_u, u, _ = self.walk(path, told)
         with torch.no_grad():
             real, fake = self.guided(x_u, u, **cond), self.critic(x_u, u, **cond)
-        return matching(x, fake, real, self.huber)
+        return matching(x, fake, real, self.huber, normalise=self.normalise)

@@ -109,7 +109,8 @@ def image_twin(recipe: Path):
     cls = config.resolve(cfg.method["_target_"])
     extra = {"guided": True} if "guided" in str(cfg.roles) else {}
     extra |= {"flow_map": True} if "flow_map" in str(cfg.roles) else {}
-    net = Denoiser(Transformer(size=4, channels=1, patch=2, width=16, depth=1, heads=2, **extra), RectifiedFlow(), "flow")
+    net = Transformer(size=4, channels=1, patch=2, width=16, depth=1, heads=2, **extra)
+    net = Denoiser(net, RectifiedFlow(), "flow")
     roles = {r: copy.deepcopy(net) for r in ("teacher", "student") if r in cls.trainable + cls.frozen}
     return config.build(cfg.method, (), "method", roles=roles, optim={})
 
@@ -140,7 +141,11 @@ def test_a_method_is_short_and_imports_no_other(name):
     assert not re.search(r"distill\.methods\.(?!base\b)", source), "a method imports another"
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+SOON = ("teacher", "tdm", "consistency", "reflow", "mmd", "progressive")  # the other toy runs are `make test-all`
+RUNS = [pytest.param(p, marks=[] if p.stem in SOON else [pytest.mark.slow]) for p in RECIPES]
+
+
+@pytest.mark.parametrize("recipe", RUNS, ids=lambda p: p.stem)
 def test_the_toy_run_reaches_its_stated_distance(recipe, tmp_path):
     cfg = config.load([recipe], ["log.wandb=disabled", "train.threads=1", "train.validate_every=0"])
     assert cfg.expect, f"{recipe.name} states no distance"

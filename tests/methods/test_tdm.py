@@ -197,3 +197,23 @@ def test_u_stays_inside_its_segment():
     _, _, u, _ = method.walk(path, told)
     t, s = method.grid.segment(k, D)
     assert (u <= t - 0.02 + 1e-9).all() and (u >= s.clamp_min(0.02) - 1e-9).all()
+
+
+def test_u_stays_in_its_segment_or_reaches_up_to_noise():
+    torch.manual_seed(0)
+    seen = {}
+    for separate in (True, False):
+        m = tiny(separate=separate)
+        path, cond, told = m.draw(None, torch.randn(512, 1), {})
+        seen[separate] = torch.cat([m.walk(path, told)[2] for _ in range(4)])
+    assert seen[True].max() <= 1 and (seen[False] > 0.5).float().mean() > (seen[True] > 0.5).float().mean() + 0.1
+
+
+def tiny(**options):
+    from distill.denoise import Denoiser, Gaussian
+    from distill.methods import TDM
+    from distill.nets.small import MLP
+    from distill.noise import RectifiedFlow
+
+    net = Denoiser(MLP(dim=1, width=8, depth=1), RectifiedFlow(), "flow")
+    return TDM({"teacher": Gaussian([0.0], 0.5, RectifiedFlow()), "student": net, "critic": net}, grid=2, **options)
