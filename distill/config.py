@@ -13,12 +13,14 @@ import dataclasses
 import hashlib
 import importlib
 import inspect
+import os
+import pkgutil
 import types
 import typing
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distill.errors import BadInput, suggest
@@ -89,9 +91,25 @@ class Run:
     expect: dict[str, Any] = dataclasses.field(default_factory=dict)  # metrics a shipped recipe promises
 
 
-def read(path: str | Path) -> DictConfig:
+# Smallest value by key, and the values of keys that have but a few; `optim.*` stands for every role.
+LEAST = {
+    "seed": 0, "train.steps": 1, "train.validate_every": 0, "train.save_every": 0, "train.log_every": 1,
+    "train.keep": 0, "train.threads": 0, "eval.samples": 2, "eval.validation_samples": 2, "eval.seed": 0,
+    "optim.*.lr": 0, "optim.*.warmup": 0, "optim.*.clip": 0, "optim.*.weight_decay": 0,
+}  # fmt: skip
+CHOICES = {
+    "log.wandb": ("auto", "online", "offline", "disabled"),
+    "train.precision": ("32", "16", "bf16", "64", "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true",
+                        "64-true"),
+    "optim.*.decay": ("constant", "cosine"),
+}  # fmt: skip
+
+
+def read(path: str | Path, above: tuple[Path, ...] = ()) -> DictConfig:
     """One YAML file; its `base:` (one path or a list, relative to the file) is read first and merged under it."""
     path = Path(path)
+    if path.resolve() in above:
+        raise BadInput(f"Config file {path} is its own base, by way of {above[-1]}; take one of the `base:` lines out.")
     if not path.is_file():
         near = suggest(path.name, [p.name for p in path.parent.glob("*.yaml")]) if path.parent.is_dir() else ""
         raise BadInput(f"Config file {path} does not exist.{near}")
@@ -102,13 +120,16 @@ def read(path: str | Path) -> DictConfig:
     if not isinstance(node, DictConfig):
         raise BadInput(f"Config file {path} must hold a mapping of keys, not a list or a scalar.")
     bases = node.pop("base", None) or []
-    for base in reversed([bases] if isinstance(bases, str) else bases):
-        node = merge(read(path.parent / base), node)
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, (list, ListConfig)) or not all(isinstance(b, str) for b in bases):
+        raise BadInput(f"base in {path} must be a path or a list of paths, relative to that file.")
+    for base in reversed(bases):
+        node = merge(read(path.parent / base, (*above, path.resolve())), node)
     return node
 
 
 def merge(below: DictConfig, above: DictConfig) -> DictConfig:
-    """Right wins; a mapping whose `_target_` changes is replaced whole, for its old keys mean nothing to the new object."""
+    """Right wins; a mapping whose `_target_` changes is replaced whole: its old keys mean nothing to the new object."""
     return OmegaConf.create(_merge(OmegaConf.to_container(below), OmegaConf.to_container(above)))
 
 
@@ -127,44 +148,87 @@ def load(paths: list[str | Path], overrides: list[str] = ()) -> DictConfig:
     for path in paths:
         node = merge(node, read(path))
     for item in overrides:
-        key, equals, _ = item.partition("=")
-        if not equals or not key:
-            raise BadInput(f"Override '{item}' must have the form key=value, for example train.steps=100.")
-        node = merge(node, OmegaConf.from_dotlist([item]))
+        node = merge(node, _override(item))
     return checked(node)
+
+
+def _override(item: str) -> DictConfig:
+    key, equals, _ = item.partition("=")
+    if not equals or not all(key.split(".")):
+        raise BadInput(f"Override '{item}' must have the form key=value, for example train.steps=100.")
+    try:
+        return OmegaConf.from_dotlist([item])
+    except Exception as error:  # omegaconf's and yaml's own come in several classes
+        raise BadInput(f"Override '{item}' has a value that is not YAML: {' '.join(str(error).split())}") from None
 
 
 def checked(node: DictConfig) -> DictConfig:
     """`node` over the defaults of `Run`; unknown keys and wrong types raise BadInput."""
-    _check_keys(node, Run, "")
+    _check_keys(OmegaConf.to_container(node), Run, "")
     try:
         full = OmegaConf.merge(OmegaConf.structured(Run), node)
-        return OmegaConf.create(OmegaConf.to_container(full, resolve=True))
+        full = OmegaConf.create(OmegaConf.to_container(full, resolve=True))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "config"
-        raise BadInput(f"{key}: {str(error).splitlines()[0]}; give a value of the stated type.") from None
+        mend = "write a key that the config has" if "nterpolation" in type(error).__name__ else "give one of that type"
+        raise BadInput(f"{key}: {str(error).splitlines()[0].rstrip('.')}; {mend}.") from None
+    _check_values(full)
+    return full
 
 
-def _check_keys(node: Any, schema: type, prefix: str) -> None:
+def _check_values(full: DictConfig) -> None:
+    for pattern, least in LEAST.items():
+        for key, value in _matching(full, pattern):
+            if not value >= least:  # NaN too
+                raise BadInput(f"{key}: {value} must be {least} or more.")
+    for pattern, known in CHOICES.items():
+        for key, value in _matching(full, pattern):
+            if value not in known:
+                raise BadInput(f"{key}: '{value}' must be one of {', '.join(known)}.{suggest(str(value), known)}")
+    if not full.name or not full.eval.evaluations or min(full.eval.evaluations) < 1:
+        what = "eval.evaluations: give a list of numbers from 1 on" if full.name else "name: give the run a name"
+        raise BadInput(f"{what}.")
+
+
+def _matching(full: DictConfig, pattern: str) -> list[tuple[str, Any]]:
+    """(key, value) for a key in which `*` stands for every name."""
+    head, star, tail = pattern.partition(".*.")
+    if not star:
+        return [(pattern, OmegaConf.select(full, pattern))]
+    return [(f"{head}.{name}.{tail}", full[head][name][tail]) for name in full[head]]
+
+
+def _check_keys(node: dict[str, Any], schema: type, prefix: str) -> None:
     names = {f.name: f for f in dataclasses.fields(schema)}
     hints = typing.get_type_hints(schema)
-    for key in node:
+    for key, value in node.items():
         if key not in names:
             raise BadInput(f"Unknown key '{prefix}{key}'.{suggest(str(key), names)} Known keys: {', '.join(names)}.")
-        value, hint = node.get(key), hints[key]
-        if not isinstance(value, DictConfig):
+        hint, inner = hints[key], (*typing.get_args(hints[key]), None, None)[1]
+        if isinstance(value, str) and "${" in value:
             continue
+        _check_kind(value, hint, f"{prefix}{key}")
         if dataclasses.is_dataclass(hint):
             _check_keys(value, hint, f"{prefix}{key}.")
-        elif typing.get_origin(hint) is dict and dataclasses.is_dataclass(typing.get_args(hint)[1]):
-            for name in value:
-                if isinstance(value[name], DictConfig):
-                    _check_keys(value[name], typing.get_args(hint)[1], f"{prefix}{key}.{name}.")
+        elif dataclasses.is_dataclass(inner):
+            for name, settings in value.items():
+                _check_kind(settings, inner, f"{prefix}{key}.{name}")
+                _check_keys(settings, inner, f"{prefix}{key}.{name}.")
+
+
+def _check_kind(value: Any, hint: Any, key: str) -> None:
+    mapping = dataclasses.is_dataclass(hint) or typing.get_origin(hint) is dict
+    if mapping and not isinstance(value, dict):
+        raise BadInput(f"{key}: expected keys of its own, got {value!r}; write {key}.KEY=VALUE.")
+    if typing.get_origin(hint) is list and not isinstance(value, list):
+        raise BadInput(f"{key}: expected a list, got {value!r}; write [{value}].")
 
 
 def save(node: DictConfig, path: str | Path) -> None:
-    """Write the resolved config as YAML."""
-    Path(path).write_text(OmegaConf.to_yaml(node))
+    """Write the resolved config as YAML: all of it, or nothing."""
+    staging = Path(path).with_suffix(".writing")
+    staging.write_text(OmegaConf.to_yaml(node))
+    os.replace(staging, path)
 
 
 def fingerprint(node: DictConfig) -> str:
@@ -173,7 +237,23 @@ def fingerprint(node: DictConfig) -> str:
 
 
 def resolve(dotted: str, allow: tuple[str, ...] = (), where: str = TARGET) -> Any:
-    """The object at a dotted path under `distill.` (or an allowed package)."""
+    """The class or function at a dotted path under `distill.` (or an allowed package).
+
+    What our modules import from elsewhere is outside too: `distill.run.os.remove` is refused as `os.remove` is.
+    """
+    if not isinstance(dotted, str):
+        raise BadInput(f"{where}: {dotted!r} is no dotted path; write one such as distill.methods.TDM.")
+    found = _find(dotted, allow, where)
+    home = found.__name__ if isinstance(found, types.ModuleType) else getattr(found, "__module__", None) or ""
+    if not callable(found):
+        raise BadInput(f"{where}: '{dotted}' is neither a class nor a function; name one, such as distill.methods.TDM.")
+    if dotted.split(".")[0] == "distill" and home.split(".")[0] not in ("distill", *allow):
+        package = home.split(".")[0] or "builtins"
+        raise BadInput(f"{where}: '{dotted}' comes from outside distill; allow its package with --allow {package}.")
+    return found
+
+
+def _find(dotted: str, allow: tuple[str, ...], where: str) -> Any:
     if dotted.split(".")[0] not in ("distill", *allow):
         raise BadInput(
             f"{where}: '{dotted}' is outside distill; allow its package by name with --allow {dotted.split('.')[0]}."
@@ -189,7 +269,8 @@ def resolve(dotted: str, allow: tuple[str, ...] = (), where: str = TARGET) -> An
             raise
         for depth, part in enumerate(parts[cut:]):
             if not hasattr(found, part):
-                near = suggest(part, [n for n in dir(found) if not n.startswith("_")])
+                files = [m.name for m in pkgutil.iter_modules(getattr(found, "__path__", []))]
+                near = suggest(part, [*(n for n in dir(found) if not n.startswith("_")), *files])
                 raise BadInput(f"{where}: '{'.'.join(parts[: cut + depth])}' has no '{part}'.{near}")
             found = getattr(found, part)
         return found
@@ -222,7 +303,7 @@ def build(node: Any, allow: tuple[str, ...] = (), where: str = "", **given: Any)
     `given` are arguments of the outermost object that do not come from the config.
 
     Raises:
-        BadInput: unknown, missing or wrongly typed argument, with its full key.
+        BadInput: unknown, missing or wrongly typed argument, or one that the object refuses, with its full key.
     """
     if isinstance(node, DictConfig) or OmegaConf.is_list(node):
         node = OmegaConf.to_container(node, resolve=True)
@@ -249,14 +330,28 @@ def build(node: Any, allow: tuple[str, ...] = (), where: str = "", **given: Any)
     missing = [k for k, p in schema.items() if p.default is p.empty and k not in arguments and k not in given]
     if missing:
         raise BadInput(f"Missing key '{dot}{missing[0]}' for {node[TARGET]}; give it in the config.")
-    return target(**arguments, **given)
+    return _call(target, arguments, given, where)
+
+
+def _call(target: Any, arguments: dict[str, Any], given: dict[str, Any], where: str) -> Any:
+    """The object; its own refusal gets the key in front, unless it names one already."""
+    try:
+        return target(**arguments, **given)
+    except BadInput as error:
+        if not where or str(error).startswith((f"{where}.", f"{where}:", *(f"{g}." for g in given))):
+            raise
+        raise BadInput(f"{where}: {error}") from error
+    except (TypeError, ValueError, AttributeError) as error:  # an argument of a kind that its annotation does not tell
+        name = getattr(target, "__qualname__", str(target))
+        text = " ".join(str(error).split())
+        raise BadInput(f"{where}: {name} refuses {', '.join(arguments)}: {text} (--debug shows where).") from error
 
 
 _PLAIN = {int: (int,), float: (int, float), str: (str,), bool: (bool,)}
 
 
 def _typed(value: Any, parameter: inspect.Parameter, target: Any, where: str) -> Any:
-    """Plain annotations (int, float, str, bool and unions of them) are checked; anything richer is left to the object."""
+    """Plain annotations (int, float, str, bool and unions of them) are checked; richer ones are left to the object."""
     hint = _hint(parameter, target)
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     if not all(o in _PLAIN or o is type(None) for o in options):

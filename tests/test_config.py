@@ -1,0 +1,281 @@
+"""YAML and overrides to objects: strict at every level, and a sentence for each mistake."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from distill import config
+from distill.errors import BadInput
+
+HERE = __name__  # the package that the tests allow
+
+
+class Part:
+    def __init__(self, size: int, ratio: float = 0.5, name: str | None = None, on: bool = False, anything=None):
+        self.size, self.ratio, self.name, self.on, self.anything = size, ratio, name, on, anything
+
+
+class Special(Part):
+    def __init__(self, extra: int = 0, **kw):
+        super().__init__(**kw)
+        self.extra = extra
+
+
+class Owner:
+    def __init__(self, parts: list, roles: dict | None = None):
+        self.parts, self.roles = parts, roles
+
+
+class Picky:
+    def __init__(self, sizes):
+        if sizes == "refuse":
+            raise BadInput("sizes are refused: give others.")
+        self.sizes = [s + 1 for s in sizes]
+
+
+def stock(kind: str, **settings):
+    if "bad" in settings:
+        raise TypeError("stock has no 'bad'")
+    return kind, settings
+
+
+def make(cls: str, where: str = "top", **keys):
+    return config.build({"_target_": f"{HERE}.{cls}", **keys}, (HERE.split(".")[0],), where)
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    monkeypatch.setitem(sys.modules, HERE, sys.modules[__name__])
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+# -- files ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_file_is_named_with_the_nearest_one(tmp_path):
+    write(tmp_path / "tdm.yaml", "")
+    with pytest.raises(BadInput, match=r"tdn\.yaml does not exist\. Did you mean 'tdm\.yaml'"):
+        config.load([tmp_path / "tdn.yaml"])
+
+
+@pytest.mark.parametrize("text, says", [
+    ("a: [1", "not valid YAML"), ("- 1", "mapping of keys"), ("5", "not valid YAML"), ("a: 1\na: 2", "not valid YAML"),
+])  # fmt: skip
+def test_a_file_that_is_no_mapping_is_refused_in_one_line(tmp_path, text, says):
+    with pytest.raises(BadInput, match=says) as caught:
+        config.load([write(tmp_path / "a.yaml", text)])
+    assert "a.yaml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_empty_file_gives_the_defaults(tmp_path):
+    cfg = config.load([write(tmp_path / "a.yaml", "")])
+    assert cfg.name == "run" and cfg.train.steps == 1000 and cfg.optim == {}
+
+
+def test_bases_chain_and_later_ones_win_and_the_file_wins_over_all(tmp_path):
+    write(tmp_path / "root.yaml", "name: root\nseed: 1\ntrain: {steps: 1, keep: 1, threads: 1, log_every: 1}")
+    write(tmp_path / "deep" / "left.yaml", "base: ../root.yaml\ntrain: {keep: 2, threads: 2, log_every: 2}")
+    write(tmp_path / "right.yaml", "train: {threads: 3, log_every: 3}")
+    top = write(tmp_path / "top.yaml", "base: [deep/left.yaml, right.yaml]\ntrain: {log_every: 4}")
+    last = write(tmp_path / "last.yaml", "seed: 5\ntrain: {save_every: 5}")
+    cfg = config.load([top, last], ["train.validate_every=6"])
+    train = cfg.train
+    assert (train.steps, train.keep, train.threads, train.log_every, train.save_every) == (1, 2, 3, 4, 5)
+    assert train.validate_every == 6 and cfg.name == "root" and cfg.seed == 5 and "base" not in cfg
+
+
+def test_a_base_that_is_missing_or_its_own_or_no_path_is_refused(tmp_path):
+    with pytest.raises(BadInput, match=r"nope\.yaml does not exist"):
+        config.load([write(tmp_path / "a.yaml", "base: nope.yaml")])
+    write(tmp_path / "b.yaml", "base: c.yaml")
+    with pytest.raises(BadInput, match=r"c\.yaml is its own base, by way of .*b\.yaml"):
+        config.load([write(tmp_path / "c.yaml", "base: b.yaml")])
+    with pytest.raises(BadInput, match=r"base in .*d\.yaml must be a path"):
+        config.load([write(tmp_path / "d.yaml", "base: 5")])
+
+
+def test_a_new_target_drops_the_old_ones_keys_and_the_same_target_keeps_them():
+    below = OmegaConf.create({"m": {"_target_": "distill.A", "x": 1, "deep": {"y": 2}}})
+    merged = config.merge(below, OmegaConf.create({"m": {"_target_": "distill.B", "z": 3}}))
+    assert merged == {"m": {"_target_": "distill.B", "z": 3}}
+    kept = config.merge(below, OmegaConf.create({"m": {"_target_": "distill.A", "deep": {"w": 4}}}))
+    assert kept == {"m": {"_target_": "distill.A", "x": 1, "deep": {"y": 2, "w": 4}}}
+    silent = config.merge(below, OmegaConf.create({"m": {"x": 5}}))
+    assert silent.m == {"_target_": "distill.A", "x": 5, "deep": {"y": 2}}
+
+
+def test_overrides_take_numbers_lists_mappings_null_and_equals_signs(tmp_path):
+    keys = [
+        "seed=3",
+        "optim.student.lr=1e-4",
+        "eval.evaluations=[1, 4]",
+        "method={a: 1, b: {c: x}}",
+        "data.url=a=b",
+        "eval.reference=null",
+        "roles.t.list=[[1.0, 2], 3]",
+        "name=true",
+    ]
+    cfg = config.load([], keys)
+    assert cfg.seed == 3 and cfg.optim.student.lr == 1e-4 and cfg.eval.evaluations == [1, 4]
+    assert cfg.method == {"a": 1, "b": {"c": "x"}} and cfg.data.url == "a=b" and cfg.eval.reference is None
+    assert cfg.roles.t.list == [[1.0, 2], 3] and cfg.optim.student.name == "AdamW"
+
+
+def test_interpolations_are_resolved_in_what_is_loaded():
+    cfg = config.load([], ["roles.a={x: 1}", "roles.b=${roles.a}"])
+    assert cfg.roles.b == {"x": 1} and "${" not in OmegaConf.to_yaml(cfg)
+
+
+# -- keys and values -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("override, says", [
+    ("trian.steps=3", "Unknown key 'trian'. Did you mean 'train'"),
+    ("train.step=3", "Unknown key 'train.step'. Did you mean 'steps'"),
+    ("optim.student.lrr=3", "Unknown key 'optim.student.lrr'. Did you mean 'lr'"),
+    ("eval={samplse: 3}", "Unknown key 'eval.samplse'. Did you mean 'samples'"),
+    ("log.wandbb=x", "Unknown key 'log.wandbb'. Did you mean 'wandb'"),
+    ("train.steps=abc", "train.steps: Value 'abc'"),
+    ("train.steps=1.5", "train.steps: Value '1.5'"),
+    ("train.steps=", "train.steps: Incompatible value 'None'"),
+    ("optim.student.lr=fast", "optim.student.lr: Value 'fast'"),
+    ("optim.student.betas=[a]", "optim.student.betas"),
+    ("train=5", "train: expected keys of its own, got 5"),
+    ("optim=5", "optim: expected keys of its own"),
+    ("optim.student=5", "optim.student: expected keys of its own"),
+    ("roles=[1]", "roles: expected keys of its own"),
+    ("eval.evaluations=3", "eval.evaluations: expected a list, got 3; write [3]"),
+    ("eval.evaluations=[]", "eval.evaluations"),
+    ("eval.evaluations=[0]", "eval.evaluations"),
+    ("train.steps=0", "train.steps: 0 must be 1 or more"),
+    ("train.log_every=0", "train.log_every: 0 must be 1 or more"),
+    ("optim.student.lr=.nan", "optim.student.lr: nan"),
+    ("optim.student.lr=-1", "optim.student.lr: -1"),
+    ("optim.student.decay=cosin", "decay: 'cosin' must be one of constant, cosine. Did you mean 'cosine'"),
+    ("log.wandb=onlin", "log.wandb: 'onlin' must be one of auto, online, offline, disabled"),
+    ("train.precision=fp16", "train.precision: 'fp16'"),
+    ("name=''", "name: give the run a name"),
+    ("roles.x=${nope.y}", "roles.x: Interpolation key 'nope.y' not found"),
+    ("train.steps", "must have the form key=value"),
+    ("=3", "must have the form key=value"),
+    ("train..steps=3", "must have the form key=value"),
+    ("train.steps=[1", "has a value that is not YAML"),
+])  # fmt: skip
+def test_a_wrong_key_or_value_is_one_sentence_with_its_full_key(override, says):
+    with pytest.raises(BadInput) as caught:
+        config.load([], [override])
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_saved_configs_read_back_equal_and_the_fingerprint_is_of_the_content(tmp_path):
+    cfg = config.load([], ["optim.student.lr=1e-5", "method.a=[1, 2.5e-7]", "seed=3"])
+    config.save(cfg, tmp_path / "config.yaml")
+    again = config.checked(config.read(tmp_path / "config.yaml"))
+    assert again == cfg and config.fingerprint(again) == config.fingerprint(cfg)
+    assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
+    assert config.fingerprint(config.load([], ["seed=4"])) != config.fingerprint(config.load([], ["seed=5"]))
+
+
+# -- names -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, says", [
+    ("os.remove", "'os.remove' is outside distill; allow its package by name with --allow os"),
+    ("distill.run.os.remove", "comes from outside distill"),
+    ("distill.config.importlib.import_module", "comes from outside distill"),
+    ("distill.noise.torch.load", "comes from outside distill.*--allow torch"),
+    ("distill.config.Path", "comes from outside distill"),
+    ("distill.methods.TDMM", "'distill.methods' has no 'TDMM'. Did you mean 'TDM'"),
+    ("distill.methodz.TDM", "'distill' has no 'methodz'. Did you mean 'methods'"),
+    ("distill.noise", "neither a class nor a function"),
+    ("distill", "no module"),
+    ("distill.solvers.SOLVERS", "neither a class nor a function"),
+])  # fmt: skip
+def test_only_our_own_classes_and_functions_resolve(name, says):
+    with pytest.raises(BadInput, match=f"^method._target_: .*{says}"):
+        config.build({"_target_": name}, (), "method")
+
+
+def test_a_target_that_is_no_text_is_refused():
+    with pytest.raises(BadInput, match="a._target_: 5 is no dotted path"):
+        config.build({"a": {"_target_": 5}})
+
+
+def test_an_allowed_package_resolves():
+    assert config.build({"_target_": "string.Template", "template": "a"}, ("string",)).template == "a"
+    with pytest.raises(BadInput, match="--allow string"):
+        config.build({"_target_": "string.Template", "template": "a"}, ("stringprep",))
+
+
+# -- objects ---------------------------------------------------------------------------------------------------------
+
+
+def test_objects_nest_in_lists_and_mappings():
+    part = {"_target_": f"{HERE}.Part", "size": 2}
+    owner = make("Owner", parts=[part, {"plain": part}], roles={"a": part})
+    assert owner.parts[0].size == owner.parts[1]["plain"].size == owner.roles["a"].size == 2
+
+
+@pytest.mark.parametrize("broken, says", [
+    ({"sise": 2}, "Unknown key 'top.parts[1].deep.sise' for .*Did you mean 'size'"),
+    ({}, "Missing key 'top.parts[1].deep.size' for"),
+    ({"size": "a"}, "top.parts[1].deep.size: expected int, got 'a' of type str"),
+])  # fmt: skip
+def test_an_error_deep_inside_carries_its_full_key(broken, says):
+    deep = {"_target_": f"{HERE}.Part", **broken}
+    with pytest.raises(BadInput, match=says.replace("[", r"\[").replace("]", r"\]")):
+        make("Owner", parts=[1, {"deep": deep}])
+
+
+@pytest.mark.parametrize("key, value, holds", [
+    ("size", 3, True), ("size", 3.0, False), ("size", True, False), ("size", None, False), ("size", [3], False),
+    ("ratio", 1, True), ("ratio", "1", False), ("ratio", True, False), ("name", None, True), ("name", "a", True),
+    ("name", 5, False), ("on", True, True), ("on", 1, False), ("anything", {"a": [1]}, True),
+])  # fmt: skip
+def test_plain_annotations_are_checked(key, value, holds):
+    keys = {"size": 1} | {key: value}
+    if holds:
+        assert getattr(make("Part", **keys), key) == value
+    else:
+        with pytest.raises(BadInput, match=rf"^top\.{key}: expected .*got {value!r}".replace("[", r"\[")):
+            make("Part", **keys)
+
+
+def test_whole_numbers_become_floats_where_a_float_is_expected():
+    assert isinstance(make("Part", size=1, ratio=2).ratio, float)
+
+
+def test_a_class_with_keywords_takes_those_of_its_base_and_no_others():
+    assert make("Special", size=3, extra=1).size == 3
+    with pytest.raises(BadInput, match="Unknown key 'top.sizee'.*Did you mean 'size'"):
+        make("Special", size=3, sizee=1)
+
+
+def test_a_function_with_keywords_checks_them_itself():
+    assert make("stock", kind="a", beta=1) == ("a", {"beta": 1})
+    with pytest.raises(BadInput, match="^top: stock refuses kind, bad: stock has no 'bad'"):
+        make("stock", kind="a", bad=1)
+    with pytest.raises(BadInput, match="top.kind: expected str"):
+        make("stock", kind=5)
+
+
+def test_what_an_object_refuses_carries_the_key():
+    with pytest.raises(BadInput, match="^top.inner: sizes are refused"):
+        config.build({"inner": {"_target_": f"{HERE}.Picky", "sizes": "refuse"}}, (HERE,), "top")
+    with pytest.raises(BadInput, match="^top: Picky refuses sizes: 'int' object is not iterable"):
+        make("Picky", sizes=5)
+
+
+def test_given_arguments_are_not_the_configs_to_set():
+    with pytest.raises(BadInput, match="Unknown key 'top.size'"):
+        config.build({"_target_": f"{HERE}.Part", "size": 1}, (HERE,), "top", size=2)
+    assert config.build({"_target_": f"{HERE}.Part"}, (HERE,), "top", size=2).size == 2
