@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import netrc
 import os
+import secrets
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +17,13 @@ import lightning
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from distill.errors import BadInput
+
 console = Console()
 
 
 class Bar(lightning.Callback):
-    """rich progress bar: step, loss by role, steps a second, time left. One line every `every` steps without a terminal."""
+    """rich progress bar: step, loss by role, steps a second, time left; without a terminal a line now and then."""
 
     def __init__(self, total: int, every: int = 10):
         self.total, self.every, self.bar = total, every, None
@@ -49,16 +54,25 @@ class Bar(lightning.Callback):
             self.bar.stop()
             self.bar = None
 
+    def on_exception(self, trainer, method, exception):
+        self.teardown(trainer, method, "fit")  # else the terminal stays without a cursor
+
 
 class CSV:
-    """`metrics.csv`: one row a step, appended; a new column rewrites the file with the union of columns."""
+    """`metrics.csv`: rows with their step, appended; a new column rewrites the file with the union of columns.
 
-    def __init__(self, path: str | Path):
+    `until`: the step from which a run goes on; rows of later steps, done in vain by a process that died, are dropped.
+    """
+
+    def __init__(self, path: str | Path, until: int = -1):
         self.path = Path(path)
         self.columns: list[str] = []
         if self.path.exists():
             with open(self.path, newline="") as file:
-                self.columns = next(csv.reader(file), [])
+                reader = csv.DictReader(file)
+                self.columns = list(reader.fieldnames or [])
+                rows = [r for r in reader if str(r["step"]).isdigit() and int(r["step"]) <= until]
+            self._rewrite(rows)
 
     def write(self, row: dict[str, Any], step: int) -> None:
         row = {"step": step, **row}
@@ -74,6 +88,9 @@ class CSV:
             with open(self.path, newline="") as file:
                 rows = list(csv.DictReader(file))
         self.columns = [*self.columns, *new]
+        self._rewrite(rows)
+
+    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
         staging = self.path.with_suffix(".writing")
         with open(staging, "w", newline="") as file:
             writer = csv.DictWriter(file, self.columns, restval="")
@@ -85,29 +102,38 @@ class CSV:
 class Wandb:
     """Weights & Biases, the one door to it. Offline without a key; never a prompt.
 
-    `mode`: auto (online when WANDB_API_KEY or a netrc entry is there), online, offline. The run id is kept in
+    `mode`: auto (WANDB_MODE where it is set, else online when a key is at hand), online, offline. The run id is kept in
     `folder/wandb_id`, so a resumed run goes on as the same one.
+
+    Raises:
+        BadInput: online without a key, or wandb refuses to start.
     """
 
     def __init__(self, folder: Path, mode: str, project: str, name: str, config: dict[str, Any]):
         import wandb
 
         if mode == "auto":
-            mode = "online" if os.environ.get("WANDB_API_KEY") or wandb.api.api_key else "offline"
+            mode = os.environ.get("WANDB_MODE") or ("online" if key_at_hand() else "offline")
+        if mode == "online" and not key_at_hand():
+            raise BadInput("log.wandb=online needs a key: set WANDB_API_KEY, or run `wandb login`, or take offline.")
         identity = folder / "wandb_id"
         if not identity.exists():
-            identity.write_text(wandb.util.generate_id())
+            identity.write_text(secrets.token_hex(4))
         self.wandb = wandb
-        self.run = wandb.init(
-            project=project,
-            name=name,
-            config=config,
-            dir=str(folder),
-            mode=mode,
-            id=identity.read_text(),
-            resume="allow" if mode == "online" else None,
-            settings=wandb.Settings(silent=True, console="off"),
-        )
+        try:
+            self.run = wandb.init(
+                project=project,
+                name=name,
+                config=config,
+                dir=str(folder),
+                mode=mode,
+                id=identity.read_text(),
+                resume="allow" if mode == "online" else None,
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except Exception as error:  # no network, a refused key, a bad project: each its own class
+            text = " ".join(str(error).split())
+            raise BadInput(f"wandb did not start ({text}); take log.wandb=offline and sync later.") from error
 
     def write(self, row: dict[str, Any], step: int) -> None:
         self.run.log(row, step=step)
@@ -116,7 +142,18 @@ class Wandb:
         self.run.log({name: self.wandb.Image(str(path))}, step=step)
 
     def close(self) -> None:
-        self.run.finish(quiet=True)
+        self.run.finish()
+
+
+def key_at_hand() -> bool:
+    """Whether wandb would find a key without asking: in the environment or the netrc file."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0]
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 class Record(lightning.Callback):
@@ -182,6 +219,8 @@ class Interrupt(lightning.Callback):
         console.print("Interrupted: ending after this step, with a checkpoint.", highlight=False)
 
     def on_train_start(self, trainer, method):
+        if threading.current_thread() is not threading.main_thread():
+            return  # python hands signals to the main thread only
         for number in (signal.SIGINT, signal.SIGTERM):
             self.old[number] = signal.signal(number, self._receive)
 
@@ -193,3 +232,6 @@ class Interrupt(lightning.Callback):
         for number, handler in self.old.items():
             signal.signal(number, handler)
         self.old = {}
+
+    def on_exception(self, trainer, method, exception):
+        self.teardown(trainer, method, "fit")
