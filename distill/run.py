@@ -17,15 +17,14 @@ from torch import Tensor
 from distill import __version__, config
 from distill.denoise import Guided
 from distill.engine import callbacks as see
-from distill.engine import checkpoint
+from distill.engine import checkpoint, home
+from distill.engine.home import CHECKPOINTS, CONFIG, METRICS
 from distill.engine.trainer import fit
 from distill.errors import BadInput
 from distill.eval import baselines, suite, table
 from distill.grid import Grid
-from distill.methods.base import Method
+from distill.methods.base import Method, optimizer_of
 from distill.solvers import DDIM, solve
-
-CONFIG, METRICS = "config.yaml", "metrics.json"
 
 
 @dataclass
@@ -54,7 +53,10 @@ class Session:
             return suite.Toy(self.data.source)
         real, held_out = self.data.all(), None
         if self.cfg.eval.reference:
+            _check_path(self.cfg.eval.reference, "eval.reference")
             held_out = config.build(self.cfg.eval.reference, self.allow, "eval.reference").all()["x"]
+        if "x" not in real:
+            raise BadInput("data holds conditions alone, to which no sample compares; use distill.data.shards.Shards.")
         return suite.Images(real["x"], real.get("label"), held_out)
 
 
@@ -63,101 +65,131 @@ def assemble(cfg: DictConfig, allow: tuple[str, ...] = ()) -> Session:
     for key in ("method", "data", "roles"):
         if not cfg[key]:
             raise BadInput(f"The config has no '{key}'; start from one in configs/, for example configs/toy/tdm.yaml.")
-    if cfg.log.wandb not in ("auto", "online", "offline", "disabled"):
-        raise BadInput(f"log.wandb: '{cfg.log.wandb}' must be auto, online, offline or disabled.")
+    for key in ("method", "data"):
+        if not cfg[key].get(config.TARGET):
+            raise BadInput(f"{key}._target_ is missing; name a class, for example distill.{key}s.TDM for a method.")
+    _check_path(cfg.data, "data")
     torch.manual_seed(cfg.seed)
     if cfg.train.threads:
         torch.set_num_threads(cfg.train.threads)
     data = config.build(cfg.data, allow, "data")
-    roles = config.build(cfg.roles, allow, "roles")
+    if not (hasattr(data, "info") and hasattr(data, "loader")):
+        raise BadInput(f"data._target_: {cfg.data[config.TARGET]} is no source of data; name one of distill.data.")
+    roles = _roles(cfg, allow)
     optim = {role: config.Optim(**settings) for role, settings in cfg.optim.items()}
     method = config.build(cfg.method, allow, "method", roles=roles, optim=optim)
     if not isinstance(method, Method):
         raise BadInput(f"method._target_: {cfg.method['_target_']} is not a Method; name one of distill.methods.")
     _fits(method, data)
+    _trains(method)
     return Session(cfg, method, data, allow)
 
 
+def _trains(method: Method) -> None:
+    """Refuse settings that an optimiser does not take, while nothing is written."""
+    for role, settings in method.optim.items():
+        weights = list(getattr(method, role).parameters())
+        if not weights:
+            raise BadInput(f"roles.{role} has no weights to train; give it a network of distill.nets.")
+        try:
+            optimizer_of(settings, weights, role)
+        except BadInput:
+            raise
+        except (TypeError, ValueError, RuntimeError) as error:
+            text = str(error).splitlines()[0]
+            raise BadInput(f"optim.{role}: torch.optim.{settings.name} refuses its settings: {text}") from error
+
+
+def _roles(cfg: DictConfig, allow: tuple[str, ...]) -> dict[str, Any]:
+    roles = config.build(cfg.roles, allow, "roles")
+    for name, role in roles.items() if isinstance(roles, dict) else [("_target_", None)]:
+        if not isinstance(role, (torch.nn.Module, str)):
+            raise BadInput(f"roles.{name} is no network; give it a _target_, such as distill.denoise.Denoiser.")
+    return roles
+
+
+def _check_path(settings: DictConfig, key: str) -> None:
+    """Refuse a source whose files are not there, and name the command that makes them."""
+    path = settings.get("path")
+    if not isinstance(path, str) or any(c in path for c in "{*?[") or Path(path).expanduser().exists():
+        return
+    out = Path(path).parent if Path(path).name in ("train", "test") else Path(path)
+    kind = "digits" if "digits" in out.parts else "images PHOTOS"
+    kind = "pairs CONFIG" if settings[config.TARGET].endswith("Pairs") else kind
+    raise BadInput(f"{key}.path: {path} does not exist; make it by `distill data {kind} {out}`, or correct the path.")
+
+
 def _fits(method: Method, data: Any) -> None:
-    net, info = method.student.net, data.info
-    if tuple(info.shape) != method.shape:
-        raise BadInput(
-            f"data holds samples of shape {tuple(info.shape)}, the network expects {method.shape}; "
-            "change roles.student.net or the data."
-        )
-    if (info.classes or 0) > 0 and getattr(net, "classes", 0) not in (0, info.classes):
-        raise BadInput(
-            f"data holds {info.classes} classes, the network expects {net.classes}; set the network's classes to match."
-        )
+    """Refuse data that a network of the method cannot take."""
+    info, where = data.info, f"data ({data.info.path or data.info.source})"
+    for role in (*method.trainable, *method.frozen):
+        net = getattr(getattr(method, role), "net", None)
+        shape, classes = tuple(getattr(net, "shape", info.shape)), getattr(net, "classes", 0)
+        if shape != tuple(info.shape):
+            raise BadInput(
+                f"{where} holds samples of shape {tuple(info.shape)}, the network of {role} expects {shape}; "
+                f"change roles.{role}.net or the data."
+            )
+        if info.classes and classes not in (0, info.classes):
+            raise BadInput(
+                f"{where} holds {info.classes} classes, the network of {role} expects {classes}; "
+                "set the network's classes to match."
+            )
 
 
 # -- train -------------------------------------------------------------------------------------------------------
 
 
 def train(cfg: DictConfig, folder: Path, resume: bool = False, allow: tuple[str, ...] = ()) -> Session:
-    """Train into `folder`; an existing run is resumed if asked, refused otherwise."""
+    """Train into `folder`; an existing run is resumed if asked, refused otherwise.
+
+    Nothing is written before everything is built, and a new run that fails before its first step leaves no folder.
+    """
     folder = Path(folder)
-    exists = (folder / CONFIG).exists()
-    if exists and not resume:
-        raise BadInput(f"{folder} already holds a run; add --resume to go on with it, or give another name=...")
-    if not exists and folder.exists() and any(folder.iterdir()):
-        raise BadInput(f"{folder} exists and is not a run of distill; give another name=... so nothing is overwritten.")
-    if resume and not exists:
-        raise BadInput(f"{folder} holds no run to resume; leave out --resume to start one.")
-    state = checkpoint.load(checkpoint.latest(folder / "checkpoints")) if resume else None
+    state = home.enter(folder, resume)
     session = assemble(cfg, allow)
     if resume:
-        _same_recipe(cfg, OmegaConf.load(folder / CONFIG))
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save(cfg, folder / CONFIG)
-    sinks = _sinks(cfg, folder)
-    calls = _callbacks(session, folder, sinks)
-    if state is None or state["step"] < cfg.train.steps:
-        fit(
-            session.method,
-            session.data,
-            cfg.train.steps,
-            calls,
-            accelerator=cfg.train.accelerator,
-            precision=cfg.train.precision,
-            resume=state,
-        )
-    else:
-        session.method.restore(state, weights_only=True)
+        home.same_recipe(cfg, home.config_of(folder))
+    if state and state["step"] >= cfg.train.steps:
+        _restore(session, state, folder)
         see.console.print(f"{folder} has its {state['step']} steps already; raise train.steps to go on.")
-    for sink in sinks:
-        getattr(sink, "close", lambda: None)()
+        return session
+    tests = session.suite()
+    with home.written(folder, cfg, session.method) as sinks:
+        sinks.append(see.CSV(folder / "metrics.csv", state["step"] if state else -1))
+        if cfg.log.wandb != "disabled":
+            plain = OmegaConf.to_container(cfg)
+            sinks.append(see.Wandb(folder, cfg.log.wandb, cfg.log.project, cfg.name, plain))
+        settings = {"accelerator": cfg.train.accelerator, "precision": cfg.train.precision, "resume": state}
+        fit(session.method, session.data, cfg.train.steps, _callbacks(session, folder, sinks, tests), **settings)
     return session
 
 
-def _same_recipe(new: DictConfig, old: DictConfig) -> None:
-    """Refuse to go on under another recipe: roles, method, data and seed must agree."""
-    for key in ("seed", "roles", "method", "data"):
-        if new[key] != old[key]:
-            raise BadInput(f"--resume: '{key}' differs from the run's own config; resume without changing it.")
+def _restore(session: Session, state: dict[str, Any], folder: Path) -> None:
+    try:
+        session.method.restore(state, weights_only=True)
+    except (KeyError, RuntimeError, AttributeError) as error:
+        text = str(error).splitlines()[0].strip()
+        raise BadInput(
+            f"{folder / CHECKPOINTS}: the weights do not fit the networks of {folder / CONFIG} ({text}); "
+            "use the version of distill that wrote them."
+        ) from error
 
 
-def _sinks(cfg: DictConfig, folder: Path) -> list[Any]:
-    sinks: list[Any] = [see.CSV(folder / "metrics.csv")]
-    if cfg.log.wandb != "disabled":
-        plain = OmegaConf.to_container(cfg)
-        sinks.append(see.Wandb(folder, cfg.log.wandb, cfg.log.project, cfg.name, plain))
-    return sinks
-
-
-def _callbacks(session: Session, folder: Path, sinks: list[Any]) -> list[Any]:
-    cfg, tests = session.cfg, session.suite()
+def _callbacks(session: Session, folder: Path, sinks: list[Any], tests: Any) -> list[Any]:
+    cfg = session.cfg
     record = see.Record(sinks, cfg.train.log_every)
     z, cond = session.noise(cfg.eval.validation_samples, cfg.eval.seed)
 
     def save(method):
         checkpoint.save(
-            folder / "checkpoints", method.snapshot(), cfg.train.keep,
+            folder / CHECKPOINTS, method.snapshot(), cfg.train.keep,
             config=config.fingerprint(cfg), distill=__version__, torch=torch.__version__,
         )  # fmt: skip
 
     def validate(method):
-        x = _batched(lambda z, c: method.sample(z, c, generator=torch.Generator(z.device).manual_seed(0)), z, cond, method)
+        seeded = lambda z: torch.Generator(z.device).manual_seed(0)
+        x = _batched(lambda z, c: method.sample(z, c, generator=seeded(z)), z, cond, method)
         scores = tests.score(x, cond, quick=True)
         record.write({f"validation/{k}": v for k, v in scores.items()}, method.step)
         path = folder / "samples" / f"step-{method.step:08d}.png"
@@ -199,25 +231,28 @@ def _batched(call: Any, z: Tensor, cond: dict[str, Tensor], method: Method, batc
 def open_run(folder: Path, allow: tuple[str, ...] = ()) -> Session:
     """A run's objects with the weights of its newest checkpoint."""
     folder = Path(folder)
-    if not (folder / CONFIG).exists():
-        raise BadInput(f"{folder} is no run: it has no {CONFIG}; name a folder that `distill train` made.")
-    state = checkpoint.load(checkpoint.latest(folder / "checkpoints"))
-    session = assemble(config.checked(OmegaConf.load(folder / CONFIG)), allow)
-    session.method.restore(state, weights_only=True)
+    cfg, state = home.config_of(folder), home.newest(folder)
+    session = assemble(cfg, allow)
+    _restore(session, state, folder)
     session.method.eval()
     return session
 
 
 def sample(folder: Path, out: Path, n: int = 100, seed: int = 0, allow: tuple[str, ...] = ()) -> Path:
     """A picture of n few-step samples."""
-    if Path(out).exists():
+    out = Path(out)
+    if out.exists():
         raise BadInput(f"{out} exists; name another file so nothing is overwritten.")
+    if out.suffix != ".png":
+        raise BadInput(f"{out} must end in .png, the kind of picture that is written.")
+    if not out.parent.is_dir():
+        raise BadInput(f"{out.parent} is no folder; make it, or write the picture elsewhere.")
     session = open_run(folder, allow)
     z, cond = session.noise(n, seed)
     generator = torch.Generator().manual_seed(seed)
     x = session.method.sample(z, cond, generator=generator)
     session.suite().picture({f"{session.method.grid.steps} evaluations": x}, out)
-    return Path(out)
+    return out
 
 
 def pairs(cfg: DictConfig, out: Path, count: int, seed: int = 0, allow: tuple[str, ...] = ()) -> None:
@@ -229,13 +264,12 @@ def pairs(cfg: DictConfig, out: Path, count: int, seed: int = 0, allow: tuple[st
         raise BadInput(f"{type(method).__name__} does not train on pairs: give a recipe of distill.methods.Reflow.")
     method.to("cuda" if torch.cuda.is_available() else "cpu")
     about = f"{type(method.solver).__name__} in {len(method.times) - 1} steps, w = {method.guidance:g}"
-    stored.write(
-        out, method.endpoint, method.teacher, count, method.shape, classes=session.data.info.classes, about=about, seed=seed
-    )
+    classes = session.data.info.classes
+    stored.write(out, method.endpoint, method.teacher, count, method.shape, classes=classes, about=about, seed=seed)
 
 
 def evaluate(folder: Path, samples: int | None = None, allow: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Teacher, training-free solvers and student at each NFE from the same noise: metrics.json, samples.png, a table."""
+    """Teacher, training-free solvers and student at each NFE from the same noise: metrics.json and samples.png."""
     folder = Path(folder)
     session = open_run(folder, allow)
     result, panels = measure(session, samples)
@@ -305,7 +339,7 @@ def toy_scores(session: Session) -> dict[str, float]:
     method, tests = session.method, session.suite()
     z, cond = session.noise(session.cfg.eval.samples, session.cfg.eval.seed)
     x = method.sample(z, cond, generator=torch.Generator().manual_seed(0))
-    teacher = solve(tests.oracle, z, method.grid.times, DDIM())
+    teacher = solve(tests.oracle, tests.oracle.schedule.start(z), method.grid.times, DDIM())
     out = tests.score(x, cond)
     out["energy_ratio"] = out["energy"] / tests.score(teacher, cond, quick=True)["energy"]
     if method.shape == (1,):
@@ -313,7 +347,7 @@ def toy_scores(session: Session) -> dict[str, float]:
     if getattr(method, "metric", None) is not None:
         out["reward_gap"] = float(method.metric(tests.x).mean() - method.metric(x).mean())
     if getattr(method, "teacher", None) is not None:
-        exact = solve(Guided(method.teacher, method.guidance), z, Grid.uniform(64), DDIM(), **cond)
+        exact = solve(Guided(method.teacher, method.guidance), method.teacher.schedule.start(z), Grid.uniform(64), DDIM(), **cond)
         out["teacher_error"] = float((x - exact).square().mean().sqrt() / tests.x.std())
     return out
 
@@ -332,9 +366,14 @@ def _about(session: Session, samples: int) -> dict[str, Any]:
 def export(folder: Path, out: Path, allow: tuple[str, ...] = ()) -> Path:
     """The averaged student as a stock diffusers folder."""
 
-    folder = Path(folder)
-    session = open_run(folder, allow)
-    return write_export(session, out, json.loads((folder / METRICS).read_text()) if (folder / METRICS).exists() else None)
+    folder, out = Path(folder), Path(out)
+    if out.exists():
+        raise BadInput(f"{out} exists; name another folder so nothing is overwritten.")
+    session, metrics = open_run(folder, allow), folder / METRICS
+    try:
+        return write_export(session, out, json.loads(metrics.read_text()) if metrics.exists() else None)
+    except json.JSONDecodeError:
+        raise BadInput(f"{metrics} is not JSON; write it again by `distill eval {folder}`, or remove it.") from None
 
 
 def write_export(session: Session, out: Path, metrics: dict[str, Any] | None) -> Path:

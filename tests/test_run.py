@@ -1,0 +1,333 @@
+"""The run layer with the real trainer: resume bit for bit, validation that disturbs nothing, failures without loss."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+
+import pytest
+import tiny
+import torch
+
+from distill import config, run
+from distill.config import Optim
+from distill.data.toy import Samples
+from distill.engine import checkpoint
+from distill.errors import BadInput
+from distill.methods.base import learning_rate
+
+# Two roles, a cosine, warm-up, a decay that looks at the last step, validation, and checkpoints on their own beat.
+FULL = (
+    "train.steps=10", "train.validate_every=4", "train.save_every=3", "method.warm_start=2",
+    "optim.student.decay=cosine", "optim.critic.warmup=4",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cheap():
+    """No test waits for a busy disk (test_checkpoint.py sees to that), and the threads are given back."""
+    before = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+    torch.set_num_threads(before)
+
+
+def newest(folder):
+    return checkpoint.load(checkpoint.latest(folder / "checkpoints"))
+
+
+def full(folder, *more, resume=False):
+    return tiny.train(folder, *FULL, *more, name="tdm", resume=resume)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Ten steps at once."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    full(folder)
+    return folder
+
+
+# -- resume ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [5, 8])
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(whole, tmp_path, monkeypatch, step):
+    with monkeypatch.context() as m:
+        tiny.after(m, step, tiny.interrupt)
+        session = full(tmp_path / "run")
+    assert session.method.step == step and newest(tmp_path / "run")["step"] == step
+    torch.manual_seed(999)
+    resumed = full(tmp_path / "run", resume=True)
+    assert resumed.method.step == 10
+    ours, theirs = newest(tmp_path / "run"), newest(whole)
+    assert set(ours["networks"]) == {"student", "critic", "ema"}
+    for part in ("step", "networks", "optimizers", "random"):
+        assert tiny.same(ours[part], theirs[part]), part
+    assert tiny.rows(tmp_path / "run") == tiny.rows(whole)
+
+
+def test_a_crash_costs_the_steps_since_the_checkpoint_and_no_row_twice(whole, tmp_path, monkeypatch):
+    def crash():
+        raise RuntimeError("the machine is gone")
+
+    with monkeypatch.context() as m:
+        tiny.after(m, 8, crash)
+        with pytest.raises(RuntimeError, match="machine is gone"):
+            full(tmp_path / "run")
+    assert newest(tmp_path / "run")["step"] == 6 and tiny.rows(tmp_path / "run")[-1]["step"] == "7"
+    full(tmp_path / "run", resume=True)
+    assert tiny.same(newest(tmp_path / "run")["networks"], newest(whole)["networks"])
+    assert tiny.rows(tmp_path / "run") == tiny.rows(whole)
+
+
+def test_rows_are_complete(whole):
+    rows = tiny.rows(whole)
+    trained = [r["step"] for r in rows if r["student/loss"]]
+    validated = [r["step"] for r in rows if r["validation/energy"]]
+    assert trained == [str(s) for s in range(1, 11)] and validated == ["0", "4", "8", "10"]
+
+
+def test_a_run_stopped_before_its_first_checkpoint_resumes_from_the_start(whole, tmp_path, monkeypatch):
+    def crash():
+        raise RuntimeError("gone")
+
+    with monkeypatch.context() as m:
+        tiny.after(m, 2, crash)
+        with pytest.raises(RuntimeError, match="gone"):
+            full(tmp_path / "run")
+    with pytest.raises(BadInput, match="already holds a run; add --resume"):
+        full(tmp_path / "run")
+    full(tmp_path / "run", resume=True)
+    assert tiny.same(newest(tmp_path / "run")["networks"], newest(whole)["networks"])
+    assert tiny.rows(tmp_path / "run") == tiny.rows(whole)
+
+
+def test_more_steps_go_on_and_no_more_steps_change_nothing(tmp_path, capsys):
+    tiny.train(tmp_path / "run", "train.steps=2", "optim.student.decay=constant")
+    before = tiny.files(tmp_path / "run")
+    session = tiny.train(tmp_path / "run", "train.steps=2", "optim.student.decay=constant", resume=True)
+    assert session.method.step == 2 and tiny.files(tmp_path / "run") == before
+    assert "raise train.steps to go on" in " ".join(capsys.readouterr().out.split())
+    tiny.train(tmp_path / "run", "train.steps=4", "optim.student.decay=constant", resume=True)
+    tiny.train(tmp_path / "four", "train.steps=4", "optim.student.decay=constant")
+    assert tiny.same(newest(tmp_path / "run")["networks"], newest(tmp_path / "four")["networks"])
+
+
+def test_another_recipe_is_refused_by_the_key_that_differs(whole):
+    before = tiny.files(whole)
+    for change, says in (
+        ("method.grid=3", "method.grid is 3 but was 2"),
+        ("seed=1", "seed is 1 but was 0"),
+        ("roles.student.net.width=16", "roles.student.net.width is 16 but was 8"),
+        ("data.seed=4", "data.seed is 4 but was None"),
+    ):
+        with pytest.raises(BadInput, match=says):
+            full(whole, change, resume=True)
+    assert tiny.files(whole) == before
+
+
+def test_a_damaged_newest_checkpoint_stops_a_resume_with_the_mend(tmp_path):
+    folder = tmp_path / "run"
+    tiny.train(folder, "train.save_every=2", "train.steps=4")
+    state = folder / "checkpoints" / "step-00000004" / "state.pt"
+    data = bytearray(state.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    state.write_bytes(bytes(data))
+    with pytest.raises(BadInput, match="step-00000004 cannot be read .* remove it to go on from step-00000002"):
+        tiny.train(folder, "train.save_every=2", "train.steps=4", resume=True)
+    state.write_bytes(bytes(data[:-1]))  # torn: passed over
+    assert run.open_run(folder).method.step == 2
+
+
+def test_checkpoints_of_other_networks_are_told(tmp_path):
+    tiny.train(tmp_path / "run", "train.steps=1")
+    file = tmp_path / "run" / "config.yaml"
+    file.write_text(file.read_text().replace("width: 8", "width: 16"))
+    with pytest.raises(BadInput, match="the weights do not fit the networks of .*config.yaml"):
+        run.open_run(tmp_path / "run")
+
+
+# -- validation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["teacher", "tdm", "consistency"])
+def test_validation_does_not_disturb_the_run(tmp_path, name):
+    ends = []
+    for every in (0, 2):
+        folder = tmp_path / str(every)
+        tiny.train(folder, "method.warm_start=0", f"train.validate_every={every}", name=name)
+        ends.append(newest(folder))
+    assert tiny.same(ends[0]["networks"], ends[1]["networks"]) and tiny.same(ends[0]["random"], ends[1]["random"])
+
+
+def test_two_runs_of_one_seed_are_equal_and_of_two_seeds_are_not(tmp_path):
+    ends = [
+        newest(tiny.train(tmp_path / n, s, "train.steps=2") and tmp_path / n)["networks"]
+        for n, s in (("a", "seed=0"), ("b", "seed=0"), ("c", "seed=1"))
+    ]
+    assert tiny.same(ends[0], ends[1]) and not tiny.same(ends[0], ends[2])
+
+
+# -- failures -----------------------------------------------------------------------------------------------------
+
+
+def poison(monkeypatch, batch: int) -> None:
+    """NaN in one batch of the training data."""
+    inner = Samples.loader
+
+    def loader(self, rank=0, world=1, start=0):
+        for n, found in enumerate(inner(self, rank, world, start), start):
+            yield found | {"x": found["x"] * math.nan} if n == batch else found
+
+    monkeypatch.setattr(Samples, "loader", loader)
+
+
+def test_nan_stops_the_run_and_keeps_its_last_checkpoint(tmp_path, monkeypatch):
+    with monkeypatch.context() as m:
+        poison(m, 5)
+        with pytest.raises(BadInput, match=r"student's loss became nan at step 5; lower optim\.student\.lr"):
+            tiny.train(tmp_path / "run", "train.save_every=2")
+    state = newest(tmp_path / "run")
+    assert state["step"] == 4 and all(w.isfinite().all() for w in state["networks"]["student"].values())
+    assert tiny.train(tmp_path / "run", "train.save_every=2", resume=True).method.step == 6
+
+
+@pytest.mark.parametrize("keys, says", [
+    (("optim.student.lr=1e-3",), "loss became"), (("train.accelerator=cuda",), "train.accelerator"),
+    (("optim.student.name=AdamWW",), "optim.student.name: torch.optim has no 'AdamWW'. Did you mean 'AdamW'"),
+    (("optim.student.name=LBFGS",), "optim.student: torch.optim.LBFGS refuses"),
+    (("optim.student.betas=[0.9, 2]",), "optim.student: torch.optim.AdamW refuses"),
+    (("eval.reference={_target_: distill.data.shards.Shards, path: nowhere, batch_size: 4}",
+      "data={_target_: distill.data.toy.Conditions, shape: [2], classes: 0, batch_size: 4}"), "eval.reference.path"),
+])  # fmt: skip
+def test_a_failure_before_the_first_step_leaves_no_folder(tmp_path, monkeypatch, keys, says):
+    if says == "train.accelerator" and torch.cuda.is_available():
+        pytest.skip("this machine has it")
+    if says == "loss became":
+        poison(monkeypatch, 0)
+    with pytest.raises(BadInput, match=says):
+        tiny.train(tmp_path / "run", *keys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_interrupt_within_the_first_step_leaves_no_folder_and_no_handler(tmp_path, monkeypatch):
+    old = signal.getsignal(signal.SIGINT)
+    inner = Samples.loader
+
+    def loader(self, *args, **kw):
+        tiny.interrupt(), tiny.interrupt()
+        return inner(self, *args, **kw)
+
+    monkeypatch.setattr(Samples, "loader", loader)
+    with pytest.raises(KeyboardInterrupt):
+        tiny.train(tmp_path / "run")
+    now = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, old)
+    assert now is old and list(tmp_path.iterdir()) == []
+
+
+def test_the_sinks_are_closed_whatever_happens(tmp_path, monkeypatch):
+    closed = []
+    monkeypatch.setattr(run.see.CSV, "close", lambda self: closed.append(1), raising=False)
+    poison(monkeypatch, 2)
+    with pytest.raises(BadInput):
+        tiny.train(tmp_path / "run")
+    assert closed == [1]
+
+
+# -- what does not fit ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keys, says", [
+    (("method._target_=null",), "^method._target_ is missing"), (("data._target_=null",), "^data._target_ is missing"),
+    (("roles.student.net=5",), "^roles.student has no weights to train"),
+    (("roles.student=5",), "^roles.student is no network"),
+    (("roles.student._target_=null",), "^roles.student._target_: None is no dotted path"),
+    (("data={_target_: distill.noise.RectifiedFlow}",), "^data._target_: distill.noise.RectifiedFlow is no source"),
+    (("roles.student.net.dim=3",), r"holds samples of shape \(2,\), the network of student expects \(3,\)"),
+    (("roles.student.net.classes=4", "data.classes=6"), "6 classes, the network of student expects 4"),
+    (("method.grid=[0.9, 0.5, 0]",), r"^method: grid starts at 0\.9 but the student starts from noise"),
+    (("roles.teacherr=${roles.student}",), "^roles.teacherr: Diffusion has no such role"),
+    (("optim.critic.lr=1",), "^optim.critic: not a trainable role"),
+    (("data={_target_: distill.data.shards.Shards, path: data/dgits/train, batch_size: 4}",),
+     "^data.path: data/dgits/train does not exist; make it by `distill data images PHOTOS data/dgits`"),
+    (("data={_target_: distill.data.shards.Shards, path: no/digits/train, batch_size: 4}",),
+     "`distill data digits no/digits`"),
+    (("data={_target_: distill.data.pairs.Pairs, path: no/pairs, batch_size: 4}",),
+     "`distill data pairs CONFIG no/pairs`"),
+])  # fmt: skip
+def test_what_does_not_fit_is_refused_before_anything_runs(keys, says):
+    with pytest.raises(BadInput, match=says):
+        run.assemble(tiny.recipe(*keys))
+
+
+@pytest.mark.parametrize("key", ["roles", "method", "data"])
+def test_an_empty_part_points_to_a_recipe(key):
+    cfg = tiny.recipe()
+    cfg[key] = {}
+    with pytest.raises(BadInput, match=f"no '{key}'; start from one in configs/"):
+        run.assemble(cfg)
+
+
+def test_the_folder_must_be_the_runs_own(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("years of work")
+    (tmp_path / "file").write_text("also")
+    (tmp_path / "empty").mkdir()
+    for name in ("full", "file"):
+        with pytest.raises(BadInput, match=f"{name} exists and is not a run"):
+            tiny.train(tmp_path / name)
+    with pytest.raises(BadInput, match="absent holds no run to resume; leave out --resume"):
+        tiny.train(tmp_path / "absent", resume=True)
+    with pytest.raises(BadInput, match="full is no run: it has no config.yaml"):
+        run.open_run(tmp_path / "full")
+    assert sorted(tiny.files(tmp_path)) == ["empty", "file", "full", "full/thesis.tex"]
+    tiny.train(tmp_path / "empty", "train.steps=1")
+
+
+def test_a_toy_is_measured_against_its_law_and_conditions_need_data():
+    session = run.assemble(tiny.recipe())
+    assert session.suite().headline == "energy" and session.teacher is session.method.ema
+    z, cond = session.noise(4, 1)
+    assert z.shape == (4, 2) and cond == {}
+    conditions = "{_target_: distill.data.toy.Conditions, shape: [2], classes: 0, batch_size: 4}"
+    alone = run.assemble(tiny.recipe(f"data={conditions}"))
+    with pytest.raises(BadInput, match="conditions alone"):
+        alone.suite()
+
+
+def test_noise_is_fixed_and_labels_are_balanced():
+    session = run.assemble(tiny.recipe(name="guidance"))
+    (a, cond), (b, _), (c, _) = session.noise(12, 1), session.noise(12, 1), session.noise(12, 2)
+    assert torch.equal(a, b) and not torch.equal(a, c) and cond["label"].bincount().tolist() == [2] * 6
+
+
+# -- learning rate ----------------------------------------------------------------------------------------------------
+
+
+def test_warm_up_and_cosine_have_their_values():
+    flat, warm, cosine = Optim(), Optim(warmup=4), Optim(decay="cosine")
+    assert [learning_rate(flat, s, 10) for s in (0, 5, 99)] == [1, 1, 1]
+    assert [learning_rate(warm, s, 10) for s in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    expected = [1, 0.5 * (1 + math.cos(math.pi * 0.3)), 0.5, 0, 0]
+    assert [learning_rate(cosine, s, 10) for s in (0, 3, 5, 10, 99)] == pytest.approx(expected, abs=1e-12)
+    both = Optim(warmup=4, decay="cosine")
+    assert learning_rate(both, 1, 4) == pytest.approx(0.5 * 0.5 * (1 + math.sqrt(0.5)))
+    assert learning_rate(cosine, 3, 0) == 1  # no end known
+
+
+def test_the_factor_reaches_the_optimiser(tmp_path):
+    keys = ("train.steps=4", "optim.student.lr=1e-3", "optim.student.warmup=2", "optim.student.decay=cosine")
+    tiny.train(tmp_path / "run", *keys)
+    last = 1e-3 * 0.5 * (1 + math.cos(math.pi * 3 / 4))
+    assert newest(tmp_path / "run")["optimizers"]["student"]["param_groups"][0]["lr"] == pytest.approx(last)
+
+
+def test_the_saved_config_is_the_resolved_one_and_its_hash_is_in_the_checkpoint(whole):
+    cfg = config.read(whole / "config.yaml")
+    assert "${" not in (whole / "config.yaml").read_text() and cfg.train.steps == 10
+    manifest = (checkpoint.latest(whole / "checkpoints") / "manifest.json").read_text()
+    assert config.fingerprint(config.checked(cfg)) in manifest
