@@ -17,10 +17,12 @@ class Verbs(click.Group):
     def invoke(self, ctx: click.Context):
         try:
             return super().invoke(ctx)
-        except BadInput as error:
+        except (BadInput, OSError) as error:
             if ctx.params.get("debug"):
                 raise
-            click.echo(f"distill: {error}", err=True)
+            where = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
+            text = str(error) if isinstance(error, BadInput) else f"{where}; look at its rights and free space."
+            click.echo(f"distill: {' '.join(text.split())}", err=True)
             sys.exit(2)
         except KeyboardInterrupt:
             click.echo("distill: interrupted.", err=True)
@@ -74,7 +76,7 @@ def train(configs: tuple[str, ...], runs: Path, resume: bool) -> None:
 @main.command()
 @click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("-n", "count", default=100, show_default=True, help="Number of samples.")
+@click.option("-n", "count", type=click.IntRange(1), default=100, show_default=True, help="Number of samples.")
 @click.option("--seed", default=0, show_default=True)
 def sample(run_folder: Path, out: Path, count: int, seed: int) -> None:
     """Draw samples of RUN's student into the picture OUT.
@@ -90,7 +92,7 @@ def sample(run_folder: Path, out: Path, count: int, seed: int) -> None:
 
 @main.command("eval")
 @click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
-@click.option("-n", "samples", type=int, default=None, help="Samples a row; the config's eval.samples by default.")
+@click.option("-n", "samples", type=click.IntRange(2), default=None, help="Samples a row; by default eval.samples.")
 def evaluate(run_folder: Path, samples: int | None) -> None:
     """Measure RUN: teacher, training-free solvers and student at each number of evaluations, from the same noise.
 
@@ -125,7 +127,7 @@ def export(run_folder: Path, out: Path) -> None:
 
 @main.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
-@click.option("--steps", type=int, default=None, help="Training steps, to override the recipe's.")
+@click.option("--steps", type=click.IntRange(1), default=None, help="Training steps, to override the recipe's.")
 def demo(out: Path, steps: int | None) -> None:
     """Distil the shipped digits teacher into a four-step student, measure it, export it; minutes on two CPU cores.
 
@@ -184,16 +186,21 @@ def data_images(src: Path, out: Path, size: int | None) -> None:
 @data.command("npz")
 @click.argument("src", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-def data_npz(src: Path, out: Path) -> None:
+@click.option("--channels", type=click.Choice(["first", "last", "none"]), help="Where they stand, if x does not tell.")
+@click.option(
+    "--range", "low_high", type=float, nargs=2, default=None, help="LOW HIGH: values that stand for -1 and 1."
+)
+def data_npz(src: Path, out: Path, channels: str | None, low_high: tuple[float, float] | None) -> None:
     """Arrays `x` and `y` of an .npz file to shards in OUT.
 
     \b
     Example:
       distill data npz arrays.npz data/arrays
+      distill data npz latents.npz data/latents --channels first --range -1 1
     """
     from distill.data import write
 
-    write.npz(src, out)
+    write.npz(src, out, channels=channels, range=low_high)
     click.echo(f"{out}: written.")
 
 
@@ -216,7 +223,7 @@ def data_idx(src: Path, out: Path) -> None:
 @data.command("pairs")
 @click.argument("config_file", metavar="CONFIG", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("-n", "count", default=10_000, show_default=True, help="Number of pairs.")
+@click.option("-n", "count", type=click.IntRange(1), default=10_000, show_default=True, help="Number of pairs.")
 @click.option("--seed", default=0, show_default=True)
 def data_pairs(config_file: Path, out: Path, count: int, seed: int) -> None:
     """Noise, and where the teacher's ODE takes it, by the solver and guidance of CONFIG's Reflow, to shards in OUT.
