@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-
 from distill import config, run
 from distill.engine.callbacks import console
 from distill.errors import BadInput

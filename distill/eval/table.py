@@ -4,8 +4,8 @@
      "solvers": {nfe: {metric: name}},
      "every_solver": {nfe: {name: {metric: value}}}}
 
-"training_free" is the best solver of each metric and "solvers" its name; nfe is a string, network evaluations per sample, so that the
-dict is the same before and after JSON.
+"training_free" is the best solver of each metric and "solvers" its name; nfe is a string, network evaluations per
+sample, so that the dict is the same before and after JSON.
 """
 
 from __future__ import annotations
