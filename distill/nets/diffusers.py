@@ -338,7 +338,8 @@ def _folder(path: str | Path, revision: str | None) -> Path:
     folder = Path(path)
     if (folder / "model_index.json").is_file():
         return folder
-    if folder.exists() or folder.is_absolute() or len(folder.parts) != 2 or folder.parts[0].startswith("."):
+    here = folder.is_absolute() or folder.parent.is_dir()  # "checkpoints/x" beside a folder checkpoints is no hub id
+    if folder.exists() or here or len(folder.parts) != 2 or folder.parts[0].startswith("."):
         raise BadInput(f"{folder} is no diffusers folder: it has no model_index.json.")
     from huggingface_hub import snapshot_download
 
