@@ -101,7 +101,7 @@ def test_every_shipped_recipe_resolves():
         cfg = config.load([path])
         for where in ("method", "data", "roles"):
             for key, value in [(where, cfg[where]), *((f"{where}.{k}", v) for k, v in cfg[where].items())]:
-                if hasattr(value, "get") and value.get("_target_"):
+                if isinstance(value, config.DictConfig) and value.get("_target_"):
                     target = config.resolve(value["_target_"])
                     unknown = set(value) - {"_target_"} - set(config.signature(target))
                     assert not unknown or config.open_ended(target), f"{path.name}: {key} has {unknown}"

@@ -214,6 +214,7 @@ def test_a_failure_before_the_first_step_leaves_no_folder(tmp_path, monkeypatch,
 
 
 def test_a_second_interrupt_within_the_first_step_leaves_no_folder_and_no_handler(tmp_path, monkeypatch):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits "ignore"
     old = signal.getsignal(signal.SIGINT)
     inner = Samples.loader
 

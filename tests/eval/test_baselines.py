@@ -38,9 +38,8 @@ class Net(nn.Module):
         return self.gain * x if label is None else self.gain * x + 0.1 * label[:, None]
 
 
-def z_of(schedule, n=8, d=2):
-    z = torch.randn(n, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return z * schedule.sigma(torch.ones(1, dtype=torch.float64))
+def unit(n=8, d=2):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
 # --- where in time
@@ -108,7 +107,7 @@ def test_every_baseline_costs_exactly_what_it_says(name, w, call):
     teacher, cond = Guided(Denoiser(net, noise.RectifiedFlow()), w), {"label": torch.arange(8) % 3}
     for nfe in (1, 2, 3, 4, 5, 8):
         net.rows = 0
-        made = b.baseline(teacher, z_of(teacher.schedule).float(), cond, (nfe,), (name,), ("uniform",))
+        made = b.baseline(teacher, unit().float(), cond, (nfe,), (name,), ("uniform",))
         asked = 1 * call  # one row, to learn what a call costs
         calls = nfe // call
         fits = calls >= (3 if SOLVERS[name]().evaluations == 2 else 1)
@@ -125,7 +124,7 @@ def test_plan_spends_all_calls_and_steps_first_order_where_second_is_impossible(
 
 def test_the_last_step_of_ddim_is_what_two_evaluation_solvers_do_at_data():
     oracle = GaussianMixture.ring(schedule=noise.VPLinear())
-    z = z_of(oracle.schedule)
+    z = unit()
     for name in ("heun", "dpmpp_2s"):
         made = b.baseline(oracle, z, evaluations=(5,), solvers=(name,), grids=("uniform",))[5][f"{name}/uniform"]
         torch.testing.assert_close(made, solve(oracle, z, [1, 2 / 3, 1 / 3, 0], solver(name)))
@@ -133,7 +132,7 @@ def test_the_last_step_of_ddim_is_what_two_evaluation_solvers_do_at_data():
 
 def test_baseline_is_the_sampling_loop_and_batches_change_nothing():
     teacher = Guided(GaussianMixture.ring(schedule=noise.RectifiedFlow()), 2.0)
-    z, cond = z_of(teacher.schedule), {"label": torch.arange(8) % 6}
+    z, cond = unit(), {"label": torch.arange(8) % 6}
     whole = b.baseline(teacher, z, cond, (8,), ("ddim", "dpmpp_2m"))[8]
     torch.testing.assert_close(whole["ddim/uniform"], solve(teacher, z, [1, 0.75, 0.5, 0.25, 0], DDIM(), **cond))
     torch.testing.assert_close(
@@ -146,8 +145,8 @@ def test_baseline_is_the_sampling_loop_and_batches_change_nothing():
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=NAMES)
 def test_more_evaluations_come_nearer_to_the_exact_flow(schedule):
     oracle = Gaussian([0.5, -1.0], [0.3, 1.2], schedule)
-    z, t = z_of(schedule, 64), torch.ones(64, dtype=torch.float64)
-    exact = oracle.flow_map(z, t, 0 * t)
+    z, t = unit(64), torch.ones(64, dtype=torch.float64)
+    exact = oracle.flow_map(schedule.start(z), t, 0 * t)
     made = b.baseline(oracle, z, evaluations=(4, 40))
     error = {n: {k: float((x - exact).square().mean().sqrt()) for k, x in each.items()} for n, each in made.items()}
     for name in error[40]:
@@ -159,22 +158,22 @@ def test_more_evaluations_come_nearer_to_the_exact_flow(schedule):
 
 def test_one_step_has_one_grid_and_no_room_for_two_evaluations():
     oracle = GaussianMixture.ring(schedule=noise.RectifiedFlow())
-    assert list(b.baseline(oracle, z_of(oracle.schedule), evaluations=(1,))[1]) == ["ddim/uniform", "dpmpp_2m/uniform"]
+    assert list(b.baseline(oracle, unit(), evaluations=(1,))[1]) == ["ddim/uniform", "dpmpp_2m/uniform"]
     guided = Guided(oracle, 2.0)
-    assert b.baseline(guided, z_of(oracle.schedule), {"label": torch.zeros(8).long()}, evaluations=(1,)) == {1: {}}
+    assert b.baseline(guided, unit(), {"label": torch.zeros(8).long()}, evaluations=(1,)) == {1: {}}
 
 
 def test_stochastic_solvers_take_their_noise_from_the_generator():
     oracle = GaussianMixture.ring(schedule=noise.RectifiedFlow())
     draw = lambda seed: b.baseline(
-        oracle, z_of(oracle.schedule), None, (4,), ("ancestral",), ("uniform",), torch.Generator().manual_seed(seed)
+        oracle, unit(), None, (4,), ("ancestral",), ("uniform",), torch.Generator().manual_seed(seed)
     )[4]["ancestral/uniform"]
     assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
 
 
 def test_baseline_refuses_what_it_cannot_run():
     oracle = GaussianMixture.ring(schedule=noise.RectifiedFlow())
-    z = z_of(oracle.schedule)
+    z = unit()
     for message, kw in (
         ("Did you mean 'karras'", {"grids": ("karas",)}),
         ("Did you mean 'heun'", {"solvers": ("heunn",)}),

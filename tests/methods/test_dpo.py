@@ -40,7 +40,7 @@ class Order(Denoiser):
 def exact(mean, **options):
     """Student N(mean, 1), teacher N(0, 1), metric x itself, exact critics of winners and losers."""
     schedule = VE(sigma_max=2.0, rho=1.0)
-    student = Affine(mean, 1.0, schedule=schedule)
+    student = Affine(mean, 1.0 / schedule.noise_scale, schedule=schedule)
     roles = {"teacher": of_gaussian(0, 1, schedule=schedule), "student": student}
     roles |= {"winner": Order(mean, 1, schedule), "loser": Order(mean, -1, schedule)}
     return DistillationDPO(roles, metric=lambda x, **_: x[:, 0], density=Uniform(0.45, 0.45 + 1e-9), **options)
