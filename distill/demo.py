@@ -42,6 +42,8 @@ def demo(out: Path, steps: int | None = None) -> int:
         run.write_export(session, student, result)
     difference = verify(student)
     table.show(result)
+    floor = result["floor"]["fd"]
+    console.print(f"for scale, FD of the training split against the held-out one: {floor:.3f}", highlight=False)
     kept = promises(result, difference)
     for text, value, holds in kept:
         console.print(f"{'kept  ' if holds else 'BROKEN'} {text}: {value}", highlight=False)
