@@ -302,7 +302,8 @@ def measure(
         scores = {name: tests.score(x.cpu(), cond, quick=name != PLAIN) for name, x in made[nfe].items()}
         teacher[nfe] = scores[PLAIN]
         if nfe in tried:
-            free[nfe] = scores
+            shared = set.intersection(*map(set, scores.values()))  # a best of all solvers needs the scores of all
+            free[nfe] = {name: {k: v for k, v in found.items() if k in shared} for name, found in scores.items()}
         if nfe in (steps, nfes[-1]):
             panels[f"teacher, {nfe} evaluations"] = _shown(made[nfe][PLAIN].cpu())
         if session.teacher is not method.ema:

@@ -332,3 +332,10 @@ def test_the_saved_config_is_the_resolved_one_and_its_hash_is_in_the_checkpoint(
     assert "${" not in (whole / "config.yaml").read_text() and cfg.train.steps == 10
     manifest = (checkpoint.latest(whole / "checkpoints") / "manifest.json").read_text()
     assert config.fingerprint(config.checked(cfg)) in manifest
+
+
+def test_the_best_training_free_row_holds_only_what_every_solver_was_measured_on(tmp_path):
+    result, _ = run.measure(tiny.train(tmp_path / "run"), samples=200, evaluations=(2,), training_free=(2,))
+    names = {frozenset(scores) for scores in result["every_solver"]["2"].values()}
+    assert len(names) == 1 and len(result["every_solver"]["2"]) > 1
+    assert set(result["training_free"]["2"]) == set(next(iter(names))) < set(result["teacher"]["2"])
