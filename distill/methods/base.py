@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +14,8 @@ from distill.config import Optim
 from distill.errors import BadInput, suggest
 from distill.grid import Grid
 from distill.losses.regression import mse
+from distill.methods.place import Place, batch_size, learning_rate, micro_batches
+from distill.methods.place import optimizer_of as optimizer_of  # what `run` tries the settings with
 from distill.solvers import DDIM, solve
 
 Turn = tuple[str, Callable[..., Tensor]]
@@ -26,6 +27,8 @@ class Method(lightning.LightningModule):
     A subclass states its roles and yields its turns; one step is one pass of them:
 
         for role, loss in turns(step):  only `role` requires gradient;  loss(*shared).backward();  step that role
+
+    Where the roles live and how they step is `place`, which a strategy replaces before training starts.
 
     Args:
         roles: name -> Denoiser (or another module, for heads). A string names the role to copy; a trainable role that is
@@ -67,6 +70,7 @@ class Method(lightning.LightningModule):
         self.warm_start = warm_start
         self.step, self.total_steps = 0, 0
         self.logs: dict[str, Tensor | float] = {}
+        self.place = Place()
         self.shared = torch.Generator().manual_seed(torch.initial_seed() % 2**63)  # draws that all ranks agree on
         for role in roles:
             if role not in self.trainable + self.frozen:
@@ -146,16 +150,35 @@ class Method(lightning.LightningModule):
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Any], index: int = 0) -> None:
+        self.logs, warm = {}, self.step < self.warm_start
+        turns = list(self.imitation() if warm else self.turns(self.step - self.warm_start))
+        self.place.agree(self.step, [role for role, _ in turns], self.shared)
+        parts = [self._part(part, warm) for part in micro_batches(batch, self.place.accumulate)]
+        notes: list[dict[str, Any]] = [{} for _ in parts]
+        for role, loss in turns:
+            self._only(role)
+            self._update(role, self._gradient(role, loss, parts, notes))
+        self.step += 1
+
+    def _part(self, batch: dict[str, Any], warm: bool) -> tuple:
+        """What the turns share on one micro-batch."""
         cond = {k: v for k, v in batch.items() if isinstance(v, Tensor) and k not in ("x", "z")}
         x, z = batch.get("x"), batch.get("z")  # a batch of pairs brings the noise that its x was made from
         z = torch.randn(batch_size(batch), *self.shape, device=self.device) if z is None else z
-        self.logs = {}
-        warm = self.step < self.warm_start
-        shared = (x, z, cond) if warm else self.draw(x, z, cond)
-        for role, loss in self.imitation() if warm else self.turns(self.step - self.warm_start):
-            self._only(role)
-            self._update(role, loss(*shared))
-        self.step += 1
+        return (x, z, cond) if warm else self.draw(x, z, cond)
+
+    def _gradient(self, role: str, loss: Callable[..., Tensor], parts: list[tuple], notes: list[dict]) -> Tensor:
+        """Add up the turn's gradient; returns the loss, the mean over micro-batches and ranks."""
+        self.place.zero_grad(role)
+        total = 0.0
+        for i, (shared, noted) in enumerate(zip(parts, notes)):
+            vars(self).update(noted)  # what this micro-batch's earlier turns left on the method
+            before = dict(vars(self))
+            value = loss(*shared)
+            noted |= {k: v for k, v in vars(self).items() if before.get(k) is not v}
+            self.place.backward(role, value, last=i == len(parts) - 1)
+            total = total + value.detach() / len(parts)
+        return self.place.mean(total)
 
     def imitation(self) -> Iterator[Turn]:
         r"""Warm start: each trainable denoiser minimises |G(x_t) - D(x_t)|^2 at t ~ U(0, 1), D the teacher."""
@@ -182,13 +205,8 @@ class Method(lightning.LightningModule):
                 f"The {role}'s loss became {value.item()} at step {self.step}; "
                 f"lower optim.{role}.lr or optim.{role}.clip, or look for bad samples in the data."
             )
-        settings, optimizer = self.optim[role], self._optimizer(role)
-        optimizer.zero_grad()
-        self.manual_backward(value)
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters_of[role], settings.clip or math.inf)
-        for group in optimizer.param_groups:
-            group["lr"] = settings.lr * learning_rate(settings, *self.clock())
-        optimizer.step()
+        settings = self.optim[role]
+        norm = self.place.step(role, settings.lr * learning_rate(settings, *self.clock()))
         self._average(role)
         self.log_value(f"{role}/loss", value)
         self.log_value(f"{role}/grad_norm", norm)
@@ -214,9 +232,11 @@ class Method(lightning.LightningModule):
             if source == role and decay is not None:
                 step, _ = self.clock()
                 weight = 1 - min(decay, (1 + step) / (10 + step))
-                pairs = zip(getattr(self, name).state_dict().values(), getattr(self, role).state_dict().values())
-                for average, value in pairs:
-                    average.lerp_(value, weight) if average.is_floating_point() else average.copy_(value)
+                self.place.average(name, source, weight)
+
+    def renew(self, name: str, source: str) -> None:
+        """Copy one network's weights into another of its shape, for a method that starts anew midway."""
+        self.place.copy(name, source)
 
     def train(self, mode: bool = True) -> Method:
         super().train(mode)
@@ -226,43 +246,56 @@ class Method(lightning.LightningModule):
         return self
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        return [optimizer_of(self.optim[role], self._parameters_of[role], role) for role in self.trainable]
-
-    def _optimizer(self, role: str) -> torch.optim.Optimizer:
-        found = self.optimizers()
-        return found[self.trainable.index(role)] if isinstance(found, list) else found
+        """None for lightning: a role's optimiser belongs to its place, and lightning would count each as a step."""
+        self.place.prepare(self)
+        self._parameters_of = {r: self.place.parameters(r) for r in self.trainable}
+        return []
 
     def forget(self, role: str) -> None:
         """Drop the moments of a role's optimiser, for a method that starts anew midway."""
-        optimizer = self._optimizer(role)
-        getattr(optimizer, "optimizer", optimizer).state.clear()
+        self.place.forget(role)
 
     def snapshot(self) -> dict[str, Any]:
-        """All that a run needs to go on bit for bit; frozen roles are read again from their source."""
-        named = (*self.trainable, *self._averages)
-        optimizers = [self._optimizer(role) for role in self.trainable]
+        """All that a run needs to go on bit for bit, whole on rank 0; frozen roles are read again from their source.
+
+        All ranks call it together; the state has the same form under every strategy.
+        """
+        place, named = self.place, (*self.trainable, *self._averages)
+        random = {"cpu": place.gather(torch.get_rng_state()), "shared": self.shared.get_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = place.gather(torch.cuda.get_rng_state())
         return {
             "step": self.step,
-            "networks": {n: getattr(self, n).state_dict() for n in named},
-            "optimizers": {r: o.state_dict() for r, o in zip(self.trainable, optimizers)},
-            "random": {"cpu": torch.get_rng_state(), "shared": self.shared.get_state()}
-            | ({"cuda": torch.cuda.get_rng_state()} if self.device.type == "cuda" else {}),
+            "networks": {n: place.weights(n) for n in named},
+            "optimizers": {r: place.moments(r) for r in self.trainable},
+            "random": random,
         }
 
     def restore(self, state: dict[str, Any], weights_only: bool = False) -> None:
-        """Undo `snapshot`. Optimisers must exist unless `weights_only`."""
+        """Undo `snapshot`. Optimisers must exist unless `weights_only`.
+
+        On another number of ranks all is exact but the ranks' own draws of noise, which start anew from rank and step.
+        """
+        load = self.place.load_weights if not weights_only else lambda n, w: getattr(self, n).load_state_dict(w)
         for name, weights in state["networks"].items():
-            getattr(self, name).load_state_dict(weights)
+            load(name, weights)
         self.step = state["step"]
         if weights_only:
             return
-        for role, weights in state["optimizers"].items():
-            optimizer = self._optimizer(role)
-            getattr(optimizer, "optimizer", optimizer).load_state_dict(weights)
-        torch.set_rng_state(state["random"]["cpu"].cpu())
-        self.shared.set_state(state["random"]["shared"].cpu())
-        if "cuda" in state["random"] and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["random"]["cuda"].cpu())
+        for role, moments in state["optimizers"].items():
+            self.place.load_moments(role, moments)
+        self._restore_random(state["random"])
+
+    def _restore_random(self, random: dict[str, Any]) -> None:
+        self.shared.set_state(random["shared"].cpu())
+        cpu, rank = random["cpu"] if isinstance(random["cpu"], list) else [random["cpu"]], self.place.rank
+        if len(cpu) != self.place.world:
+            torch.manual_seed((torch.initial_seed() + 1_000_003 * self.step + rank) % 2**63)
+            return
+        torch.set_rng_state(cpu[rank].cpu())
+        if "cuda" in random and self.device.type == "cuda":
+            cuda = random["cuda"] if isinstance(random["cuda"], list) else [random["cuda"]]
+            torch.cuda.set_rng_state(cuda[rank].cpu())
 
     # -- roles ---------------------------------------------------------------------------------------------------
 
@@ -287,30 +320,3 @@ class Method(lightning.LightningModule):
     def _optim(self, role: str, given: dict[str, Any]) -> Optim:
         settings = given.get(role, {})
         return settings if isinstance(settings, Optim) else Optim(**settings)
-
-
-def batch_size(batch: dict[str, Any]) -> int:
-    """Samples in a batch: the length of its first tensor."""
-    return next(len(v) for v in batch.values() if isinstance(v, Tensor))
-
-
-def optimizer_of(settings: Optim, parameters: list[nn.Parameter], role: str) -> torch.optim.Optimizer:
-    """The `torch.optim` class that `settings.name` names."""
-    kind = getattr(torch.optim, settings.name, None)
-    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
-        near = suggest(settings.name, dir(torch.optim))
-        raise BadInput(f"optim.{role}.name: torch.optim has no '{settings.name}'.{near}")
-    keywords = {"lr": settings.lr, "weight_decay": settings.weight_decay}
-    if settings.name != "SGD":
-        keywords |= {"betas": tuple(float(b) for b in settings.betas), "eps": settings.eps}
-    if settings.name in ("Adam", "AdamW"):
-        keywords["fused"] = True
-    return kind(parameters, **keywords)
-
-
-def learning_rate(settings: Optim, step: int, total: int) -> float:
-    """Factor on the learning rate: linear warm-up, then constant or a half cosine to zero at `total` steps."""
-    factor = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
-    if settings.decay == "cosine" and total:
-        factor *= 0.5 * (1 + math.cos(math.pi * min(1.0, step / total)))
-    return factor

@@ -54,7 +54,7 @@ class Curation(Method):
     @torch.no_grad()
     def draw(self, x, z, cond):
         if (self.step - self.warm_start) % self.round == 0:
-            self.source.load_state_dict(self.ema.state_dict())
+            self.renew("source", "ema")
         curated = self.curated(x, z, cond)
         if self.synthetic == 1:
             return curated, cond

@@ -86,8 +86,8 @@ class Progressive(Method):
 
     def promote(self) -> None:
         """The averaged student becomes the teacher, and the start, of the next rung."""
-        for copied in (self.promoted, self.student):
-            copied.load_state_dict(self.ema.state_dict())
+        for copied in ("promoted", "student"):
+            self.renew(copied, "ema")
         self.forget("student")
         self.rung, self.begun = self.rung + 1, self.step
 
