@@ -53,24 +53,30 @@ def _allow() -> tuple[str, ...]:
 @click.argument("configs", nargs=-1, required=True, metavar="CONFIG... [KEY=VALUE...]")
 @click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Parent folder.")
 @click.option("--resume", is_flag=True, help="Go on with the run of this name from its newest checkpoint.")
-def train(configs: tuple[str, ...], runs: Path, resume: bool) -> None:
+@click.option("--resume-if-exists", is_flag=True, help="Go on with the run of this name if there is one, else start it.")
+def train(configs: tuple[str, ...], runs: Path, resume: bool, resume_if_exists: bool) -> None:
     """Train the run that CONFIGs describe; later files and KEY=VALUE override earlier ones.
 
     \b
     Example:
       distill train configs/toy/tdm.yaml
       distill train configs/digits/tdm.yaml name=fast optim.student.lr=1e-4 train.steps=300
+
+    \b
+    Exit codes: 0 all steps done, 2 bad input, 130 Ctrl-C, 85 SIGTERM or SIGUSR1: start it again with --resume.
     """
     from distill import config, run
+    from distill.engine.preempt import REQUEUE
 
     files = [c for c in configs if "=" not in c]
     cfg = config.load(files, [c for c in configs if "=" in c])
+    resume = resume or resume_if_exists and (runs / cfg.name / "config.yaml").exists()
     session = run.train(cfg, runs / cfg.name, resume, _allow())
     done = session.method.step
     click.echo(f"{runs / cfg.name}: {done} of {cfg.train.steps} steps done.")
     if done < cfg.train.steps:
         click.echo("Go on with the same command and --resume.")
-        sys.exit(130)
+        sys.exit(REQUEUE if session.preempted else 130)
 
 
 @main.command()

@@ -50,7 +50,10 @@ class Train:
     validate_every: int = 0  # steps; 0: at the start and the end only
     save_every: int = 0  # steps; 0: at the end and on interruption only
     log_every: int = 10
-    keep: int = 2  # checkpoints kept
+    keep: int = 2  # newest checkpoints kept; 0: all
+    keep_best: int = 0  # and this many of the best by `best`; saves at every validation then
+    best: str = ""  # "min fd", "max accuracy"; empty: the lowest of what validation mainly measures
+    skips: int = 10  # turns of a role in a row without a finite loss or gradient, before the run goes back
     threads: int = 0  # torch threads; 0: torch's own choice
     accelerator: str = "auto"
     precision: str = "32"
@@ -94,8 +97,8 @@ class Run:
 # Smallest value by key, and the values of keys that have but a few; `optim.*` stands for every role.
 LEAST = {
     "seed": 0, "train.steps": 1, "train.validate_every": 0, "train.save_every": 0, "train.log_every": 1,
-    "train.keep": 0, "train.threads": 0, "eval.samples": 2, "eval.validation_samples": 2, "eval.seed": 0,
-    "optim.*.lr": 0, "optim.*.warmup": 0, "optim.*.clip": 0, "optim.*.weight_decay": 0,
+    "train.keep": 0, "train.keep_best": 0, "train.skips": 1, "train.threads": 0,
+    "eval.samples": 2, "eval.validation_samples": 2, "eval.seed": 0, "optim.*.lr": 0, "optim.*.warmup": 0, "optim.*.clip": 0, "optim.*.weight_decay": 0,
 }  # fmt: skip
 CHOICES = {
     "log.wandb": ("auto", "online", "offline", "disabled"),

@@ -19,6 +19,7 @@ from distill.denoise import Guided
 from distill.engine import callbacks as see
 from distill.engine import checkpoint, home
 from distill.engine.home import CHECKPOINTS, CONFIG, METRICS
+from distill.engine.preempt import Signals
 from distill.engine.trainer import fit
 from distill.errors import BadInput
 from distill.eval import baselines, suite, table
@@ -35,6 +36,7 @@ class Session:
     method: Method
     data: Any
     allow: tuple[str, ...] = ()
+    preempted: bool = False
 
     @property
     def teacher(self) -> Any:
@@ -141,28 +143,50 @@ def _fits(method: Method, data: Any) -> None:
 
 
 def train(cfg: DictConfig, folder: Path, resume: bool = False, allow: tuple[str, ...] = ()) -> Session:
-    """Train into `folder`; an existing run is resumed if asked, refused otherwise.
+    """Train into `folder`; an existing run is resumed if asked, refused otherwise. Not the last word on its steps:
+    `session.method.step` tells how many are done, `session.preempted` whether it wants to be started again.
 
     Nothing is written before everything is built, and a new run that fails before its first step leaves no folder.
     """
     folder = Path(folder)
-    state = home.enter(folder, resume)
-    session = assemble(cfg, allow)
-    if resume:
-        home.same_recipe(cfg, home.config_of(folder))
-    if state and state["step"] >= cfg.train.steps:
-        _restore(session, state, folder)
-        see.console.print(f"{folder} has its {state['step']} steps already; raise train.steps to go on.")
-        return session
-    tests = session.suite()
-    with home.written(folder, cfg, session.method) as sinks:
-        sinks.append(see.CSV(folder / "metrics.csv", state["step"] if state else -1))
-        if cfg.log.wandb != "disabled":
-            plain = OmegaConf.to_container(cfg)
-            sinks.append(see.Wandb(folder, cfg.log.wandb, cfg.log.project, cfg.name, plain))
-        settings = {"accelerator": cfg.train.accelerator, "precision": cfg.train.precision, "resume": state}
-        fit(session.method, session.data, cfg.train.steps, _callbacks(session, folder, sinks, tests), **settings)
+    with Signals() as signals:
+        state, before = home.enter(folder, resume)
+        session = assemble(cfg, allow)
+        if resume:
+            home.same_recipe(cfg, home.config_of(folder))
+        if state and state["step"] >= cfg.train.steps:
+            _restore(session, state, folder)
+            see.console.print(f"{folder} has its {state['step']} steps already; raise train.steps to go on.")
+            return session
+        tests = session.suite()
+        with home.written(folder, cfg, session.method) as sinks:
+            if home.leads():
+                _sinks(sinks, cfg, folder, state)
+            settings = {"accelerator": cfg.train.accelerator, "precision": cfg.train.precision, "resume": state}
+            called = [signals, *_callbacks(session, folder, sinks, tests, before)]
+            fit(session.method, session.data, cfg.train.steps, called, **settings)
+    session.preempted = signals.preempted
     return session
+
+
+def _sinks(sinks: list[Any], cfg: DictConfig, folder: Path, state: dict[str, Any] | None) -> None:
+    sinks.append(see.CSV(folder / "metrics.csv", state["step"] if state else -1))
+    if cfg.log.wandb != "disabled":
+        plain = OmegaConf.to_container(cfg)
+        sinks.append(see.Wandb(folder, cfg.log.wandb, cfg.log.project, cfg.name, plain))
+
+
+def _facts(session: Session, folder: Path) -> dict[str, Any]:
+    """What a checkpoint's manifest says besides its files."""
+    cfg, data = session.cfg, session.data
+    streamed = {"workers": data.workers, "window": data.window} if getattr(data, "cached", True) is False else {}
+    identity = folder / "wandb_id"
+    return {
+        "config": config.fingerprint(cfg), "distill": __version__, "torch": torch.__version__,
+        "world": home.world(), "strategy": cfg.train.get("strategy", "single"), "precision": cfg.train.precision,
+        "order": streamed | {"batch_size": getattr(data, "batch_size", None)},
+        "wandb": identity.read_text() if identity.exists() else None,
+    }  # fmt: skip
 
 
 def _restore(session: Session, state: dict[str, Any], folder: Path) -> None:
@@ -176,22 +200,20 @@ def _restore(session: Session, state: dict[str, Any], folder: Path) -> None:
         ) from error
 
 
-def _callbacks(session: Session, folder: Path, sinks: list[Any], tests: Any) -> list[Any]:
-    cfg = session.cfg
-    record = see.Record(sinks, cfg.train.log_every)
+def _callbacks(session: Session, folder: Path, sinks: list[Any], tests: Any, before: dict[str, Any]) -> list[Any]:
+    cfg, train, facts = session.cfg, session.cfg.train, lambda: _facts(session, folder)
+    record = see.Record(sinks, train.log_every)
     z, cond = session.noise(cfg.eval.validation_samples, cfg.eval.seed)
-
-    def save(method):
-        checkpoint.save(
-            folder / CHECKPOINTS, method.snapshot(), cfg.train.keep,
-            config=config.fingerprint(cfg), distill=__version__, torch=torch.__version__,
-        )  # fmt: skip
+    writer = checkpoint.Writer(folder / CHECKPOINTS, train.keep, train.keep_best, home.mark) if home.leads() else None
+    beats = (train.save_every, train.validate_every if train.keep_best else 0)
 
     def validate(method):
         seeded = lambda z: torch.Generator(z.device).manual_seed(0)
         x = _batched(lambda z, c: method.sample(z, c, generator=seeded(z)), z, cond, method)
         scores = tests.score(x, cond, quick=True)
         record.write({f"validation/{k}": v for k, v in scores.items()}, method.step)
+        if train.keep_best and writer:
+            checkpoint.score(folder / CHECKPOINTS, method.step, _rank(scores, train.best or f"min {tests.headline}"))
         path = folder / "samples" / f"step-{method.step:08d}.png"
         path.parent.mkdir(exist_ok=True)
         tests.picture({f"step {method.step}, {method.grid.steps} evaluations": _shown(x)}, path)
@@ -201,14 +223,21 @@ def _callbacks(session: Session, folder: Path, sinks: list[Any], tests: Any) -> 
         values = "  ".join(f"{k} {v:.4g}" for k, v in scores.items())
         see.console.print(f"validation at step {method.step}: {values}", highlight=False)
 
-    train = cfg.train
     return [
-        see.Interrupt(),
         see.Bar(train.steps, train.log_every),
         record,
-        see.Every(train.save_every, save),
+        home.Exactness(facts, before),
+        see.Saves(beats, writer, facts),
         see.Every(train.validate_every, validate, start=True, finished=True),
     ]
+
+
+def _rank(scores: dict[str, float], best: str) -> float:
+    """The score by which checkpoints are kept, lower is better; `best` is "min NAME" or "max NAME"."""
+    direction, _, name = best.rpartition(" ")
+    if direction not in ("", "min", "max") or name not in scores:
+        raise BadInput(f"train.best: '{best}' must be min or max and one of {', '.join(scores)}.")
+    return -scores[name] if direction == "max" else scores[name]
 
 
 def _shown(x: Tensor, images: int = 100) -> Tensor:

@@ -6,8 +6,6 @@ import csv
 import netrc
 import os
 import secrets
-import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -180,13 +178,21 @@ class Record(lightning.Callback):
 
 
 class Every(lightning.Callback):
-    """Call `action(method)` each `every` steps and at the end, once a step.
+    """Call `action(method)` on each beat and at the end, once a step.
 
-    `start`: at step 0 too. `finished`: at the end only of a run that was not interrupted.
+    `every`: steps of a beat, or several beats; 0 is none. `start`: at step 0 too. `finished`: at the end only of a run
+    that was not interrupted.
     """
 
-    def __init__(self, every: int, action: Callable[[Any], None], start: bool = False, finished: bool = False):
-        self.every, self.action, self.start, self.finished, self.done = every, action, start, finished, None
+    def __init__(
+        self,
+        every: int | tuple[int, ...],
+        action: Callable[[Any], None],
+        start: bool = False,
+        finished: bool = False,
+    ):
+        self.every = (every,) if isinstance(every, int) else every
+        self.action, self.start, self.finished, self.done = action, start, finished, None
 
     def _call(self, method):
         if self.done != method.step:
@@ -198,7 +204,7 @@ class Every(lightning.Callback):
             self._call(method)
 
     def on_train_batch_end(self, trainer, method, outputs, batch, index):
-        if self.every and method.step % self.every == 0:
+        if any(beat and method.step % beat == 0 for beat in self.every):
             self._call(method)
 
     def on_train_end(self, trainer, method):
@@ -206,32 +212,34 @@ class Every(lightning.Callback):
             self._call(method)
 
 
-class Interrupt(lightning.Callback):
-    """Ctrl-C and SIGTERM end the run after the step in hand; a second Ctrl-C ends it at once."""
+class Saves(Every):
+    """Checkpoints on their beats, written beside the training; what a write met is raised at the next step.
 
-    def __init__(self):
-        self.received, self.old = None, {}
+    Args:
+        writer: a `distill.engine.checkpoint.Writer`, None on ranks that write nothing.
+        facts: what the manifest says of the run besides.
+    """
 
-    def _receive(self, number, frame):
-        if self.received:
-            raise KeyboardInterrupt
-        self.received = number
-        console.print("Interrupted: ending after this step, with a checkpoint.", highlight=False)
+    def __init__(self, every: int | tuple[int, ...], writer: Any, facts: Callable[[], dict[str, Any]]):
+        super().__init__(every, self._save)
+        self.writer, self.facts = writer, facts
 
-    def on_train_start(self, trainer, method):
-        if threading.current_thread() is not threading.main_thread():
-            return  # python hands signals to the main thread only
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.old[number] = signal.signal(number, self._receive)
+    def _save(self, method):
+        state = method.snapshot()  # on every rank: the parts of one may lie on another
+        if self.writer:
+            self.writer.submit(state, **self.facts())
 
-    def on_train_batch_end(self, trainer, method, outputs, batch, index):
-        if self.received:
-            trainer.should_stop = True
+    def on_train_batch_start(self, trainer, method, batch, index):
+        if self.writer:
+            self.writer.check()
 
-    def teardown(self, trainer, method, stage):
-        for number, handler in self.old.items():
-            signal.signal(number, handler)
-        self.old = {}
+    def on_train_end(self, trainer, method):
+        if self.writer:
+            self.writer.wait()
+        super().on_train_end(trainer, method)
+        if self.writer:
+            self.writer.wait()
 
     def on_exception(self, trainer, method, exception):
-        self.teardown(trainer, method, "fit")
+        if self.writer:
+            self.writer.finish()

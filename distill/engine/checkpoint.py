@@ -1,11 +1,13 @@
-"""Checkpoints that are whole or absent: staged, flushed to disk, renamed."""
+"""Checkpoints that are whole or absent: staged, flushed to disk, renamed; written beside the training."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import threading
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,47 +15,82 @@ import torch
 
 from distill.errors import BadInput
 
-STATE, MANIFEST = "state.pt", "manifest.json"
+STATE, MANIFEST, SCORES = "state.pt", "manifest.json", "scores.json"
+STAGING, BEFORE = ".writing-", "-before"
 
 
-def save(folder: str | Path, state: dict[str, Any], keep: int = 2, **manifest: Any) -> Path:
-    """Write `state` to `folder/step-00000000`; the `keep` newest remain.
+def save(folder: str | Path, state: dict[str, Any], keep: int = 2, keep_best: int = 0, **manifest: Any) -> Path:
+    """Write `state` to `folder/step-00000000`; the `keep` newest and the `keep_best` of `score` remain, 0 keeps all.
 
-    A checkpoint is first written beside its place, flushed, then renamed, so a killed process leaves none that is half
-    written. The manifest names the step, size and CRC-32 of the state, and whatever else is given (config fingerprint,
-    versions).
+    A checkpoint is first written beside its place, flushed, then renamed, and the folder flushed, so a killed process or
+    a power cut leaves none that is half written. The manifest is its mark of completeness: step, size and CRC-32 of
+    every file, and whatever else is given (config fingerprint, versions, world size).
 
     Raises:
         BadInput: it cannot be written, or a weight is NaN or infinite; the checkpoints that were there remain.
     """
     folder = Path(folder)
     _finite(state)
-    final = folder / f"step-{state['step']:08d}"
-    staging = folder / f".writing-{state['step']:08d}"
+    name = f"{state['step']:08d}"
+    final, staging, before = folder / f"step-{name}", folder / f"{STAGING}{name}", folder / f"{STAGING}{name}{BEFORE}"
     try:
-        for left in folder.glob(".writing-*"):  # by a process that was killed
+        folder.mkdir(parents=True, exist_ok=True)
+        recover(folder)
+        for left in folder.glob(f"{STAGING}*"):  # by a process that was killed
             shutil.rmtree(left)
-        staging.mkdir(parents=True)
+        staging.mkdir()
         with open(staging / STATE, "wb") as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        facts = {"step": state["step"], "bytes": (staging / STATE).stat().st_size, "crc32": _crc(staging / STATE)}
+            _flush(file)
+        facts = {"step": state["step"], "files": {STATE: _facts(staging / STATE)}}
         with open(staging / MANIFEST, "w") as file:
             file.write(json.dumps(facts | manifest, indent=2))
-            file.flush()
-            os.fsync(file.fileno())
+            _flush(file)
+        _flush_folder(staging)
         if final.exists():
-            os.replace(final, folder / f".writing-{state['step']:08d}-before")
+            os.replace(final, before)
         os.replace(staging, final)
+        _flush_folder(folder)
     except (OSError, RuntimeError) as error:  # torch.save wraps what the disk says
         shutil.rmtree(staging, ignore_errors=True)
-        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise BadInput(f"Checkpoint {final} could not be written ({why}); free some space there.") from error
-    shutil.rmtree(folder / f".writing-{state['step']:08d}-before", ignore_errors=True)
-    for old in complete(folder)[:-keep] if keep else []:
-        shutil.rmtree(old)
+        raise BadInput(_told(final, error, size(state))) from error
+    shutil.rmtree(before, ignore_errors=True)
+    prune(folder, keep, keep_best)
     return final
+
+
+def _told(final: Path, error: Exception, needed: int) -> str:
+    why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    try:
+        free = f"{shutil.disk_usage(final.parent).free:,} are free"
+    except OSError:
+        free = "how many are free cannot be told"
+    return (
+        f"Checkpoint {final} could not be written ({why}): it needs {needed:,} bytes, {free}; free some space there and "
+        "go on with --resume from the one before, which remains."
+    )
+
+
+def size(state: Any) -> int:
+    """Bytes of all tensors in a nest of dictionaries and lists."""
+    if isinstance(state, torch.Tensor):
+        return state.numel() * state.element_size()
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return sum(map(size, values))
+
+
+def _flush(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    """The names in a folder reach the disk only when the folder itself is flushed."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def _finite(state: dict[str, Any]) -> None:
@@ -66,25 +103,78 @@ def _finite(state: dict[str, Any]) -> None:
                 )
 
 
-def _crc(path: Path) -> int:
+def _facts(path: Path) -> dict[str, int]:
     value = 0
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
             value = zlib.crc32(block, value)
-    return value
+    return {"bytes": path.stat().st_size, "crc32": value}
+
+
+# -- which remain ----------------------------------------------------------------------------------------------------
+
+
+def prune(folder: str | Path, keep: int, keep_best: int = 0) -> None:
+    """Remove all but the `keep` newest checkpoints and the `keep_best` with the lowest score; `keep=0` removes none."""
+    if not keep:
+        return
+    found, values = complete(folder), scores(folder)
+    ranked = sorted((p for p in found if p.name in values), key=lambda p: values[p.name])
+    for old in set(found[:-keep]) - set(ranked[:keep_best]):
+        aside = old.with_name(f"{STAGING}{old.name}")  # a kill within the removal leaves no half of a checkpoint
+        os.replace(old, aside)
+        shutil.rmtree(aside)
+
+
+def scores(folder: str | Path) -> dict[str, float]:
+    """Checkpoint's name -> its validation score, lower is better."""
+    try:
+        return json.loads((Path(folder) / SCORES).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def score(folder: str | Path, step: int, value: float) -> None:
+    """Note the validation score of a step, lower is better; NaN is the worst there is."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    value = value if value == value else float("inf")
+    staging = folder / f"{SCORES}.writing"
+    staging.write_text(json.dumps(scores(folder) | {f"step-{step:08d}": value}))
+    os.replace(staging, folder / SCORES)
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+def recover(folder: Path) -> None:
+    """Give its name back to a checkpoint that a process moved aside and was killed before it had put the new one there."""
+    for before in folder.glob(f"{STAGING}*{BEFORE}"):
+        final = folder / f"step-{before.name.removeprefix(STAGING).removesuffix(BEFORE)}"
+        if not final.exists():
+            os.replace(before, final)
+
+
+def manifest(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself; empty where it is damaged."""
+    try:
+        found = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def complete(folder: str | Path) -> list[Path]:
-    """Whole checkpoints in `folder`, oldest first: those whose manifest agrees with their size."""
-    found = []
-    for path in sorted(Path(folder).glob("step-*")):
-        try:
-            manifest = json.loads((path / MANIFEST).read_text())
-            if (path / STATE).stat().st_size == manifest["bytes"]:
-                found.append(path)
-        except (OSError, ValueError, KeyError):
-            continue
-    return found
+    """Whole checkpoints in `folder`, oldest first: those whose manifest agrees with the sizes of their files."""
+    return [p for p in sorted(Path(folder).glob("step-*")) if _whole(p)]
+
+
+def _whole(path: Path) -> bool:
+    files = manifest(path).get("files")
+    try:
+        return bool(files) and all((path / name).stat().st_size == facts["bytes"] for name, facts in files.items())
+    except OSError:
+        return False
 
 
 def latest(folder: str | Path) -> Path:
@@ -111,12 +201,79 @@ def load(path: str | Path) -> dict[str, Any]:
             raise ValueError("its bytes have changed since it was written")
         return torch.load(path / STATE, map_location="cpu", weights_only=True)
     except Exception as error:
-        older = [p for p in complete(path.parent) if p.name < path.name and intact(p)]
-        mend = f"remove it to go on from {older[-1].name}" if older else "there is no older one, so start the run anew"
-        raise BadInput(f"Checkpoint {path} cannot be read ({str(error).splitlines()[0]}); {mend}.") from error
+        raise BadInput(f"Checkpoint {path} cannot be read ({str(error).splitlines()[0]}); {mend(path)}.") from error
+
+
+def mend(path: Path) -> str:
+    """What to do about a damaged checkpoint."""
+    older = [p for p in complete(path.parent) if p.name < path.name and intact(p)]
+    return f"remove it to go on from {older[-1].name}" if older else "there is no older one, so start the run anew"
 
 
 def intact(path: Path) -> bool:
-    """Whether the state's bytes are those that were written: torch itself does not look at its archive's check sums."""
-    expected = json.loads((path / MANIFEST).read_text()).get("crc32")
-    return expected is None or expected == _crc(path / STATE)
+    """Whether the bytes are those that were written: torch itself does not look at its archive's check sums."""
+    files = manifest(path).get("files", {})
+    return bool(files) and all(_facts(path / name) == facts for name, facts in files.items())
+
+
+# -- beside the training ---------------------------------------------------------------------------------------------
+
+
+class Writer:
+    """Writes checkpoints in a thread, one at a time; the caller waits for the copy to the CPU only.
+
+    Args:
+        folder, keep, keep_best: see `save`.
+        written: called in the thread with the folder of each checkpoint once it is whole.
+
+    Raises:
+        BadInput: from `check`, `wait` and the next `submit`, once: what the write in the thread met.
+    """
+
+    def __init__(
+        self, folder: Path, keep: int = 2, keep_best: int = 0, written: Callable[[Path], None] = lambda path: None
+    ):
+        self.folder, self.keep, self.keep_best, self.written = folder, keep, keep_best, written
+        self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None
+
+    def submit(self, state: dict[str, Any], **manifest: Any) -> None:
+        """Copy `state` and start to write it, after the write before has ended."""
+        self.wait()
+        copied = copy_of(state)
+        self.thread = threading.Thread(target=self._write, args=(copied, manifest), name="checkpoint")
+        self.thread.start()
+
+    def _write(self, state: dict[str, Any], manifest: dict[str, Any]) -> None:
+        try:
+            self.written(save(self.folder, state, self.keep, self.keep_best, **manifest))
+        except BaseException as error:  # it is the training's to raise
+            self.error = error
+
+    def check(self) -> None:
+        """Raise what a write that has ended met."""
+        if self.error:
+            error, self.error = self.error, None
+            raise error
+
+    def wait(self) -> None:
+        """Wait for the write in hand; raise what it met."""
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+        self.check()
+
+    def finish(self) -> None:
+        """Wait for the write in hand and keep silent about it: something else is being raised already."""
+        if self.thread:
+            self.thread.join()
+        self.thread = self.error = None
+
+
+def copy_of(state: Any) -> Any:
+    """A nest of dictionaries, lists and tensors, on the CPU and sharing no memory with the original."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {k: copy_of(v) for k, v in state.items()}
+    return type(state)(map(copy_of, state)) if isinstance(state, (list, tuple)) else state

@@ -1,11 +1,9 @@
-"""What one sees of a run: the bar without and with a terminal, CSV that widens, wandb without a key, beats, signals."""
+"""What one sees of a run: the bar without and with a terminal, CSV that widens, wandb without a key, beats."""
 
 from __future__ import annotations
 
 import csv
 import io
-import signal
-import threading
 from types import SimpleNamespace
 
 import pytest
@@ -96,6 +94,15 @@ def test_actions_come_on_their_beat_and_at_the_end_once(every, start, finished, 
     assert seen == expected
 
 
+def test_several_beats_call_once_where_they_meet():
+    seen, m = [], method(total=12)
+    call = see.Every((4, 0, 6), lambda m: seen.append(m.step))
+    for m.step in range(1, 13):
+        call.on_train_batch_end(None, m, None, None, 0)
+    call.on_train_end(None, m)
+    assert seen == [4, 6, 8, 12]
+
+
 def test_a_resumed_run_does_not_start_anew():
     seen, m = [], method(step=4)
     see.Every(0, lambda m: seen.append(m.step), start=True).on_train_start(None, m)
@@ -110,41 +117,6 @@ def test_records_are_written_on_their_beat():
     for m.step in range(1, 6):
         record.on_train_batch_end(None, m, None, None, 0)
     assert rows == [(2, 0.5), (2, 0.5), (4, 0.5), (4, 0.5)]
-
-
-# -- signals ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_asks_to_stop_and_a_second_one_stops_at_once(number):
-    old, trainer, watch = signal.getsignal(number), SimpleNamespace(should_stop=False), see.Interrupt()
-    watch.on_train_start(trainer, method())
-    try:
-        watch.on_train_batch_end(trainer, method(), None, None, 0)
-        assert not trainer.should_stop
-        signal.raise_signal(number)
-        watch.on_train_batch_end(trainer, method(), None, None, 0)
-        assert trainer.should_stop
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(number)
-    finally:
-        watch.on_exception(trainer, method(), KeyboardInterrupt())
-    assert signal.getsignal(number) is old
-
-
-def test_signals_are_left_alone_outside_the_main_thread():
-    errors = []
-
-    def work():
-        try:
-            see.Interrupt().on_train_start(None, method())
-        except ValueError as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert errors == []
 
 
 # -- wandb -----------------------------------------------------------------------------------------------------------

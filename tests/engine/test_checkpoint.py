@@ -40,7 +40,7 @@ def test_what_is_saved_is_loaded_with_its_manifest(tmp_path):
     assert torch.equal(checkpoint.load(path)["networks"]["student"]["w"], torch.full((1000,), 0.1))
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest["step"] == 7 and manifest["config"] == "abc"
-    assert manifest["bytes"] == (path / "state.pt").stat().st_size
+    assert manifest["files"]["state.pt"]["bytes"] == (path / "state.pt").stat().st_size
 
 
 def test_the_disk_has_it_before_it_takes_its_name(tmp_path, monkeypatch):
@@ -49,7 +49,7 @@ def test_the_disk_has_it_before_it_takes_its_name(tmp_path, monkeypatch):
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda a, b: (order.append("rename"), replace(a, b)))
     checkpoint.save(tmp_path, state(1))
-    assert order == ["flush", "flush", "rename"]
+    assert order == ["flush", "flush", "flush", "rename", "flush"]
 
 
 def test_the_newest_keep_remain(tmp_path):
