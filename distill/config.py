@@ -98,7 +98,8 @@ class Run:
 LEAST = {
     "seed": 0, "train.steps": 1, "train.validate_every": 0, "train.save_every": 0, "train.log_every": 1,
     "train.keep": 0, "train.keep_best": 0, "train.skips": 1, "train.threads": 0,
-    "eval.samples": 2, "eval.validation_samples": 2, "eval.seed": 0, "optim.*.lr": 0, "optim.*.warmup": 0, "optim.*.clip": 0, "optim.*.weight_decay": 0,
+    "eval.samples": 2, "eval.validation_samples": 2, "eval.seed": 0,
+    "optim.*.lr": 0, "optim.*.warmup": 0, "optim.*.clip": 0, "optim.*.weight_decay": 0,
 }  # fmt: skip
 CHOICES = {
     "log.wandb": ("auto", "online", "offline", "disabled"),
