@@ -16,6 +16,7 @@ from distill.grid import Grid
 from distill.losses.regression import mse
 from distill.methods.place import Place, batch_size, learning_rate, micro_batches
 from distill.methods.place import optimizer_of as optimizer_of  # what `run` tries the settings with
+from distill.methods.skips import Skips
 from distill.solvers import DDIM, solve
 
 Turn = tuple[str, Callable[..., Tensor]]
@@ -69,6 +70,8 @@ class Method(lightning.LightningModule):
         self.guidance = guidance
         self.warm_start = warm_start
         self.step, self.total_steps = 0, 0
+        self.ahead = 0  # batches taken beyond the steps that count: those of steps that were undone
+        self.skips = Skips(self.trainable)
         self.logs: dict[str, Tensor | float] = {}
         self.place = Place()
         self.shared = torch.Generator().manual_seed(torch.initial_seed() % 2**63)  # draws that all ranks agree on
@@ -200,16 +203,14 @@ class Method(lightning.LightningModule):
                 p.requires_grad_(name == role)
 
     def _update(self, role: str, value: Tensor) -> None:
-        if not torch.isfinite(value):
-            raise BadInput(
-                f"The {role}'s loss became {value.item()} at step {self.step}; "
-                f"lower optim.{role}.lr or optim.{role}.clip, or look for bad samples in the data."
-            )
+        """Step a role, unless its loss or gradient is not finite on some rank: then neither it nor its averages move."""
         settings = self.optim[role]
-        norm = self.place.step(role, settings.lr * learning_rate(settings, *self.clock()))
-        self._average(role)
+        lr = settings.lr * learning_rate(settings, *self.clock())
+        norm, stepped = self.place.step(role, lr, torch.isfinite(value))
+        self._average(role, stepped)
         self.log_value(f"{role}/loss", value)
         self.log_value(f"{role}/grad_norm", norm)
+        self.log_value(f"{role}/skipped", self.skips.note(role, stepped))
 
     def log_value(self, name: str, value: Tensor | float) -> None:
         """Keep a scalar of this step for the log; no synchronisation until someone reads it."""
@@ -227,12 +228,12 @@ class Method(lightning.LightningModule):
             getattr(self, role).requires_grad_(False).eval()
 
     @torch.no_grad()
-    def _average(self, role: str) -> None:
+    def _average(self, role: str, stepped: Tensor) -> None:
         for name, (source, decay) in self._averages.items():
             if source == role and decay is not None:
                 step, _ = self.clock()
                 weight = 1 - min(decay, (1 + step) / (10 + step))
-                self.place.average(name, source, weight)
+                self.place.average(name, source, weight, stepped)
 
     def renew(self, name: str, source: str) -> None:
         """Copy one network's weights into another of its shape, for a method that starts anew midway."""
@@ -269,6 +270,8 @@ class Method(lightning.LightningModule):
             "networks": {n: place.weights(n) for n in named},
             "optimizers": {r: place.moments(r) for r in self.trainable},
             "random": random,
+            "skips": self.skips.state(),
+            "ahead": self.ahead,
         }
 
     def restore(self, state: dict[str, Any], weights_only: bool = False) -> None:
@@ -279,9 +282,10 @@ class Method(lightning.LightningModule):
         load = self.place.load_weights if not weights_only else lambda n, w: getattr(self, n).load_state_dict(w)
         for name, weights in state["networks"].items():
             load(name, weights)
-        self.step = state["step"]
+        self.step, self.ahead = state["step"], state.get("ahead", 0)
         if weights_only:
             return
+        self.skips.restore(state.get("skips", {}))
         for role, moments in state["optimizers"].items():
             self.place.load_moments(role, moments)
         self._restore_random(state["random"])

@@ -53,17 +53,37 @@ class Place:
         """Add a micro-batch's gradient; `last`: of this turn."""
         self.scalers[role].scale(loss / self.accumulate).backward()
 
-    def step(self, role: str, lr: float) -> Tensor:
-        """Clip by the role's global norm and step; returns the norm before."""
+    def step(self, role: str, lr: float, finite: Tensor) -> tuple[Tensor, Tensor]:
+        """Clip by the role's global norm and step if `finite` (the loss is, on all ranks) and the norm is finite too.
+
+        Returns the norm before, and whether it stepped, a bool () on the device.
+        """
         optimizer, scaler = self.optimizers[role], self.scalers[role]
         self.reduce(role)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(role), self.method.optim[role].clip or math.inf)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         for group in optimizer.param_groups:
             group["lr"] = lr
-        scaler.step(optimizer)
-        scaler.update()
-        return norm
+        finite = finite & torch.isfinite(norm)
+        self._apply(role, finite)
+        return norm, finite
+
+    def _apply(self, role: str, finite: Tensor) -> None:
+        optimizer, scaler = self.optimizers[role], self.scalers[role]
+        if self.waits(role):
+            if finite:
+                scaler.step(optimizer)
+            scaler.update()
+            return
+        optimizer.found_inf = (~finite).float()  # a fused optimiser decides on the device, so the host runs ahead
+        optimizer.step()
+        del optimizer.found_inf
+
+    def waits(self, role: str) -> bool:
+        """Whether the host looks at each turn's finiteness; free on a CPU, a synchronisation elsewhere."""
+        fused = role in self.optimizers and self.optimizers[role].defaults.get("fused")
+        return self.method.device.type == "cpu" or self.scale or self.sharded or not fused
 
     def reduce(self, role: str) -> None:
         """Average the role's gradients over the ranks."""
@@ -73,9 +93,13 @@ class Place:
         return value.detach()
 
     @torch.no_grad()
-    def average(self, name: str, source: str, weight: float) -> None:
-        """name <- name + weight (source - name), buffers of whole numbers copied."""
+    def average(self, name: str, source: str, weight: float, stepped: Tensor) -> None:
+        """name <- name + weight (source - name) if `stepped`, buffers of whole numbers copied."""
+        waits = self.waits(source)
+        if waits and not stepped:
+            return
         for average, value in zip(tensors(self.module(name)), tensors(self.module(source))):
+            value = value if waits else torch.where(stepped, value, average)
             average.lerp_(value, weight) if average.is_floating_point() else average.copy_(value)
 
     @torch.no_grad()
@@ -140,8 +164,9 @@ class Place:
 
 
 def tensors(module: nn.Module) -> list[Tensor]:
-    """A network's parameters and buffers as a rank holds them, without their shards' wrapping."""
-    return [getattr(v, "_local_tensor", v) for v in module.state_dict().values()]
+    """A network's parameters and buffers as this rank holds them: its own part of those that are spread over ranks."""
+    own = lambda v: getattr(v, "ds_tensor", getattr(v, "_local_tensor", v)).detach()  # of deepspeed, of FSDP2
+    return [own(v) for v in module.state_dict(keep_vars=True).values()]
 
 
 def optimizer_of(settings: Optim, parameters: list[nn.Parameter], role: str) -> torch.optim.Optimizer:
