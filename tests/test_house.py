@@ -18,14 +18,15 @@ RANKS = [
     {"grid"},
     {"denoise"},
     {"tangent", "solvers", "losses", "nets", "data"},
-    {"methods", "eval", "export", "engine"},
+    {"methods", "eval", "export"},
+    {"engine"},
     {"run"},
     {"demo"},
     {"cli"},
 ]
 DOORS = {
-    "diffusers": {"nets/diffusers.py", "export/"},
-    "peft": {"nets/diffusers.py", "export/"},
+    "diffusers": {"nets/diffusers/", "export/"},
+    "peft": {"nets/diffusers/", "export/"},
     "deepspeed": {"engine/strategy.py"},
     "wandb": {"engine/callbacks.py"},
     "omegaconf": {"config.py", "run.py", "demo.py"},

@@ -47,7 +47,10 @@ images[0].save("sample.png")
 def card(record: dict, recipe: str | None, name: str, pictured: bool) -> str:
     """README.md for the record of distill.json: what it is, how to load it, conventions, metrics, recipe, licence."""
     classes, steps = record["classes"], record["steps"]
-    labels = f"class_labels=[i % {classes} for i in range(10)], " if classes else ""
+    labels = f"class_labels=[i % {classes} for i in range(10)]"
+    first = "batch_size=10" + f", {labels}" * (classes > 0)
+    if record.get("part") == "transformer":  # its pipeline guides by default; here guidance is in the weights
+        first = f"{labels}, guidance_scale=1"
     null = f"0 to {classes - 1}" + (f"; {classes} is \"no class\"" if record["null_class"] else "")
     method = f" with `{record['method']}`" if record["method"] else ""
     many = steps > 16
@@ -56,7 +59,7 @@ def card(record: dict, recipe: str | None, name: str, pictured: bool) -> str:
         name=name,
         what=f"A diffusion model for stock diffusers, made{method} by distill {record['distill']}; "
              f"it samples in {steps} step{'s' * (steps != 1)}.",
-        call=f"batch_size=10, {labels}num_inference_steps={steps}",
+        call=f"{first}, num_inference_steps={steps}",
         picture="![samples](samples.png)\n\n" if pictured else "",
         s="s" * (steps != 1),
         steps=steps,

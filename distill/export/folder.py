@@ -1,7 +1,8 @@
 r"""A trained Denoiser to a folder that `diffusers.DiffusionPipeline.from_pretrained` serves without our code.
 
-The stock pipeline is `ConsistencyModelPipeline` (pixels, optional class labels, any scheduler); the student's way of
-walking its grid picks the stock scheduler:
+The network picks the stock pipeline: `ConsistencyModelPipeline` for a U-Net (pixels, optional class labels), `DiTPipeline`
+for a transformer (class labels, and an autoencoder: `export.pixels` passes pixels through). The student's way of walking
+its grid picks the stock scheduler:
 
     ode      x_s = alpha_s x + sigma_s eps      DDIMScheduler, trailing spacing
     renoise  x_s = alpha_s x + sigma_s noise    LCMScheduler, original_inference_steps chosen to hit the grid
@@ -25,6 +26,7 @@ from distill import __version__
 from distill.denoise import Denoiser
 from distill.errors import BadInput
 from distill.export.card import card, picture
+from distill.export.pixels import autoencoder
 from distill.grid import Grid
 from distill.noise import Table
 from distill.solvers import DDIM, Renoise, solve
@@ -39,7 +41,7 @@ def export(student: Denoiser, grid: Grid | int | list, sampler: str, out: str | 
     """Write `student` as a diffusers folder: all of it, or nothing.
 
     Args:
-        student: a Denoiser around a `UNet2D`, under a Table, that predicts eps, x or v.
+        student: a Denoiser around a `UNet2D` or `DiT`, under a Table, that predicts eps, x or v.
         grid: the times it was trained on.
         sampler: "ode" or "renoise", the way it walks them.
         out: the folder to make; it must not exist.
@@ -49,7 +51,8 @@ def export(student: Denoiser, grid: Grid | int | list, sampler: str, out: str | 
         licence: of the weights, an SPDX name in lower case.
 
     Returns:
-        the folder, with model_index.json, unet/, scheduler/, distill.json, README.md and reference.safetensors.
+        the folder, with model_index.json, unet/ or transformer/, scheduler/, distill.json, README.md and
+        reference.safetensors.
 
     Raises:
         BadInput: if `out` exists, or no stock network, scheduler or prediction type serves this student.
@@ -59,7 +62,7 @@ def export(student: Denoiser, grid: Grid | int | list, sampler: str, out: str | 
         raise BadInput(f"{out} exists already: remove it or export to another folder.")
     student = copy.deepcopy(student).cpu().float().eval()
     scheduler = stock_scheduler(student, grid, sampler)
-    unet = stock_network(student, grid, sampler, w)
+    network = stock_network(student, grid, sampler, w)
     text = recipe if isinstance(recipe, str) or recipe is None else _yaml(recipe)
     record = describe(student, grid, sampler, scheduler, w) | {
         "method": method, "metrics": metrics or {}, "licence": licence,
@@ -67,7 +70,7 @@ def export(student: Denoiser, grid: Grid | int | list, sampler: str, out: str | 
     }
     staging = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
-        _write(staging, unet, scheduler)
+        _write(staging, network, scheduler, student.net)
         _save_references(student, grid, sampler, w, staging / "reference.safetensors")
         (staging / "distill.json").write_text(json.dumps(record, indent=2) + "\n")
         if samples is not None:
@@ -85,11 +88,13 @@ def stock_network(student: Denoiser, grid: Grid, sampler: str, w: float | None):
     Raises:
         BadInput: for networks without a stock class, and for flow maps whose t - s varies along the walk.
     """
-    from distill.nets.diffusers import UNet2D
+    from distill.nets.diffusers import Stock
 
     net = getattr(student, "net", None)
-    if not isinstance(net, UNet2D):
-        raise BadInput(f"{type(net).__name__} has no stock class in diffusers: networks that export are UNet2D.")
+    if not isinstance(net, Stock):
+        raise BadInput(f"{type(net).__name__} has no stock class in diffusers: networks that export are UNet2D and DiT.")
+    if net.part == "transformer" and not net.classes:
+        raise BadInput("DiTPipeline draws by class only: export a DiT with classes, or a UNet2D.")
     if net.timesteps != len(student.schedule.alphas_cumprod):
         raise BadInput(f"The network counts timesteps={net.timesteps} but its schedule has "
                        f"{len(student.schedule.alphas_cumprod)}: train with the same number in both.")
@@ -177,6 +182,7 @@ def describe(student: Denoiser, grid: Grid, sampler: str, scheduler, w: float | 
     scheduler.set_timesteps(grid.steps)
     return {
         "distill": __version__,
+        "part": student.net.part,
         "steps": grid.steps,
         "timesteps": scheduler.timesteps.tolist(),
         "times": list(grid.times),
@@ -231,12 +237,17 @@ def _gap(grid: Grid, sampler: str) -> float:
     return gaps[0]
 
 
-def _write(staging: Path, unet, scheduler) -> None:
-    """model_index.json, unet/ and scheduler/, without the paths that diffusers notes in them."""
-    from diffusers import ConsistencyModelPipeline
+def _write(staging: Path, network, scheduler, net) -> None:
+    """model_index.json and the parts of the pipeline, without the paths that diffusers notes in them."""
+    import diffusers
 
     staging.mkdir(parents=True)
-    ConsistencyModelPipeline(unet=unet, scheduler=scheduler).save_pretrained(staging)
+    if net.part == "transformer":
+        names = {i: str(i) for i in range(net.classes)}
+        pipeline = diffusers.DiTPipeline(network, autoencoder(net.shape[0]), scheduler, names)
+    else:
+        pipeline = diffusers.ConsistencyModelPipeline(network, scheduler)
+    pipeline.save_pretrained(staging)
     for file in staging.rglob("*.json"):
         config = json.loads(file.read_text())
         if config.pop("_name_or_path", None) is not None:

@@ -14,16 +14,17 @@ from distill.export.folder import stock_table
 from distill.export.verify import compare
 from distill.grid import Grid
 from distill.nets import MLP, Transformer
-from distill.nets.diffusers import UNet2D, grid_of, load, schedule_of
+from distill.nets.diffusers import DiT, UNet2D, grid_of, load, schedule_of
 from distill.noise import RectifiedFlow, Table
 
 
-def student(prediction="v", schedule=None, channels=1, **kw):
+def student(prediction="v", schedule=None, channels=1, kind=UNet2D, **kw):
     """A random student no layer of which hides behind a zero start."""
     torch.manual_seed(0)
     schedule = schedule or schedule_of("DDIMScheduler")
     kw.setdefault("timesteps", len(schedule.alphas_cumprod))
-    net = UNet2D(size=8, channels=channels, widths=(8, 16), **kw)
+    kw |= {"widths": (8, 16)} if kind is UNet2D else {"width": 16, "depth": 2, "heads": 2}
+    net = kind(size=8, channels=channels, **kw)
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -43,8 +44,11 @@ def test_stock_diffusers_draws_the_trainers_samples(tmp_path):
     export(student(flow_map=True), 4, "ode", tmp_path / "flow_map")
     lattice = grid_of("LCMScheduler", 4)
     export(student(), lattice, "renoise", tmp_path / "lattice")
+    flow = Table.of(RectifiedFlow(), 1000)
+    export(student(schedule=flow, kind=DiT, classes=3), 4, "ode", tmp_path / "dit")
+    export(student("x", channels=3, kind=DiT, classes=3, guided=True), 2, "renoise", tmp_path / "dit_renoise", w=2.5)
     folders = sorted(tmp_path.iterdir())
-    assert len(folders) == 11
+    assert len(folders) == 13
     for folder, value in zip(folders, compare(folders)):
         assert value < 1e-5, folder.name
         samples = load_file(folder / "reference.safetensors")["samples"]

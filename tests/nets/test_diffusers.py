@@ -9,11 +9,10 @@ import diffusers
 import pytest
 import torch
 
-from distill.denoise import Denoiser
+from distill.denoise import Denoiser, Guided
 from distill.errors import BadInput
 from distill.grid import Grid
-from distill.nets import diffusers as door
-from distill.nets.diffusers import UNet2D, grid_of, load, prediction_of, schedule_of
+from distill.nets.diffusers import DiT, UNet2D, grid_of, load, prediction_of, schedule_of, schedulers
 from distill.noise import VE, RectifiedFlow, Table
 from distill.solvers import DDIM, solve
 
@@ -23,9 +22,13 @@ TABLES = [n + "Scheduler" for n in (
 )]
 
 
-def tiny(**kw):
+KINDS = {UNet2D: {"widths": (8, 16)}, DiT: {"width": 16, "depth": 2, "heads": 2}}
+each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.__name__)
+
+
+def tiny(kind=UNet2D, **kw):
     torch.manual_seed(0)
-    net = UNet2D(size=8, widths=(8, 16), **kw)
+    net = kind(size=8, **KINDS[kind], **kw)
     with torch.no_grad():
         for name, p in net.named_parameters():
             if not name.startswith(("guidance.outer", "gap.outer")):
@@ -80,7 +83,7 @@ def test_forward_process_is_the_stock_one():
     torch.testing.assert_close(ours, scheduler.add_noise(x, z, n), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", door.FLOW)
+@pytest.mark.parametrize("name", schedulers.FLOW)
 def test_flow_is_rectified_flow_with_the_stock_shift(name):
     scheduler = getattr(diffusers, name)(shift=3.0)
     schedule = schedule_of(scheduler)
@@ -103,7 +106,7 @@ def test_karras_schedulers_are_variance_exploding():
         prediction_of("CMStochasticIterativeScheduler")
 
 
-@pytest.mark.parametrize("kind, ours", door.PREDICTIONS.items())
+@pytest.mark.parametrize("kind, ours", schedulers.PREDICTIONS.items())
 def test_prediction_types(kind, ours):
     if kind != "flow_prediction":
         assert prediction_of(diffusers.DDIMScheduler(prediction_type=kind)) == ours
@@ -180,19 +183,21 @@ def test_grids_that_cannot_be_trained_on_are_refused(scheduler, steps, words):
 # -- the wrapper -------------------------------------------------------------------------------------------------
 
 
-def test_wrapper_asks_the_stock_net_at_its_own_timesteps():
-    net = tiny(classes=3)
+@each_kind
+def test_wrapper_asks_the_stock_net_at_its_own_timesteps(kind):
+    net = tiny(kind, classes=3)
     x, t = batch(net)
     label = torch.tensor([0, 2, -1, 1])
-    stock = net.unet(x, torch.tensor([999, 749, 499, 12]), torch.tensor([0, 2, 3, 1])).sample
+    stock = net.stock(x, torch.tensor([999, 749, 499, 12]), torch.tensor([0, 2, 3, 1])).sample
     torch.testing.assert_close(net(x, t, label), stock, rtol=0, atol=1e-6)
     assert torch.equal(net(x, t), net(x, t, label=torch.full((4,), -1)))
     assert net.shape == (1, 8, 8) and net.classes == 3
 
 
-def test_new_inputs_start_at_zero_and_then_count():
-    teacher = tiny(classes=2)
-    student = UNet2D(size=8, widths=(8, 16), classes=2, guided=True, flow_map=True).eval()
+@each_kind
+def test_new_inputs_start_at_zero_and_then_count(kind):
+    teacher = tiny(kind, classes=2)
+    student = kind(size=8, **KINDS[kind], classes=2, guided=True, flow_map=True).eval()
     missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
     assert not unexpected and all(k.startswith(("guidance.", "gap.")) for k in missing)
     x, t = batch(teacher)
@@ -203,8 +208,9 @@ def test_new_inputs_start_at_zero_and_then_count():
     assert (base - student(x, t, w=4.0, s=t / 3)).abs().max() > 1e-4
 
 
-def test_copies_share_nothing_and_keep_no_hook():
-    net = shake_extra(tiny(guided=True))
+@each_kind
+def test_copies_share_nothing_and_keep_no_hook(kind):
+    net = shake_extra(tiny(kind, guided=True))
     x, t = batch(net)
     before = net(x, t, w=3.0)
     other = copy.deepcopy(net)
@@ -214,13 +220,14 @@ def test_copies_share_nothing_and_keep_no_hook():
     assert torch.equal(net(x, t, w=3.0), before) and not torch.equal(other(x, t, w=3.0), before)
     other.load_state_dict(net.state_dict())
     assert torch.equal(other(x, t, w=3.0), before)
-    assert not net.unet.time_embedding._forward_hooks
+    assert not any(m._forward_hooks for m in net.stock.modules())
 
 
-def test_folding_is_exact():
-    net = shake_extra(tiny(classes=2, guided=True, flow_map=True))
+@each_kind
+def test_folding_is_exact(kind):
+    net = shake_extra(tiny(kind, classes=2, guided=True, flow_map=True))
     x, t = batch(net)
-    plain = UNet2D.wrap(net.fold(w=3.5, gap=0.25))
+    plain = kind.wrap(net.fold(w=3.5, gap=0.25))
     told = net(x, t, torch.tensor([0, 1, -1, 0]), w=3.5, s=t - 0.25)
     torch.testing.assert_close(plain(x, t, torch.tensor([0, 1, -1, 0])), told, rtol=1e-5, atol=1e-6)
     assert (told - net(x, t, torch.tensor([0, 1, -1, 0]))).abs().max() > 1e-3
@@ -228,14 +235,15 @@ def test_folding_is_exact():
         with pytest.raises(BadInput, match=words):
             net.fold(**kw)
     with pytest.raises(BadInput, match="no input w"):
-        tiny().fold(w=1.0)
+        tiny(kind).fold(w=1.0)
 
 
-def test_jvp_with_math_attention():
-    net = tiny(math_attention=True, timesteps=10)
+@each_kind
+def test_jvp_with_math_attention(kind):
+    net = tiny(kind, math_attention=True, timesteps=10)
     x, t = batch(net, 2)
     v = torch.randn_like(x)
-    plain = UNet2D.wrap(net.unet, timesteps=10)
+    plain = kind.wrap(copy.deepcopy(net.stock), timesteps=10)
     _, slope = torch.func.jvp(net, (x, t), (v, torch.ones_like(t)))
     h = 2e-3
     central = (plain(x + h * v, t + h) - plain(x - h * v, t - h)) / (2 * h)
@@ -243,11 +251,12 @@ def test_jvp_with_math_attention():
     torch.testing.assert_close(slope, central, rtol=2e-2, atol=5e-3)
 
 
-def test_math_attention_is_the_same_function():
-    net = tiny()
+@each_kind
+def test_math_attention_is_the_same_function(kind):
+    net = tiny(kind)
     x, t = batch(net)
     fused = net(x, t)
-    written_out = UNet2D.wrap(net.unet, math_attention=True)(x, t)
+    written_out = kind.wrap(net.stock, math_attention=True)(x, t)
     torch.testing.assert_close(written_out, fused, rtol=1e-4, atol=1e-5)
 
 
@@ -263,6 +272,51 @@ def test_networks_that_the_wrapper_cannot_ask_are_refused():
     x, t = batch(net)
     with pytest.raises(BadInput, match="no class"):
         net(x, t, torch.tensor([0, 1, -1, 0]))
+
+
+def test_a_transformer_starts_at_zero_and_drops_no_label_by_itself():
+    net = DiT(size=8, classes=3).train()
+    x, t = batch(net)
+    assert torch.equal(net(x, t), torch.zeros_like(x))
+    net = tiny(DiT, classes=3).train()
+    label = torch.tensor([0, 1, 2, 0])
+    assert all(torch.equal(net(x, t, label), net(x, t, label)) for _ in range(20))
+    assert not torch.equal(net(x, t, label), net(x, t))
+    with pytest.raises(BadInput, match="patch=3"):
+        DiT(size=8, patch=3)
+
+
+def test_of_a_transformer_that_predicts_a_variance_the_mean_is_kept():
+    stock = diffusers.DiTTransformer2DModel(2, 8, 4, 8, num_layers=1, sample_size=8, num_embeds_ada_norm=5)
+    net = DiT.wrap(stock.eval())
+    x, t = batch(net)
+    assert net(x, t).shape == x.shape == (4, 4, 8, 8) and net.classes == 5
+    whole = stock(x, t * 1000 - 1, torch.full((4,), 5)).sample
+    assert torch.equal(net(x, t), whole[:, :4]) and whole.shape[1] == 8
+
+
+def test_guided_ddim_steps_are_the_stock_transformer_pipelines(tmp_path):
+    torch.manual_seed(0)
+    stock = diffusers.DiTTransformer2DModel(2, 8, 4, 8, num_layers=2, sample_size=8, num_embeds_ada_norm=1000).eval()
+    scheduler = diffusers.DDIMScheduler(timestep_spacing="trailing", clip_sample=False)
+    vae = diffusers.AutoencoderTiny(4, 4, latent_channels=4, encoder_block_out_channels=(4,), num_encoder_blocks=(0,),
+                                    decoder_block_out_channels=(4,), num_decoder_blocks=(0,))
+    pipeline, states = diffusers.DiTPipeline(stock, vae, scheduler), []
+    pipeline.save_pretrained(tmp_path / "dit")
+    pipeline.set_progress_bar_config(disable=True)
+    step = scheduler.step
+    scheduler.step = lambda *a, **kw: states.append(step(*a, **kw)) or states[-1]
+    generator = torch.Generator().manual_seed(0)
+    pipeline([3, 7], guidance_scale=2.5, generator=generator, num_inference_steps=10, output_type="np")
+    z = torch.randn(2, 4, 8, 8, generator=generator.manual_seed(0))
+    denoiser = load(tmp_path / "dit")
+    guided = Guided(denoiser, 2.5)
+    with torch.no_grad():
+        ours = solve(guided, z, grid_of(tmp_path / "dit", 10).times, DDIM(), label=torch.tensor([3, 7]))
+        plain = solve(denoiser, z, grid_of(tmp_path / "dit", 10).times, DDIM(), label=torch.tensor([3, 7]))
+    stock = states[-1].prev_sample[:2]
+    assert (ours - stock).abs().max() < 1e-5 * stock.abs().max()
+    assert (ours - plain).abs().max() > 1e-2 * stock.abs().max()
 
 
 def test_ten_ddim_steps_are_the_stock_pipelines():
