@@ -146,6 +146,26 @@ def demo(out: Path, steps: int | None) -> None:
     sys.exit(go(out, steps))
 
 
+@main.command()
+@click.argument("configs", nargs=-1, required=True, metavar="CONFIG... [KEY=VALUE...]")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/compare"), show_default=True,
+              help="Folder of the runs, rows and table.")
+@click.option("--seconds", type=click.FloatRange(1), default=360, show_default=True,
+              help="Processor seconds of training for each: 360 are three minutes on two cores.")
+def compare(configs: tuple[str, ...], out: Path, seconds: float) -> None:
+    """Train every CONFIG for the same time and print one table; rows already in OUT are kept.
+
+    \b
+    Example:
+      distill compare configs/digits/tdm.yaml configs/digits/pcm.yaml --seconds 360
+      distill compare configs/digits/m*.yaml train.threads=1 --out runs/compare
+    """
+    from distill.compare import compare as run_all
+
+    files = [Path(c) for c in configs if "=" not in c]
+    click.echo(run_all(files, out, seconds, [c for c in configs if "=" in c], _allow()))
+
+
 @main.group()
 def data() -> None:
     """Write webdataset shards.
