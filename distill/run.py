@@ -20,6 +20,7 @@ from distill.engine import callbacks as see
 from distill.engine import checkpoint, home
 from distill.engine.home import CHECKPOINTS, CONFIG, METRICS
 from distill.engine.preempt import Signals
+from distill.engine.rollback import Rollback
 from distill.engine.trainer import fit
 from distill.errors import BadInput
 from distill.eval import baselines, suite, table
@@ -162,9 +163,8 @@ def train(cfg: DictConfig, folder: Path, resume: bool = False, allow: tuple[str,
         with home.written(folder, cfg, session.method) as sinks:
             if home.leads():
                 _sinks(sinks, cfg, folder, state)
-            settings = {"accelerator": cfg.train.accelerator, "precision": cfg.train.precision, "resume": state}
             called = [signals, *_callbacks(session, folder, sinks, tests, before)]
-            fit(session.method, session.data, cfg.train.steps, called, **settings)
+            fit(session.method, session.data, cfg.train.steps, called, engine=cfg.engine, resume=state)
     session.preempted = signals.preempted
     return session
 
@@ -183,7 +183,7 @@ def _facts(session: Session, folder: Path) -> dict[str, Any]:
     identity = folder / "wandb_id"
     return {
         "config": config.fingerprint(cfg), "distill": __version__, "torch": torch.__version__,
-        "world": home.world(), "strategy": cfg.train.get("strategy", "single"), "precision": cfg.train.precision,
+        "world": home.world(), "strategy": cfg.engine.strategy, "precision": cfg.engine.precision,
         "order": streamed | {"batch_size": getattr(data, "batch_size", None)},
         "wandb": identity.read_text() if identity.exists() else None,
     }  # fmt: skip
@@ -223,11 +223,20 @@ def _callbacks(session: Session, folder: Path, sinks: list[Any], tests: Any, bef
         values = "  ".join(f"{k} {v:.4g}" for k, v in scores.items())
         see.console.print(f"validation at step {method.step}: {values}", highlight=False)
 
+    def undone(step):
+        home.mark(folder / CHECKPOINTS / f"step-{step:08d}")
+        for sink in sinks:
+            if hasattr(sink, "back"):
+                sink.back(step)
+
+    session.method.skips.limit = train.skips
+    saves = see.Saves(beats, writer, facts)
     return [
         see.Bar(train.steps, train.log_every),
         record,
         home.Exactness(facts, before),
-        see.Saves(beats, writer, facts),
+        Rollback(folder / CHECKPOINTS, saves, undone),
+        saves,
         see.Every(train.validate_every, validate, start=True, finished=True),
     ]
 

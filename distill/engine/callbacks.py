@@ -65,6 +65,10 @@ class CSV:
     def __init__(self, path: str | Path, until: int = -1):
         self.path = Path(path)
         self.columns: list[str] = []
+        self.back(until)
+
+    def back(self, until: int) -> None:
+        """Drop the rows of later steps."""
         if self.path.exists():
             with open(self.path, newline="") as file:
                 reader = csv.DictReader(file)
@@ -204,8 +208,11 @@ class Every(lightning.Callback):
             self._call(method)
 
     def on_train_batch_end(self, trainer, method, outputs, batch, index):
-        if any(beat and method.step % beat == 0 for beat in self.every):
+        if self.due(method.step):
             self._call(method)
+
+    def due(self, step: int) -> bool:
+        return any(beat and step % beat == 0 for beat in self.every)
 
     def on_train_end(self, trainer, method):
         if method.step >= method.total_steps or not self.finished:
@@ -215,6 +222,8 @@ class Every(lightning.Callback):
 class Saves(Every):
     """Checkpoints on their beats, written beside the training; what a write met is raised at the next step.
 
+    After a step with a skipped turn it waits for one without, so that the checkpoints kept are not all from a bad spell.
+
     Args:
         writer: a `distill.engine.checkpoint.Writer`, None on ranks that write nothing.
         facts: what the manifest says of the run besides.
@@ -222,16 +231,22 @@ class Saves(Every):
 
     def __init__(self, every: int | tuple[int, ...], writer: Any, facts: Callable[[], dict[str, Any]]):
         super().__init__(every, self._save)
-        self.writer, self.facts = writer, facts
+        self.writer, self.facts, self.owed = writer, facts, False
 
     def _save(self, method):
         state = method.snapshot()  # on every rank: the parts of one may lie on another
         if self.writer:
-            self.writer.submit(state, **self.facts())
+            self.writer.submit(state, clean=method.skips.clean(), **self.facts())
 
     def on_train_batch_start(self, trainer, method, batch, index):
         if self.writer:
             self.writer.check()
+
+    def on_train_batch_end(self, trainer, method, outputs, batch, index):
+        self.owed = self.owed or self.due(method.step)
+        if self.owed and method.skips.clean():
+            self.owed = False
+            self._call(method)
 
     def on_train_end(self, trainer, method):
         if self.writer:

@@ -121,9 +121,19 @@ def prune(folder: str | Path, keep: int, keep_best: int = 0) -> None:
     found, values = complete(folder), scores(folder)
     ranked = sorted((p for p in found if p.name in values), key=lambda p: values[p.name])
     for old in set(found[:-keep]) - set(ranked[:keep_best]):
-        aside = old.with_name(f"{STAGING}{old.name}")  # a kill within the removal leaves no half of a checkpoint
-        os.replace(old, aside)
-        shutil.rmtree(aside)
+        _drop(old)
+
+
+def drop_after(path: Path) -> None:
+    """Remove the checkpoints of later steps than this one's."""
+    for later in (p for p in path.parent.glob("step-*") if p.name > path.name):
+        _drop(later)
+
+
+def _drop(path: Path) -> None:
+    aside = path.with_name(f"{STAGING}{path.name}")  # a kill within the removal leaves no half of a checkpoint
+    os.replace(path, aside)
+    shutil.rmtree(aside)
 
 
 def scores(folder: str | Path) -> dict[str, float]:
