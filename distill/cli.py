@@ -65,17 +65,23 @@ def train(configs: tuple[str, ...], runs: Path, resume: bool, resume_if_exists: 
     \b
     Exit codes: 0 all steps done, 2 bad input, 130 Ctrl-C, 85 SIGTERM or SIGUSR1: start it again with --resume.
     """
-    from distill import config, run
-    from distill.engine.preempt import REQUEUE
+    from distill import config
+    from distill.engine import launch
 
     files = [c for c in configs if "=" not in c]
     cfg = config.load(files, [c for c in configs if "=" in c])
+    if launch.wanted(cfg.engine):
+        sys.exit(launch.spawn(cfg.engine.devices))
+    from distill import run
+    from distill.engine.home import leads
+    from distill.engine.preempt import REQUEUE
+
     resume = resume or resume_if_exists and (runs / cfg.name / "config.yaml").exists()
     session = run.train(cfg, runs / cfg.name, resume, _allow())
     done = session.method.step
-    click.echo(f"{runs / cfg.name}: {done} of {cfg.train.steps} steps done.")
+    click.echo(f"{runs / cfg.name}: {done} of {cfg.train.steps} steps done.") if leads() else None
     if done < cfg.train.steps:
-        click.echo("Go on with the same command and --resume.")
+        click.echo("Go on with the same command and --resume.") if leads() else None
         sys.exit(REQUEUE if session.preempted else 130)
 
 

@@ -55,8 +55,22 @@ class Train:
     best: str = ""  # "min fd", "max accuracy"; empty: the lowest of what validation mainly measures
     skips: int = 10  # turns of a role in a row without a finite loss or gradient, before the run goes back
     threads: int = 0  # torch threads; 0: torch's own choice
-    accelerator: str = "auto"
-    precision: str = "32"
+
+
+@dataclasses.dataclass
+class Engine:
+    """On what a run trains, and how its networks are spread over processes; docs/strategies.md says which, when."""
+
+    strategy: str = "auto"  # auto: ddp where there are several processes; ddp, fsdp, zero1, zero2, zero3
+    accelerator: str = "auto"  # auto, cpu, cuda, mps
+    devices: int = 1  # processes on this machine; torchrun's or srun's own number counts before this one
+    precision: str = "32"  # 32, bf16, 16: of the networks' arithmetic; weights stay in float32
+    accumulate: int = 1  # micro-batches of the data's batch size a step
+    offload_optimizer: bool = False  # moments in the machine's memory: zero1, zero2, zero3
+    offload_parameters: bool = False  # weights too: fsdp, zero3
+    checkpoint_activations: bool = False  # compute activations again in the backward pass
+    compile: list[str] = dataclasses.field(default_factory=list)  # roles
+    deepspeed: str | None = None  # JSON file of DeepSpeed settings, under ours
 
 
 @dataclasses.dataclass
@@ -89,6 +103,7 @@ class Run:
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
     optim: dict[str, Optim] = dataclasses.field(default_factory=dict)
     train: Train = dataclasses.field(default_factory=Train)
+    engine: Engine = dataclasses.field(default_factory=Engine)
     log: Log = dataclasses.field(default_factory=Log)
     eval: Eval = dataclasses.field(default_factory=Eval)
     expect: dict[str, Any] = dataclasses.field(default_factory=dict)  # metrics a shipped recipe promises
@@ -96,15 +111,18 @@ class Run:
 
 # Smallest value by key, and the values of keys that have but a few; `optim.*` stands for every role.
 LEAST = {
+    "engine.devices": 1, "engine.accumulate": 1,
     "seed": 0, "train.steps": 1, "train.validate_every": 0, "train.save_every": 0, "train.log_every": 1,
     "train.keep": 0, "train.keep_best": 0, "train.skips": 1, "train.threads": 0,
     "eval.samples": 2, "eval.validation_samples": 2, "eval.seed": 0,
     "optim.*.lr": 0, "optim.*.warmup": 0, "optim.*.clip": 0, "optim.*.weight_decay": 0,
 }  # fmt: skip
+MOVED = {"train.accelerator": "engine.accelerator", "train.precision": "engine.precision"}
 CHOICES = {
     "log.wandb": ("auto", "online", "offline", "disabled"),
-    "train.precision": ("32", "16", "bf16", "64", "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true",
-                        "64-true"),
+    "engine.strategy": ("auto", "ddp", "fsdp", "zero1", "zero2", "zero3"),
+    "engine.accelerator": ("auto", "cpu", "cuda", "gpu", "mps"),
+    "engine.precision": ("32", "bf16", "16"),
     "optim.*.decay": ("constant", "cosine"),
 }  # fmt: skip
 
@@ -206,6 +224,8 @@ def _check_keys(node: dict[str, Any], schema: type, prefix: str) -> None:
     names = {f.name: f for f in dataclasses.fields(schema)}
     hints = typing.get_type_hints(schema)
     for key, value in node.items():
+        if prefix + key in MOVED:
+            raise BadInput(f"'{prefix}{key}' is now {MOVED[prefix + key]}; write it there.")
         if key not in names:
             raise BadInput(f"Unknown key '{prefix}{key}'.{suggest(str(key), names)} Known keys: {', '.join(names)}.")
         hint, inner = hints[key], (*typing.get_args(hints[key]), None, None)[1]

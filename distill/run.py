@@ -17,7 +17,7 @@ from torch import Tensor
 from distill import __version__, config
 from distill.denoise import Guided
 from distill.engine import callbacks as see
-from distill.engine import checkpoint, home
+from distill.engine import checkpoint, home, launch
 from distill.engine.home import CHECKPOINTS, CONFIG, METRICS
 from distill.engine.preempt import Signals
 from distill.engine.rollback import Rollback
@@ -150,6 +150,8 @@ def train(cfg: DictConfig, folder: Path, resume: bool = False, allow: tuple[str,
     Nothing is written before everything is built, and a new run that fails before its first step leaves no folder.
     """
     folder = Path(folder)
+    launch.join(cfg.engine)
+    see.console.quiet = not home.leads()
     with Signals() as signals:
         state, before = home.enter(folder, resume)
         session = assemble(cfg, allow)
@@ -208,12 +210,16 @@ def _callbacks(session: Session, folder: Path, sinks: list[Any], tests: Any, bef
     beats = (train.save_every, train.validate_every if train.keep_best else 0)
 
     def validate(method):
+        if not (home.leads() or method.place.sharded):
+            return
         seeded = lambda z: torch.Generator(z.device).manual_seed(0)
         x = _batched(lambda z, c: method.sample(z, c, generator=seeded(z)), z, cond, method)
+        if not home.leads():
+            return  # it was only needed for its shards
         scores = tests.score(x, cond, quick=True)
         record.write({f"validation/{k}": v for k, v in scores.items()}, method.step)
         if train.keep_best and writer:
-            checkpoint.score(folder / CHECKPOINTS, method.step, _rank(scores, train.best or f"min {tests.headline}"))
+            writer.score(method.step, _rank(scores, train.best or f"min {tests.headline}"))
         path = folder / "samples" / f"step-{method.step:08d}.png"
         path.parent.mkdir(exist_ok=True)
         tests.picture({f"step {method.step}, {method.grid.steps} evaluations": _shown(x)}, path)
@@ -223,19 +229,13 @@ def _callbacks(session: Session, folder: Path, sinks: list[Any], tests: Any, bef
         values = "  ".join(f"{k} {v:.4g}" for k, v in scores.items())
         see.console.print(f"validation at step {method.step}: {values}", highlight=False)
 
-    def undone(step):
-        home.mark(folder / CHECKPOINTS / f"step-{step:08d}")
-        for sink in sinks:
-            if hasattr(sink, "back"):
-                sink.back(step)
-
     session.method.skips.limit = train.skips
     saves = see.Saves(beats, writer, facts)
     return [
         see.Bar(train.steps, train.log_every),
         record,
         home.Exactness(facts, before),
-        Rollback(folder / CHECKPOINTS, saves, undone),
+        Rollback(folder / CHECKPOINTS, saves, record.back),
         saves,
         see.Every(train.validate_every, validate, start=True, finished=True),
     ]

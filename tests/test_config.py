@@ -162,7 +162,7 @@ def test_interpolations_are_resolved_in_what_is_loaded():
     ("optim.student.lr=-1", "optim.student.lr: -1"),
     ("optim.student.decay=cosin", "decay: 'cosin' must be one of constant, cosine. Did you mean 'cosine'"),
     ("log.wandb=onlin", "log.wandb: 'onlin' must be one of auto, online, offline, disabled"),
-    ("train.precision=fp16", "train.precision: 'fp16'"),
+    ("engine.precision=fp16", "engine.precision: 'fp16'"),
     ("name=''", "name: give the run a name"),
     ("roles.x=${nope.y}", "roles.x: Interpolation key 'nope.y' not found"),
     ("train.steps", "must have the form key=value"),

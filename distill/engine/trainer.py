@@ -9,24 +9,42 @@ from itertools import islice
 from typing import Any
 
 import lightning
+import torch
 import torch.distributed as dist
+from lightning.pytorch.plugins.environments import LightningEnvironment
 
-from distill.errors import BadInput
+from distill.engine.launch import layout
+from distill.engine.ranks import Ranks, recompute, root
+from distill.engine.strategy import Processes, place_of
+from distill.errors import BadInput, suggest
+from distill.methods.place import Place
 
 
 class Batches:
-    """`count` batches of this process's share of `data`, from step `start` on, anew at each `iter`."""
+    """This process's share of `data` from where `method` is up to step `steps`, anew at each `iter`."""
 
-    def __init__(self, data: Any, start: int, count: int):
-        self.data, self.start, self.count = data, start, count
+    def __init__(self, data: Any, method: lightning.LightningModule, steps: int):
+        self.data, self.method, self.steps = data, method, steps
 
     def __iter__(self):
         alone = not (dist.is_available() and dist.is_initialized())
         rank, world = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
-        return islice(self.data.loader(rank, world, self.start), self.count)
+        n = self.method.place.accumulate
+        parts = iter(self.data.loader(rank, world, n * (self.method.step + self.method.ahead)))
+        return (joined(list(islice(parts, n))) for _ in range(len(self)))
 
     def __len__(self):
-        return self.count
+        return max(self.steps - self.method.step, 0)
+
+
+def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Micro-batches, one after another, as one batch."""
+    if len(parts) == 1:
+        return parts[0]
+    return {
+        k: torch.cat([p[k] for p in parts]) if isinstance(v, torch.Tensor) else [x for p in parts for x in p[k]]
+        for k, v in parts[0].items()
+    }
 
 
 def fit(
@@ -35,35 +53,53 @@ def fit(
     steps: int,
     callbacks: Iterable[lightning.Callback] = (),
     *,
-    accelerator: str = "auto",
-    precision: str = "32",
+    engine: Any,
     resume: dict[str, Any] | None = None,
 ) -> None:
-    """Train until `method.step == steps`. `data.loader(rank, world, start)` yields its batches from step `start` on.
+    """Train until `method.step == steps`. `data.loader(rank, world, start)` yields its batches from batch `start` on.
+
+    Args:
+        engine: the config's section: strategy, accelerator, precision and the rest.
 
     Raises:
-        BadInput: this machine lacks the accelerator, or that the precision.
+        BadInput: this machine lacks the accelerator, or that the precision; settings that do not go together.
         KeyboardInterrupt: the run was interrupted a second time, or before its first step.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning.*")
     method.total_steps = steps
-    start = resume["step"] if resume else method.step
-    callbacks = [*callbacks, *([_Restore(resume)] if resume else [])]
-    trainer = _trainer(accelerator, precision, callbacks)
+    callbacks = [*callbacks, *([_Restore(resume)] if resume else []), _Stop()]
+    equip(method, engine)
+    trainer = _trainer(engine, method.place, callbacks)
     try:
-        trainer.fit(method, train_dataloaders=Batches(data, start, max(steps - start, 0)))
+        trainer.fit(method, train_dataloaders=Batches(data, method, steps))
     except SystemExit as error:  # lightning's answer to KeyboardInterrupt, with exit code 1
         raise KeyboardInterrupt from error
 
 
-def _trainer(accelerator: str, precision: str, callbacks: list[lightning.Callback]) -> lightning.Trainer:
+def equip(method: lightning.LightningModule, engine: Any) -> None:
+    """Give a method its place, and its networks what the config asks for."""
+    alone = not (dist.is_available() and dist.is_initialized())
+    method.place = place_of(engine, 1 if alone else dist.get_world_size())
+    for role in engine.compile:
+        if role not in (*method.trainable, *method.frozen, *method._averages):
+            raise BadInput(f"engine.compile: there is no role '{role}'.{suggest(role, method.trainable + method.frozen)}")
+    for role in method.trainable if engine.checkpoint_activations else ():
+        recompute(getattr(method, role))
+    for role in engine.compile:
+        root(getattr(method, role)).compile()
+
+
+def _trainer(engine: Any, place: Place, callbacks: list[lightning.Callback]) -> lightning.Trainer:
+    here, machines = layout()
+    alone = not isinstance(place, Ranks)
+    spread = {"strategy": Processes(place, cluster_environment=LightningEnvironment()), "num_nodes": machines}
     try:
         return lightning.Trainer(
-            accelerator=accelerator,
-            devices=1,
-            precision={"16": "16-mixed", "bf16": "bf16-mixed"}.get(precision, precision),
-            max_epochs=1,
+            accelerator=engine.accelerator,
+            devices=1 if alone else here,
+            precision={"16": "16-mixed", "bf16": "bf16-mixed"}.get(engine.precision, engine.precision),
+            max_epochs=2,  # the second does the steps that a rollback has undone in the first
             max_steps=-1,
             callbacks=callbacks,
             logger=False,
@@ -71,11 +107,13 @@ def _trainer(accelerator: str, precision: str, callbacks: list[lightning.Callbac
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            **({} if alone else spread),
         )
     except Exception as error:  # ValueError, RuntimeError and lightning's own MisconfigurationException
         text = " ".join(str(error).split())
         raise BadInput(
-            f"train.accelerator={accelerator} with train.precision={precision} does not work here: {text}"
+            f"engine.accelerator={engine.accelerator} with engine.precision={engine.precision} does not work here: {text}"
         ) from error
 
 
@@ -87,3 +125,11 @@ class _Restore(lightning.Callback):
 
     def on_fit_start(self, trainer, method):
         method.restore(self.state)
+
+
+class _Stop(lightning.Callback):
+    """End at the last step."""
+
+    def on_train_batch_end(self, trainer, method, outputs, batch, index):
+        if method.step >= method.total_steps:
+            trainer.should_stop = True

@@ -1,0 +1,211 @@
+"""Roles on several ranks with torch alone: replicas, and shards of FSDP2."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+
+from distill.methods.place import Place, tensors
+
+BUCKET = 25 * 2**20  # bytes of gradient a collective
+
+
+class Ranks(Place):
+    """Every rank holds every role whole; gradients are averaged: `ddp`."""
+
+    device = torch.device("cpu")
+
+    def prepare(self, method: Any) -> None:
+        self.rank, self.world, self.method = dist.get_rank(), dist.get_world_size(), method
+        method.to(self.device)
+        self.start_alike()
+        super().prepare(method)
+        self.draw_apart()
+
+    @property
+    def names(self) -> list[str]:
+        """Every network of the method."""
+        method = self.method
+        return [*method.trainable, *method.frozen, *method._averages]
+
+    def start_alike(self) -> None:
+        for name in self.names:
+            for tensor in tensors(self.module(name)):
+                dist.broadcast(tensor, 0)
+
+    def draw_apart(self) -> None:
+        """Each rank's own stream of noise; what all share is drawn from `Method.shared`."""
+        if self.rank:
+            torch.manual_seed((torch.initial_seed() + self.rank) % 2**63)
+
+    @torch.no_grad()
+    def reduce(self, role: str) -> None:
+        parameters = self.parameters(role)
+        used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
+        dist.all_reduce(used, dist.ReduceOp.MAX)
+        gradients = []
+        for p, anywhere in zip(parameters, used.tolist()):
+            if anywhere:  # a rank whose batch did not touch it has none
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                gradients.append(p.grad)
+        waiting = [(some, *_sum(some)) for some in _buckets(gradients)]
+        for some, flat, work in waiting:
+            work.wait()
+            for gradient, mean in zip(some, (flat / self.world).split([g.numel() for g in some])):
+                gradient.copy_(mean.view_as(gradient))
+
+    def mean(self, value: Tensor) -> Tensor:
+        value = value.detach().clone()
+        dist.all_reduce(value)
+        return value / self.world
+
+    def gather(self, value: Any) -> list[Any]:
+        found = [None] * self.world
+        dist.all_gather_object(found, value)
+        return found
+
+    def gather_key(self, key: int) -> list[int]:
+        found = torch.zeros(self.world, dtype=torch.int64)
+        found[self.rank] = key - 2**63
+        dist.all_reduce(found)  # of CPU tensors: no accelerator is waited for
+        return [int(k) + 2**63 for k in found]
+
+
+def _buckets(gradients: list[Tensor]) -> list[list[Tensor]]:
+    found, size = [], math.inf
+    for g in gradients:
+        if size + g.nbytes > BUCKET or g.dtype != found[-1][0].dtype:
+            found.append([])
+            size = 0
+        found[-1].append(g)
+        size += g.nbytes
+    return found
+
+
+def _sum(some: list[Tensor]) -> tuple[Tensor, Any]:
+    flat = torch.cat([g.flatten() for g in some])
+    return flat, dist.all_reduce(flat, async_op=True)
+
+
+class Sharded(Ranks):
+    """FSDP2: every network, frozen and averaged ones too, is cut along its parameters' first dimension.
+
+    Args:
+        offload: keep shards, gradients and moments on the CPU.
+    """
+
+    sharded = True
+
+    def __init__(self, accumulate: int = 1, scale: bool = False, offload: bool = False):
+        super().__init__(accumulate, scale)
+        self.offload = offload
+
+    def prepare(self, method: Any) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+
+        self.rank, self.world, self.method = dist.get_rank(), dist.get_world_size(), method
+        self.start_alike()
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        policy = {"offload_policy": CPUOffloadPolicy(pin_memory=self.device.type == "cuda")} if self.offload else {}
+        self.units: list[nn.Module] = []
+        for name in self.names:
+            if tensors(self.module(name)):
+                network, seen = root(self.module(name)), set()
+                for part in [*blocks(network), network]:  # a root too gives its weights back after each call:
+                    fully_shard(part, mesh=mesh, reshard_after_forward=True, **policy)  # an optimiser may step between
+                    for layer in part.modules():
+                        if layer not in seen:
+                            layer.register_forward_hook(functools.partial(_wake, part))
+                    seen.update(part.modules())
+                    self.units.append(part)
+        method.to(self.device) if not self.offload else None
+        Place.prepare(self, method)
+        self.draw_apart()
+
+    def backward(self, role: str, loss: Tensor, last: bool = True) -> None:
+        super().backward(role, loss, last)
+        for unit in self.units:  # those that only features were read from
+            unit.reshard()
+
+    def reduce(self, role: str) -> None:
+        """FSDP2 has averaged them in the backward pass."""
+
+    def whole(self, value: Any) -> Any:
+        """`value` on the CPU of rank 0; other ranks help and keep nothing."""
+        full = value.full_tensor() if isinstance(value, DTensor) else value
+        return (full.detach().cpu() if isinstance(full, Tensor) else full) if self.rank == 0 else None
+
+    def weights(self, name: str) -> dict[str, Tensor]:
+        found = {k: self.whole(v) for k, v in self.module(name).state_dict().items()}
+        return found if self.rank == 0 else {}
+
+    @torch.no_grad()
+    def load_weights(self, name: str, weights: dict[str, Tensor]) -> None:
+        for key, target in self.module(name).state_dict().items():
+            target.copy_(_like(target, weights[key]))
+
+    def moments(self, role: str) -> dict[str, Any]:
+        found = self.optimizers[role].state_dict()
+        found["state"] = {i: {k: self.whole(v) for k, v in s.items()} for i, s in found["state"].items()}
+        return found
+
+    def load_moments(self, role: str, state: dict[str, Any]) -> None:
+        whole = zip(self.parameters(role), state["state"].items())
+        cut = {i: {k: _like(p, v) if v.shape == p.shape else v for k, v in s.items()} for p, (i, s) in whole}
+        self.optimizers[role].load_state_dict({"state": cut, "param_groups": state["param_groups"]})
+
+
+def _wake(unit: nn.Module, layer: nn.Module, args: Any, out: Any) -> None:
+    """Gather a unit's weights before the gradient enters one of its layers.
+
+    FSDP2 does so where it enters the unit's output; a head that reads a layer's features lets it in elsewhere.
+    """
+    for value in (out if isinstance(out, (tuple, list)) else (out,)) if torch.is_grad_enabled() else ():
+        if isinstance(value, Tensor) and value.requires_grad:
+            value.register_hook(lambda _: unit.unshard())
+
+
+def _like(target: Tensor, whole: Tensor) -> Tensor:
+    """This rank's part of a tensor that every rank has read."""
+    if not isinstance(target, DTensor):
+        return whole
+    whole = whole.to(target.to_local().device, target.dtype)
+    return distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
+
+
+# -- networks ----------------------------------------------------------------------------------------------------
+
+
+def root(role: nn.Module) -> nn.Module:
+    """What a role's callers end up calling: a Denoiser's network, which `native` calls too, or the role itself."""
+    net = getattr(role, "net", None)
+    inside = isinstance(net, nn.Module) and {id(p) for p in role.parameters()} <= {id(p) for p in net.parameters()}
+    return net if inside else role
+
+
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """The outermost repeated parts that are called as modules: the items of its ModuleLists."""
+    found = []
+    for child in network.children():
+        items = list(child) if isinstance(child, nn.ModuleList) else []
+        called = [m for m in items if type(m).forward is not nn.Module.forward and any(True for _ in m.parameters())]
+        found += called if items else blocks(child)
+    return found
+
+
+def recompute(role: nn.Module) -> None:
+    """Keep no activations inside blocks: they are computed again in the backward pass."""
+    network = root(role)
+    stock = [m for m in network.modules() if hasattr(m, "enable_gradient_checkpointing")]
+    for module in stock:
+        module.enable_gradient_checkpointing()
+    for block in [] if stock else blocks(network) or [network]:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

@@ -1,0 +1,16 @@
+#!/bin/bash
+# One run on all accelerators of one or several machines, started by torchrun:
+#
+#   launch/torchrun.sh configs/digits/tdm.yaml engine.strategy=fsdp
+#   NODES=2 RDZV=node0:29400 launch/torchrun.sh configs/digits/tdm.yaml engine.strategy=zero2     (on each machine)
+#
+# PROCESSES: processes a machine, by default one for each accelerator. On one machine `distill train ... engine.devices=N`
+# does the same without torchrun.
+set -e
+if [ "${NODES:-1}" -gt 1 ]; then
+  where=(--nnodes "$NODES" --rdzv-backend c10d --rdzv-endpoint "${RDZV:?set RDZV=host:port of the first machine}")
+else
+  where=(--standalone)
+fi
+exec ${PYTHON:-python} -m torch.distributed.run "${where[@]}" --nproc-per-node "${PROCESSES:-gpu}" \
+  -m distill.cli train "$@"

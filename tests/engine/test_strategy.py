@@ -1,0 +1,187 @@
+"""Two real processes under every strategy against one process that knows nothing of strategies."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import places
+
+CASES = [(name, strategy) for strategy in places.STRATEGIES for name in places.METHODS]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What both ranks wrote, by strategy: one pair of processes for all of them."""
+    folder = tmp_path_factory.mktemp("ranks")
+    launch(folder, [places.__file__, str(folder), *places.STRATEGIES])
+    return {s: [torch.load(folder / f"{s}-{r}.pt", weights_only=True) for r in range(2)] for s in places.STRATEGIES}
+
+
+def launch(folder: Path, arguments: list[str], seconds: int = 240) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
+                        "PYTHONPATH": str(Path(__file__).parents[2])}  # fmt: skip
+    logs = [open(folder / f"log-{rank}.txt", "w") for rank in range(2)]
+    ranks = [
+        subprocess.Popen([sys.executable, *arguments], env=env | {"RANK": str(r), "LOCAL_RANK": str(r)},
+                         stdout=logs[r], stderr=subprocess.STDOUT) for r in range(2)
+    ]  # fmt: skip
+    try:
+        codes = [rank.wait(seconds) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert codes == [0, 0], "\n".join((folder / f"log-{r}.txt").read_text()[-2000:] for r in range(2))
+
+
+# -- the reference: replicas of the method, one for each rank and micro-batch, their gradients averaged -----------
+
+
+class Reference:
+    """`ranks` replicas of one method in one process, each with its rank's random stream."""
+
+    def __init__(self, name: str, parts: int = 1):
+        self.parts, self.replicas = parts, [places.build(name) for _ in range(places.WORLD * parts)]
+        first = self.replicas[0]
+        self.streams = []
+        for rank in range(places.WORLD):
+            torch.manual_seed(100 + rank)
+            self.streams.append(torch.get_rng_state())
+        settings = first.optim
+        self.optimizers = [
+            {r: torch.optim.AdamW(getattr(m, r).parameters(), lr=s.lr, betas=tuple(s.betas), eps=s.eps, weight_decay=0.0)
+             for r, s in settings.items()} for m in self.replicas
+        ]  # fmt: skip
+
+    def on(self, i: int, call):
+        """`call(replica)` in the random stream of its rank."""
+        rank = i // self.parts
+        torch.set_rng_state(self.streams[rank])
+        out = call(self.replicas[i])
+        self.streams[rank] = torch.get_rng_state()
+        return out
+
+    def step(self) -> None:
+        methods, n = self.replicas, self.replicas[0].step
+        turns = [list(m.turns(n)) for m in methods]
+        shared = []
+        for i, m in enumerate(methods):
+            if i:  # all micro-batches of all ranks: the same shared draws, one after another within a rank
+                m.shared.set_state(start if i % self.parts == 0 else methods[i - 1].shared.get_state())  # noqa: F821
+            else:
+                start = m.shared.get_state()  # noqa: F841
+            batch = places.batch(m, n, i // self.parts, i % self.parts)
+            shared.append(self.on(i, lambda m: m.draw(batch["x"], torch.randn_like(batch["x"]), {})))  # noqa: B023
+        for m in methods:
+            m.shared.set_state(methods[-1].shared.get_state())
+        for turn in range(len(turns[0])):
+            self.turn(turns[0][turn][0], [t[turn][1] for t in turns], shared)
+        for m in methods:
+            m.step += 1
+
+    def turn(self, role, losses, shared) -> None:
+        for i, m in enumerate(self.replicas):
+            for other in m.trainable:
+                getattr(m, other).requires_grad_(other == role).zero_grad()
+            self.on(i, lambda m: losses[i](*shared[i]).backward())  # noqa: B023
+        networks = [getattr(m, role) for m in self.replicas]
+        with torch.no_grad():
+            for same in zip(*(net.parameters() for net in networks)):
+                mean = sum(p.grad for p in same) / len(same)
+                for p in same:
+                    p.grad.copy_(mean)
+        for m, net, optimizers in zip(self.replicas, networks, self.optimizers):
+            torch.nn.utils.clip_grad_norm_(net.parameters(), m.optim[role].clip)
+            optimizers[role].step()
+            for name, (source, decay) in m._averages.items():
+                if source == role:
+                    keep = min(decay, (1 + m.step) / (10 + m.step))
+                    for a, b in zip(getattr(m, name).parameters(), net.parameters()):
+                        a.data.mul_(keep).add_(b.data, alpha=1 - keep)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """Networks after the last step, by method; and where they started."""
+    out = {}
+    for name, parts in [*((n, 1) for n in places.METHODS), ("scm", 2)]:
+        reference = Reference(name, parts)
+        for _ in range(places.STEPS):
+            reference.step()
+        m = reference.replicas[0]
+        weights = {n: getattr(m, n).state_dict() for n in (*m.trainable, *m.frozen, *m._averages)}
+        out[name] = {n: {k: v.clone() for k, v in w.items()} for n, w in weights.items()}
+    return out
+
+
+def distance(a: dict, b: dict) -> float:
+    """Largest difference of two networks' weights over the largest weight."""
+    assert a.keys() == b.keys() and a
+    scale = max(float(v.abs().max()) for v in b.values())
+    return max(float((a[k] - b[k]).abs().max()) for k in b) / scale
+
+
+@pytest.mark.parametrize("name, strategy", CASES)
+def test_two_ranks_train_what_one_process_with_both_halves_does(name, strategy, found, expected):
+    start = places.build(name)
+    for network, weights in expected[name].items():
+        got = found[strategy][0][name]["networks"][network]
+        if network in start.frozen:
+            assert all(torch.equal(got[k], v) for k, v in getattr(start, network).state_dict().items()), network
+        else:
+            assert distance(got, weights) < 1e-5, network
+            assert distance(weights, getattr(start, network).state_dict()) > 1e-2, "it never moved"
+
+
+@pytest.mark.parametrize("strategy", places.STRATEGIES)
+def test_two_micro_batches_are_one_step_of_both(strategy, found, expected):
+    for network, weights in expected["scm"].items():
+        assert distance(found[strategy][0]["accumulated"]["networks"][network], weights) < 1e-5, network
+
+
+@pytest.mark.parametrize("name, strategy", CASES)
+def test_resuming_equals_going_on(name, strategy, found):
+    whole, resumed = (found[strategy][0][name][k] for k in ("networks", "resumed"))
+    for network, weights in whole.items():
+        assert all(torch.equal(resumed[network][k], v) for k, v in weights.items()), network
+
+
+@pytest.mark.parametrize("name, strategy", CASES)
+def test_a_state_of_two_ranks_goes_on_in_one(name, strategy, found):
+    state, method = found[strategy][0][name]["state"], places.build(name)
+    method.configure_optimizers()
+    method.restore(state)
+    assert method.step == places.HALF
+    for network, weights in state["networks"].items():
+        assert all(torch.equal(v, weights[k]) for k, v in getattr(method, network).state_dict().items()), network
+    plain = found["ddp"][0][name]["state"]["optimizers"]
+    for role, moments in method.snapshot()["optimizers"].items():
+        for i, values in plain[role]["state"].items():
+            assert moments["state"][i].keys() == values.keys()
+            for k, v in values.items():
+                torch.testing.assert_close(moments["state"][i][k], v, rtol=1e-3, atol=1e-5)
+    places.advance(method, 0, places.HALF + 1)
+
+
+@pytest.mark.parametrize("strategy", places.STRATEGIES)
+def test_both_ranks_sample_the_same_and_log_the_mean(strategy, found):
+    for name in places.METHODS:
+        a, b = (rank[name] for rank in found[strategy])
+        torch.testing.assert_close(a["sample"], b["sample"], rtol=0, atol=0)
+        losses = [k for k in a["logs"] if k.endswith("/loss")]
+        assert losses and all(a["logs"][k] == b["logs"][k] for k in losses)
+
+
+@pytest.mark.parametrize("strategy", places.STRATEGIES)
+def test_ranks_that_would_go_different_ways_stop_together(strategy, found):
+    for rank in found[strategy]:
+        assert "Step 2: rank 1 and rank 0 differ in their shared draws" in rank["disagreement"]
