@@ -14,7 +14,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from distill import __version__, config
+from distill import config
 from distill.denoise import Guided
 from distill.engine import callbacks as see
 from distill.engine import checkpoint, home, launch
@@ -144,9 +144,9 @@ def _fits(method: Method, data: Any) -> None:
 
 
 def train(cfg: DictConfig, folder: Path, resume: bool = False, allow: tuple[str, ...] = ()) -> Session:
-    """Train into `folder`; an existing run is resumed if asked, refused otherwise. Not the last word on its steps:
-    `session.method.step` tells how many are done, `session.preempted` whether it wants to be started again.
+    """Train into `folder`; an existing run is resumed if asked, refused otherwise.
 
+    `session.method.step` tells how many steps are done, `session.preempted` whether it wants to be started again.
     Nothing is written before everything is built, and a new run that fails before its first step leaves no folder.
     """
     folder = Path(folder)
@@ -164,31 +164,11 @@ def train(cfg: DictConfig, folder: Path, resume: bool = False, allow: tuple[str,
         tests = session.suite()
         with home.written(folder, cfg, session.method) as sinks:
             if home.leads():
-                _sinks(sinks, cfg, folder, state)
+                see.open_sinks(sinks, folder, cfg.log, cfg.name, OmegaConf.to_container(cfg), state["step"] if state else -1)
             called = [signals, *_callbacks(session, folder, sinks, tests, before)]
             fit(session.method, session.data, cfg.train.steps, called, engine=cfg.engine, resume=state)
     session.preempted = signals.preempted
     return session
-
-
-def _sinks(sinks: list[Any], cfg: DictConfig, folder: Path, state: dict[str, Any] | None) -> None:
-    sinks.append(see.CSV(folder / "metrics.csv", state["step"] if state else -1))
-    if cfg.log.wandb != "disabled":
-        plain = OmegaConf.to_container(cfg)
-        sinks.append(see.Wandb(folder, cfg.log.wandb, cfg.log.project, cfg.name, plain))
-
-
-def _facts(session: Session, folder: Path) -> dict[str, Any]:
-    """What a checkpoint's manifest says besides its files."""
-    cfg, data = session.cfg, session.data
-    streamed = {"workers": data.workers, "window": data.window} if getattr(data, "cached", True) is False else {}
-    identity = folder / "wandb_id"
-    return {
-        "config": config.fingerprint(cfg), "distill": __version__, "torch": torch.__version__,
-        "world": home.world(), "strategy": cfg.engine.strategy, "precision": cfg.engine.precision,
-        "order": streamed | {"batch_size": getattr(data, "batch_size", None)},
-        "wandb": identity.read_text() if identity.exists() else None,
-    }  # fmt: skip
 
 
 def _restore(session: Session, state: dict[str, Any], folder: Path) -> None:
@@ -203,7 +183,7 @@ def _restore(session: Session, state: dict[str, Any], folder: Path) -> None:
 
 
 def _callbacks(session: Session, folder: Path, sinks: list[Any], tests: Any, before: dict[str, Any]) -> list[Any]:
-    cfg, train, facts = session.cfg, session.cfg.train, lambda: _facts(session, folder)
+    cfg, train, facts = session.cfg, session.cfg.train, lambda: home.facts(session.cfg, session.data, folder)
     record = see.Record(sinks, train.log_every)
     z, cond = session.noise(cfg.eval.validation_samples, cfg.eval.seed)
     writer = checkpoint.Writer(folder / CHECKPOINTS, train.keep, train.keep_best, home.mark) if home.leads() else None
@@ -219,7 +199,7 @@ def _callbacks(session: Session, folder: Path, sinks: list[Any], tests: Any, bef
         scores = tests.score(x, cond, quick=True)
         record.write({f"validation/{k}": v for k, v in scores.items()}, method.step)
         if train.keep_best and writer:
-            writer.score(method.step, _rank(scores, train.best or f"min {tests.headline}"))
+            writer.score(method.step, checkpoint.rank(scores, train.best or f"min {tests.headline}"))
         path = folder / "samples" / f"step-{method.step:08d}.png"
         path.parent.mkdir(exist_ok=True)
         tests.picture({f"step {method.step}, {method.grid.steps} evaluations": _shown(x)}, path)
@@ -239,14 +219,6 @@ def _callbacks(session: Session, folder: Path, sinks: list[Any], tests: Any, bef
         saves,
         see.Every(train.validate_every, validate, start=True, finished=True),
     ]
-
-
-def _rank(scores: dict[str, float], best: str) -> float:
-    """The score by which checkpoints are kept, lower is better; `best` is "min NAME" or "max NAME"."""
-    direction, _, name = best.rpartition(" ")
-    if direction not in ("", "min", "max") or name not in scores:
-        raise BadInput(f"train.best: '{best}' must be min or max and one of {', '.join(scores)}.")
-    return -scores[name] if direction == "max" else scores[name]
 
 
 def _shown(x: Tensor, images: int = 100) -> Tensor:

@@ -186,7 +186,7 @@ def poison(monkeypatch, *batches: int) -> None:
 
 
 @pytest.mark.parametrize("keys, says", [
-    (("train.skips=1",), "not finite in 1 turns"), (("engine.accelerator=cuda",), "engine.accelerator"),
+    (("engine.accelerator=cuda",), "engine.accelerator"),
     (("optim.student.name=AdamWW",), "optim.student.name: torch.optim has no 'AdamWW'. Did you mean 'AdamW'"),
     (("optim.student.name=LBFGS",), "optim.student: torch.optim.LBFGS refuses"),
     (("optim.student.betas=[0.9, 2]",), "optim.student: torch.optim.AdamW refuses"),
@@ -196,8 +196,6 @@ def poison(monkeypatch, *batches: int) -> None:
 def test_a_failure_before_the_first_step_leaves_no_folder(tmp_path, monkeypatch, keys, says):
     if says == "engine.accelerator" and torch.cuda.is_available():
         pytest.skip("this machine has it")
-    if "finite" in says:
-        poison(monkeypatch, 0)
     with pytest.raises(BadInput, match=says):
         tiny.train(tmp_path / "run", *keys)
     assert list(tmp_path.iterdir()) == []

@@ -158,6 +158,13 @@ def key_at_hand() -> bool:
         return False
 
 
+def open_sinks(sinks: list[Any], folder: Path, log: Any, name: str, config: dict[str, Any], until: int) -> None:
+    """Add to `sinks` what the config's `log` asks for, one by one, so that those before a failing one can be closed."""
+    sinks.append(CSV(folder / "metrics.csv", until))
+    if log.wandb != "disabled":
+        sinks.append(Wandb(folder, log.wandb, log.project, name, config))
+
+
 class Record(lightning.Callback):
     """Write `method.logs` to every sink on each `every`-th step."""
 
@@ -179,6 +186,12 @@ class Record(lightning.Callback):
     def write(self, row: dict[str, Any], step: int) -> None:
         for sink in self.sinks:
             sink.write(row, step)
+
+    def back(self, step: int) -> None:
+        """The run has gone back to a step: what was written of later ones goes, where a sink can take it back."""
+        self.last = min(self.last, step)
+        for sink in self.sinks:
+            getattr(sink, "back", lambda step: None)(step)
 
 
 class Every(lightning.Callback):

@@ -154,6 +154,14 @@ def score(folder: str | Path, step: int, value: float) -> None:
     os.replace(staging, folder / SCORES)
 
 
+def rank(scores: dict[str, float], best: str) -> float:
+    """The score to keep the best by, lower is better; `best` is "min NAME" or "max NAME" of one of `scores`."""
+    direction, _, name = best.rpartition(" ")
+    if direction not in ("", "min", "max") or name not in scores:
+        raise BadInput(f"train.best: '{best}' must be min or max and one of {', '.join(scores)}.")
+    return -scores[name] if direction == "max" else scores[name]
+
+
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
@@ -259,6 +267,12 @@ class Writer:
             self.written(save(self.folder, state, self.keep, self.keep_best, **manifest))
         except BaseException as error:  # it is the training's to raise
             self.error = error
+
+    def score(self, step: int, value: float) -> None:
+        """Note a step's validation score, by which the best are kept."""
+        score(self.folder, step, value)
+        if not self.thread:  # else the next write sees to it
+            prune(self.folder, self.keep, self.keep_best)
 
     def check(self) -> None:
         """Raise what a write that has ended met."""

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 import torch.distributed as dist
 
-from distill import config
+from distill import __version__, config
 from distill.engine import checkpoint
 from distill.engine.callbacks import console
 from distill.errors import BadInput
@@ -89,6 +90,18 @@ def mark(path: Path) -> None:
 def marked(folder: Path) -> str:
     """The newest checkpoint that the run has had; empty where it has had none."""
     return (folder / NEWEST).read_text().strip() if (folder / NEWEST).exists() else ""
+
+
+def facts(cfg: Any, data: Any, folder: Path) -> dict[str, Any]:
+    """What a checkpoint's manifest says besides its files."""
+    streamed = {"workers": data.workers, "window": data.window} if getattr(data, "cached", True) is False else {}
+    identity = folder / "wandb_id"
+    return {
+        "config": config.fingerprint(cfg), "distill": __version__, "torch": torch.__version__,
+        "world": world(), "strategy": cfg.engine.strategy, "precision": cfg.engine.precision,
+        "order": streamed | {"batch_size": getattr(data, "batch_size", None)},
+        "wandb": identity.read_text() if identity.exists() else None,
+    }  # fmt: skip
 
 
 class Exactness(lightning.Callback):

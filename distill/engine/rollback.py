@@ -9,7 +9,7 @@ import lightning
 
 from distill.engine import checkpoint
 from distill.engine.callbacks import Saves, console
-from distill.engine.home import leads
+from distill.engine.home import leads, mark
 from distill.errors import BadInput
 
 
@@ -66,4 +66,5 @@ class Rollback(lightning.Callback):
         self.saves.done = method.step
         if leads():
             checkpoint.drop_after(path)
+            mark(path)
             self.undone(method.step)
