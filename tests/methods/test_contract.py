@@ -142,15 +142,9 @@ def test_a_method_is_short_and_imports_no_other(name):
 
 
 SOON = ("teacher", "tdm", "consistency", "reflow", "mmd", "progressive")  # the other toy runs are `make test-all`
-SHORT = {"meanflow": "map error 0.48, promised 0.15", "meanflow-distill": "map error 0.44, promised 0.1"}  # not there yet
 
 
-def marks(recipe: Path) -> list:
-    known = [pytest.mark.xfail(reason=SHORT[recipe.stem], strict=True)] if recipe.stem in SHORT else []
-    return known + ([] if recipe.stem in SOON else [pytest.mark.slow])
-
-
-RUNS = [pytest.param(p, marks=marks(p)) for p in RECIPES]
+RUNS = [pytest.param(p, marks=[] if p.stem in SOON else [pytest.mark.slow]) for p in RECIPES]
 
 
 @pytest.mark.parametrize("recipe", RUNS, ids=lambda p: p.stem)
