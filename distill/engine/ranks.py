@@ -37,8 +37,10 @@ class Ranks(Place):
 
     def start_alike(self) -> None:
         for name in self.names:
-            for tensor in tensors(self.module(name)):
-                dist.broadcast(tensor, 0)
+            for some in _buckets(tensors(self.module(name))):
+                flat = torch.cat([t.flatten() for t in some])
+                dist.broadcast(flat, 0)
+                _spread(flat, some)
 
     def draw_apart(self) -> None:
         """Each rank's own stream of noise; what all share is drawn from `Method.shared`."""
@@ -58,8 +60,7 @@ class Ranks(Place):
         waiting = [(some, *_sum(some)) for some in _buckets(gradients)]
         for some, flat, work in waiting:
             work.wait()
-            for gradient, mean in zip(some, (flat / self.world).split([g.numel() for g in some])):
-                gradient.copy_(mean.view_as(gradient))
+            _spread(flat / self.world, some)
 
     def mean(self, value: Tensor) -> Tensor:
         value = value.detach().clone()
@@ -78,9 +79,14 @@ class Ranks(Place):
         return [int(k) + 2**63 for k in found]
 
 
-def _buckets(gradients: list[Tensor]) -> list[list[Tensor]]:
+def _spread(flat: Tensor, some: list[Tensor]) -> None:
+    for tensor, part in zip(some, flat.split([t.numel() for t in some])):
+        tensor.copy_(part.view_as(tensor))
+
+
+def _buckets(some: list[Tensor]) -> list[list[Tensor]]:
     found, size = [], math.inf
-    for g in gradients:
+    for g in some:
         if size + g.nbytes > BUCKET or g.dtype != found[-1][0].dtype:
             found.append([])
             size = 0

@@ -90,8 +90,8 @@ class Zero(Ranks):
         """What deepspeed is told: the user's settings, with what the run's config decides."""
         zero = {"stage": self.stage} | self.settings.get("zero_optimization", {})
         zero |= {key: {"device": "cpu"} for key, wanted in self.offload.items() if wanted}
-        if self.stage == 3 and (frozen or "stage3_param_persistence_threshold" not in zero):
-            zero["stage3_param_persistence_threshold"] = 0  # whole copies of small weights would escape the averages
+        if self.stage == 3:  # whole copies kept on a rank would escape the averages
+            zero |= {"stage3_param_persistence_threshold": 0} | ({"stage3_max_reuse_distance": 0} if frozen else {})
         ours = {
             "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": self.accumulate,
             "gradient_clipping": clip, "zero_optimization": zero, "zero_allow_untested_optimizer": True,
