@@ -30,3 +30,14 @@ class Truth:
 
     def __call__(self, x: Tensor, data: Tensor | None = None, **cond) -> Tensor:
         return -(x.double() - data.double()).flatten(1).norm(dim=1)
+
+
+class Ink:
+    """Mean of a sample's values, rounded down to multiples of `grain`: how bold an image is, without gradient."""
+
+    def __init__(self, grain: float = 0.02):
+        self.grain = grain
+
+    def __call__(self, x: Tensor, data: Tensor | None = None, **cond) -> Tensor:
+        mean = x.double().flatten(1).mean(1)
+        return (mean / self.grain).floor() * self.grain if self.grain else mean
