@@ -172,6 +172,27 @@ def compare(configs: tuple[str, ...], out: Path, seconds: float) -> None:
     click.echo(run_all(files, out, seconds, [c for c in configs if "=" in c], _allow()))
 
 
+@main.command()
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--share", "shares", type=click.FloatRange(0, 1), multiple=True,
+              help="Of B's weights; several times for a front.  [default: 0, 1/4, 1/2, 3/4, 1]")
+@click.option("--samples", type=click.IntRange(2), help="How many; the run's own number by default.")
+def merge(a: Path, b: Path, out: Path, shares: tuple[float, ...], samples: int | None) -> None:
+    """Mix the weights of two runs' students and measure each mixture; one --share alone is exported too.
+
+    \b
+    Example:
+      distill merge runs/quality runs/diverse runs/front
+      distill merge runs/quality runs/diverse runs/half --share 0.5
+    """
+    from distill.merge import markdown
+    from distill.merge import merge as mix
+
+    click.echo(markdown(mix(a, b, out, shares or (0.0, 0.25, 0.5, 0.75, 1.0), samples, _allow())))
+
+
 @main.group()
 def data() -> None:
     """Write webdataset shards.

@@ -193,7 +193,7 @@ def _callbacks(session: Session, folder: Path, sinks: list[Any], tests: Any, bef
         if not (home.leads() or method.place.sharded):
             return
         seeded = lambda z: torch.Generator(z.device).manual_seed(0)
-        x = _batched(lambda z, c: method.sample(z, c, generator=seeded(z)), z, cond, method)
+        x = batched(lambda z, c: method.sample(z, c, generator=seeded(z)), z, cond, method)
         if not home.leads():
             return  # it was only needed for its shards
         scores = tests.score(x, cond, quick=True)
@@ -225,7 +225,7 @@ def _shown(x: Tensor, images: int = 100) -> Tensor:
     return x[:images] if x.ndim == 4 else x
 
 
-def _batched(call: Any, z: Tensor, cond: dict[str, Tensor], method: Method, batch: int = 1000) -> Tensor:
+def batched(call: Any, z: Tensor, cond: dict[str, Tensor], method: Method, batch: int = 1000) -> Tensor:
     """`call` on slices, on the method's device, in eval mode and without gradient; the result on the CPU."""
     device, out = next(method.student.parameters()).device, []
     with torch.no_grad():
@@ -318,7 +318,7 @@ def measure(
             panels[f"teacher, {nfe} evaluations"] = _shown(made[nfe][PLAIN].cpu())
         if session.teacher is not method.ema:
             grid, generator = method.grid if nfe == steps else nfe, torch.Generator().manual_seed(cfg.eval.seed)
-            x = _batched(lambda z, c: method.sample(z, c, generator=generator, grid=grid), z, cond, method)  # noqa: B023
+            x = batched(lambda z, c: method.sample(z, c, generator=generator, grid=grid), z, cond, method)  # noqa: B023
             student[nfe] = tests.score(x, cond)
             if nfe == steps:
                 panels[f"student, {steps} evaluations"] = _shown(x)

@@ -21,7 +21,7 @@ RANKS = [
     {"methods", "eval", "export"},
     {"engine"},
     {"run"},
-    {"demo", "compare"},
+    {"demo", "compare", "merge"},
     {"cli"},
 ]
 DOORS = {

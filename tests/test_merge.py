@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill import config, run
+from distill.errors import BadInput
+from distill.merge import merge
+
+RECIPE = Path(__file__).parents[1] / "configs" / "toy" / "diversity.yaml"
+SMALL = ["log.wandb=disabled", "train.steps=4", "train.validate_every=0", "train.threads=1", "data.batch_size=8",
+         "method.warm_start=0", "eval.samples=200", "eval.validation_samples=8"]
+
+
+@pytest.fixture(scope="module")
+def students(tmp_path_factory):
+    root = tmp_path_factory.mktemp("merge")
+    for name, seed in (("a", 0), ("b", 1)):
+        run.train(config.load([RECIPE], [*SMALL, f"seed={seed}"]), root / name)
+    return root
+
+
+def test_the_ends_of_the_front_are_the_students(students):
+    front = merge(students / "a", students / "b", students / "front", (0.0, 0.5, 1.0))
+    assert [point["share"] for point in front] == [0.0, 0.5, 1.0]
+    for name, point in (("a", front[0]), ("b", front[-1])):
+        session = run.open_run(students / name)
+        z, cond = session.noise(200, session.cfg.eval.seed)
+        x = session.method.sample(z, cond, generator=torch.Generator().manual_seed(session.cfg.eval.seed))
+        assert point["energy"] == pytest.approx(session.suite().score(x, cond)["energy"], rel=1e-5)
+    assert front[0]["energy"] != front[1]["energy"] != front[2]["energy"]
+    assert json.loads((students / "front" / "front.json").read_text()) == front
+    assert (students / "front" / "front.md").read_text().count("\n") == 5
+
+
+def test_what_cannot_be_mixed_is_refused(students):
+    with pytest.raises(BadInput, match="exists"):
+        merge(students / "a", students / "b", students / "a", (0.5,))
+    run.train(config.load([RECIPE], [*SMALL, "method.grid=2"]), students / "short")
+    with pytest.raises(BadInput, match="other grids"):
+        merge(students / "a", students / "short", students / "none", (0.5,))
+    assert not (students / "none").exists()
