@@ -173,6 +173,31 @@ def compare(configs: tuple[str, ...], out: Path, seconds: float) -> None:
 
 
 @main.command()
+@click.argument("configs", nargs=-1, required=True, metavar="CONFIG... [KEY=VALUE...]")
+@click.option("--steps", type=click.IntRange(1), default=30, show_default=True, help="Measured steps of each kind.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the numbers to this JSON file too.")
+def bench(configs: tuple[str, ...], steps: int, out: Path | None) -> None:
+    """Milliseconds a training step by role and phase, beside the same networks' bare work. Nothing is kept of the run.
+
+    \b
+    Example:
+      distill bench configs/digits/tdm.yaml
+      distill bench configs/bench/fashion.yaml train.threads=2 --steps 50
+    """
+    from distill import bench as module
+    from distill import config
+    from distill.eval import table
+
+    if out and out.exists():
+        raise BadInput(f"{out} exists; name another file so nothing is overwritten.")
+    cfg = config.load([c for c in configs if "=" not in c], [c for c in configs if "=" in c])
+    found = module.bench(cfg, steps, allow=_allow())
+    if out:
+        table.write(found, out)
+    click.echo(module.markdown(cfg.name, found))
+
+
+@main.command()
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))

@@ -21,7 +21,7 @@ RANKS = [
     {"methods", "eval", "export"},
     {"engine"},
     {"run"},
-    {"demo", "compare", "merge"},
+    {"demo", "compare", "merge", "bench"},
     {"cli"},
 ]
 DOORS = {
@@ -29,9 +29,9 @@ DOORS = {
     "peft": {"nets/diffusers/", "export/"},
     "deepspeed": {"engine/strategy.py"},
     "wandb": {"engine/callbacks.py"},
-    "omegaconf": {"config.py", "run.py", "demo.py", "compare.py"},
+    "omegaconf": {"config.py", "run.py", "demo.py", "compare.py", "bench.py"},
     "webdataset": {"data/"},
-    "lightning": {"methods/base.py", "engine/", "cli.py", "compare.py"},
+    "lightning": {"methods/base.py", "engine/", "cli.py", "compare.py", "bench.py"},
 }
 
 
