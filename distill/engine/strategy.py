@@ -104,6 +104,7 @@ class Zero(Ranks):
 
     def backward(self, role: str, loss: Tensor, last: bool = True) -> None:
         loss = loss * torch.where(torch.isfinite(loss), 1.0, math.nan)  # its gradient would pass for a sound one
+        self.engines[role].optimizer.clear_backward_seen_flag()  # as its own forward would: it counts micro-batches
         self.engines[role].backward(loss)
         for offload in self.offloads:  # of the networks that this gradient went through on its way
             offload.release_backward_leftovers()

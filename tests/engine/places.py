@@ -22,11 +22,11 @@ WORLD, STEPS, HALF, BATCH = 2, 20, 10, 6
 
 
 def mlp(**extra):
-    return Denoiser(MLP(dim=2, width=10, depth=2, **extra), RectifiedFlow(), "flow")
+    return Denoiser(MLP(dim=2, width=10, depth=1, **extra), RectifiedFlow(), "flow")
 
 
 def vit():
-    net = Transformer(size=4, channels=1, patch=2, width=16, depth=2, heads=2)
+    net = Transformer(size=4, channels=1, patch=2, width=16, depth=1, heads=2)
     torch.nn.init.normal_(net.leave.weight, std=0.1)
     for block in net.blocks:
         torch.nn.init.normal_(block.modulation.weight, std=0.1)
@@ -52,7 +52,7 @@ def tdm(optim):
 
 def dmd2(optim):
     roles = {"teacher": mlp(), "student": mlp(), "critic": mlp()}
-    return methods.DMD2(roles, grid=2, student_every=2, adversarial=0.1, layers="blocks.1.second", ema=0.9,
+    return methods.DMD2(roles, grid=2, student_every=2, adversarial=0.1, layers="blocks.0.second", ema=0.9,
                         optim=optim("student", "critic", "head"))  # fmt: skip
 
 

@@ -170,7 +170,7 @@ def test_resuming_equals_going_on(name, strategy, found):
 
 @pytest.mark.parametrize("name, strategy", CASES)
 def test_a_state_of_two_ranks_goes_on_in_one(name, strategy, found):
-    state, method = found[strategy][0][name]["state"], places.build(name)
+    state, method = copy.deepcopy(found[strategy][0][name]["state"]), places.build(name)
     method.configure_optimizers()
     method.restore(state)
     assert method.step == places.HALF
