@@ -37,7 +37,7 @@ class DMD2(Method):
         balance: scale the GAN loss to the matching loss's gradient norm, times `adversarial`.
         regression: weight of |G(z) - y|^2 with y the teacher's ODE from the same z in `regression_steps` DDIM steps
             (DMD, https://arxiv.org/abs/2311.18828, with the plain distance); one-step students only.
-        density, base: law of u; arguments of Method.
+        normalise, density, base: of `losses.matching.matching`; law of u; arguments of Method.
     """
 
     trainable, frozen = ("critic", "head", "student"), ("teacher",)
@@ -47,7 +47,7 @@ class DMD2(Method):
         self, roles: dict[str, Any], *, grid: Any = 4, student_every: int = 5, divergence: str = "reverse_kl",
         adversarial: float = 0.0, critic_adversarial: float = 0.01, features: str = "critic",
         layers: str | list[str] = "mid_block", r1: float = 0.0, r1_step: float | None = 0.01, balance: bool = False,
-        regression: float = 0.0, regression_steps: int = 16, density: Any = None, **base,
+        regression: float = 0.0, regression_steps: int = 16, normalise: str = "real", density: Any = None, **base,
     ):  # fmt: skip
         self.needs_data = self.judged = adversarial > 0 or divergence != "reverse_kl"
         self.trainable = tuple(role for role in self.trainable if self.judged or role != "head")
@@ -61,7 +61,7 @@ class DMD2(Method):
         self.student_every, self.divergence, self.adversarial = student_every, divergence, adversarial
         self.critic_adversarial = critic_adversarial if features == "critic" and self.judged else 0.0
         self.r1, self.r1_step, self.balance = r1, r1_step, balance
-        self.regression, self.regression_steps = regression, regression_steps
+        self.regression, self.regression_steps, self.normalise = regression, regression_steps, normalise
         self.density, self.guided = density or Uniform(0.02, 0.98), Guided(self.teacher, self.guidance)
 
     def start(self, role, roles):
@@ -108,7 +108,7 @@ class DMD2(Method):
         logit, weight = self.logit(x_u, u, cond) if self.judged else None, None
         if self.divergence != "reverse_kl":
             weight = divergence_weight(self.divergence, logit.mean(1))
-        loss = matching(x, fake, real, weight=weight)
+        loss = matching(x, fake, real, weight=weight, normalise=self.normalise)
         self.log_value("student/gap", gap(x, fake, real))
         if self.adversarial:
             extra = generator(logit)
