@@ -82,6 +82,7 @@ def _serve() -> None:
     import torch
 
     torch.set_num_threads(1)
+    os.fsync = lambda file: None  # a killed process leaves its writes to the kernel; only a power cut asks for more
     import distill.cli
     import distill.methods
     import distill.run
