@@ -13,7 +13,8 @@ from typing import Any
 
 from distill.errors import BadInput
 
-GRACE = 60  # seconds that the other ranks have to end when one has failed
+ASKED = (85, 130)  # exit codes of a rank that was told to end: all are, and write their checkpoint together
+GRACE, SOON = 60, 5  # seconds that the other ranks have then; and when one has failed, which leaves them waiting for it
 
 
 def given() -> bool:
@@ -51,9 +52,12 @@ def spawn(count: int) -> int:
             if rank.poll() is None:
                 rank.send_signal(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, forward)
-    return _wait(ranks)
+    old = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        return _wait(ranks)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def _wait(ranks: list[subprocess.Popen]) -> int:
@@ -62,7 +66,7 @@ def _wait(ranks: list[subprocess.Popen]) -> int:
         code = next((c for c in (rank.poll() for rank in ranks) if c), 0)
         if code and since is None:
             failed, since = code, time.monotonic()
-        if since is not None and time.monotonic() - since > (GRACE if failed in (85, 130) else 5):
+        if since is not None and time.monotonic() - since > (GRACE if failed in ASKED else SOON):
             for rank in ranks:
                 rank.kill()
         time.sleep(0.2)
