@@ -26,6 +26,7 @@ from distill.errors import BadInput
 from distill.eval import baselines, suite, table
 from distill.grid import Grid
 from distill.methods.base import Method, optimizer_of
+from distill.nets.lora import lay_out
 from distill.solvers import DDIM, solve
 
 
@@ -105,9 +106,11 @@ def _trains(method: Method) -> None:
 
 def _roles(cfg: DictConfig, allow: tuple[str, ...]) -> dict[str, Any]:
     roles = config.build(cfg.roles, allow, "roles")
+    layout, settings = (roles.pop(k, None) if isinstance(roles, dict) else None for k in ("layout", "adapter"))
     for name, role in roles.items() if isinstance(roles, dict) else [("_target_", None)]:
         if not isinstance(role, (torch.nn.Module, str)):
             raise BadInput(f"roles.{name} is no network; give it a _target_, such as distill.denoise.Denoiser.")
+    lay_out(roles, layout or "full", settings)
     return roles
 
 
@@ -376,7 +379,6 @@ def _about(session: Session, samples: int) -> dict[str, Any]:
 
 def export(folder: Path, out: Path, allow: tuple[str, ...] = ()) -> Path:
     """The averaged student as a stock diffusers folder."""
-
     folder, out = Path(folder), Path(out)
     if out.exists():
         raise BadInput(f"{out} exists; name another folder so nothing is overwritten.")

@@ -60,7 +60,10 @@ def export(student: Denoiser, grid: Grid | int | list, sampler: str, out: str | 
     out, grid = Path(out), Grid.of(grid)
     if out.exists():
         raise BadInput(f"{out} exists already: remove it or export to another folder.")
-    student = copy.deepcopy(student).cpu().float().eval()
+    student = copy.deepcopy(student)
+    if hasattr(student.net, "merged"):  # an adapter leaves as the network that it makes of its base
+        student.net = student.net.merged()
+    student = student.cpu().float().eval()
     scheduler = stock_scheduler(student, grid, sampler)
     network = stock_network(student, grid, sampler, w)
     text = recipe if isinstance(recipe, str) or recipe is None else _yaml(recipe)

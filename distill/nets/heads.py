@@ -30,16 +30,17 @@ class Layers:
         self.denoiser, self.names = denoiser, [names] if isinstance(names, str) else list(names)
         if getattr(denoiser, "net", None) is None:
             raise BadInput(f"{type(denoiser).__name__} has no network for a head to read layers of.")
-        known = [name for name, _ in denoiser.net.named_modules()]
+        self.net = getattr(denoiser.net, "body", denoiser.net)  # an adapter's layers are its base's
+        known = [name for name, _ in self.net.named_modules()]
         for name in self.names:
             if name.removesuffix(INPUT) not in known:
-                raise BadInput(f"{type(denoiser.net).__name__} has no layer '{name}'.{suggest(name, known)}")
+                raise BadInput(f"{type(self.net).__name__} has no layer '{name}'.{suggest(name, known)}")
 
     def __call__(self, x_t: Tensor, t: Tensor, **cond) -> list[Tensor]:
         """The features of each layer, (B, tokens, channels)."""
         found, handles = {}, []
         for name in self.names:
-            module = self.denoiser.net.get_submodule(name.removesuffix(INPUT))
+            module = self.net.get_submodule(name.removesuffix(INPUT))
             handles.append(_watch(module, name, found))
         try:
             self.denoiser(x_t, t, **cond)
