@@ -91,10 +91,10 @@ def stock_network(student: Denoiser, grid: Grid, sampler: str, w: float | None):
     Raises:
         BadInput: for networks without a stock class, and for flow maps whose t - s varies along the walk.
     """
-    from distill.nets.diffusers import Stock
+    from distill.nets.diffusers import DiT, UNet2D
 
     net = getattr(student, "net", None)
-    if not isinstance(net, Stock):
+    if not isinstance(net, (DiT, UNet2D)):
         raise BadInput(f"{type(net).__name__} has no stock class in diffusers: networks that export are UNet2D and DiT.")
     if net.part == "transformer" and not net.classes:
         raise BadInput("DiTPipeline draws by class only: export a DiT with classes, or a UNet2D.")

@@ -62,9 +62,13 @@ class Stock(nn.Module):
         """The stock network's answer at timesteps n (B,)."""
         return self.stock(x, n, self.rows(label, n)).sample
 
+    def timestep(self, t: Tensor) -> Tensor:
+        """What the stock network is told for our t, (B,)."""
+        return t * self.timesteps - 1
+
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None,
                 w: Tensor | float | None = None, s: Tensor | None = None) -> Tensor:
-        n = t * self.timesteps - 1
+        n = self.timestep(t)
         extra = extra_inputs(self.guidance, self.gap, t, w, s)
         if extra is None:
             return self.call(x, n, label)

@@ -2,38 +2,55 @@
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
 from pathlib import Path
+
+import torch
 
 from distill.denoise import Denoiser
 from distill.errors import BadInput
 from distill.nets.diffusers.backbones import DiT, UNet2D
-from distill.nets.diffusers.schedulers import prediction_of, read_json, schedule_of, stock_class
+from distill.nets.diffusers.conditioned import Conditioned
+from distill.nets.diffusers.schedulers import prediction_of, read_json, schedule_of, scheduler_of, stock_class
+from distill.nets.diffusers.text import SD3, Flux, PixArt, Sana, TextUNet
+from distill.nets.diffusers.video import CogVideoX, Wan
 from distill.noise import Table
 
-# Stock class of the denoising network -> how to wrap it, `wrap(model, timesteps=N, **kw)`.
-BACKBONES = {"UNet2DModel": UNet2D.wrap, "DiTTransformer2DModel": DiT.wrap}
+# Stock class of the denoising network -> its family: told a class number, or told tensors such as `text`.
+CLASSES = {"UNet2DModel": UNet2D, "DiTTransformer2DModel": DiT}
+FAMILIES: dict[str, type[Conditioned]] = {
+    "UNet2DConditionModel": TextUNet, "PixArtTransformer2DModel": PixArt, "SD3Transformer2DModel": SD3,
+    "FluxTransformer2DModel": Flux, "SanaTransformer2DModel": Sana, "WanTransformer3DModel": Wan,
+    "CogVideoXTransformer3DModel": CogVideoX,
+}
+BACKBONES = {name: kind.wrap for name, kind in (CLASSES | FAMILIES).items()}  # `wrap(model, timesteps=N, **kw)`
 
 
 def load(path: str | Path, revision: str | None = None, **kw) -> Denoiser:
-    """A Denoiser from a diffusers folder, or from a model of the hub ("owner/name"); in eval mode, float32.
+    """A Denoiser from a diffusers folder, or from a model of the hub ("owner/name"); in eval mode.
 
     The network is read from safetensors; schedule and prediction are the scheduler's. `kw` goes to the wrapper
-    (`UNet2D.wrap`: guided, flow_map, null_class, math_attention).
+    (guided, flow_map, math_attention; null_class of `UNet2D.wrap`).
+
+    A network that is told text takes also
+        size: of its latents, (H, W) or (F, H, W), if not the stock default; a shift that depends on it follows.
+        null: the prompt that stands for no prompt, encoded here by the folder's own text encoders (""); or its
+            tensors, as `encode` gives them; or None to load without. Zeros where the pipeline takes zeros for "".
+        dtype: of the weights, "float32" or "bfloat16".
 
     Raises:
         BadInput: for a path that is no diffusers folder, missing or broken weights, a class without a wrapper, or a
             class-conditional network of which nobody says whether its last class is "no class".
     """
-    folder = _folder(path, revision)
-    index = read_json(folder / "model_index.json")
-    part = next((p for p in ("unet", "transformer") if p in index), None)
-    name = index[part][1] if part else None
-    if name not in BACKBONES:
-        raise BadInput(f"{folder}: its network is {name}, and only {', '.join(BACKBONES)} can be loaded.")
+    folder = folder_of(path, revision)
+    part, name = network_of(folder)
+    if name in FAMILIES:
+        return _told(folder, path, revision, part, name, **kw)
     schedule = schedule_of(folder)
     if not isinstance(schedule, Table):
-        raise BadInput(f"{folder}: {name} counts discrete timesteps, but {index['scheduler'][1]} has none.")
-    model = _weights(stock_class(name), folder / part)
+        raise BadInput(f"{folder}: {name} counts discrete timesteps, but {type(scheduler_of(folder)).__name__} has none.")
+    model = weights(stock_class(name), folder / part)
     if model.config.get("num_class_embeds") and "null_class" not in kw:
         record = read_json(folder / "distill.json") if (folder / "distill.json").is_file() else {}
         if "null_class" not in record:
@@ -43,13 +60,77 @@ def load(path: str | Path, revision: str | None = None, **kw) -> Denoiser:
     return Denoiser(net, schedule, prediction_of(folder)).eval()
 
 
-def _weights(kind: type, folder: Path):
+def _told(folder: Path, path: str | Path, revision: str | None, part: str, name: str, *,
+          null: str | dict | None = "", dtype: str = "float32", size: tuple[int, ...] | None = None, **kw) -> Denoiser:
+    """A Denoiser of a network that is told text."""
+    from distill.nets.diffusers.prompts import scaling
+
+    index, family = read_json(folder / "model_index.json"), FAMILIES[name]
+    if (index.get("transformer_2") or [None])[0] or index.get("expand_timesteps"):
+        raise BadInput(f"{folder}: two networks, or a timestep for every token (Wan 2.2): only one network with one "
+                       "timestep a sample is read.")
+    size = tuple(size) if size else None
+    schedule = schedule_of(folder, **dynamic_shift(folder, tokens(size)))
+    model = weights(stock_class(name), folder / part, dtype=getattr(torch, dtype))
+    steps = int(scheduler_of(folder).config.num_train_timesteps)
+    net = family.wrap(model, schedule=schedule, timesteps=steps, size=size, **kw)
+    net.latent_scale, net.latent_shift, pixels = scaling(folder)
+    net.pixels = pixels or net.pixels
+    if null == "" and index.get("force_zeros_for_empty_prompt"):
+        net.remember(None)
+    elif null is not None:
+        net.remember(_null(path, revision, null) if isinstance(null, str) else null)
+    return Denoiser(net, schedule, prediction_of(folder)).eval()
+
+
+@lru_cache(maxsize=16)
+def _null(path: str | Path, revision: str | None, prompt: str) -> dict:
+    """The null condition; student, teacher and critic of one run share it, and its text encoders are let go."""
+    from distill.nets.diffusers.prompts import encode
+
+    return encode(path, [prompt], revision)
+
+
+def tokens(size: tuple[int, ...] | None) -> int:
+    """Tokens of a FLUX image: 2 x 2 patches of latents of `size`, 128 x 128 if None."""
+    height, width = size[-2:] if size else (128, 128)
+    return (height // 2) * (width // 2)
+
+
+def dynamic_shift(folder: Path, count: int) -> dict:
+    r"""Settings that fix a shift that depends on the image size: shift = exp(mu), mu linear in the number of tokens.
+
+    Raises:
+        BadInput: for the kinds of dynamic shift that no family here has.
+    """
+    stock = scheduler_of(folder).config
+    if not stock.get("use_dynamic_shifting"):
+        return {}
+    if stock.get("time_shift_type", "exponential") != "exponential" or stock.get("shift_terminal"):
+        raise BadInput(f"{folder}: its scheduler shifts time by {stock.time_shift_type} with shift_terminal="
+                       f"{stock.get('shift_terminal')}: only the exponential shift of FLUX is read.")
+    slope = (stock.max_shift - stock.base_shift) / (stock.max_image_seq_len - stock.base_image_seq_len)
+    mu = stock.base_shift + slope * (count - stock.base_image_seq_len)
+    return {"use_dynamic_shifting": False, "shift": math.exp(mu)}
+
+
+def network_of(folder: Path) -> tuple[str, str]:
+    """(part, class name) of the denoising network of a folder; BadInput for one that nothing here can load."""
+    index = read_json(folder / "model_index.json")
+    part = next((p for p in ("unet", "transformer") if p in index), None)
+    name = index[part][1] if part else None
+    if name not in BACKBONES:
+        raise BadInput(f"{folder}: its network is {name}, and only {', '.join(BACKBONES)} can be loaded.")
+    return part, name
+
+
+def weights(kind: type, folder: Path, **kw):
     """A stock model from a folder with config.json and safetensors, every weight of it."""
     if not list(folder.glob("*.safetensors")):
         mend = "save the pickled weights again as safetensors" if list(folder.glob("*.bin")) else "copy them there"
         raise BadInput(f"{folder}: the network's weights (*.safetensors) are missing: {mend}.")
     try:
-        model, report = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+        model, report = kind.from_pretrained(folder, use_safetensors=True, **kw, output_loading_info=True)
     except Exception as error:  # diffusers, safetensors and torch each raise their own
         raise BadInput(f"{folder}: the weights cannot be read, copy the folder again ({error}).") from error
     if report["missing_keys"] or report["mismatched_keys"]:
@@ -58,8 +139,8 @@ def _weights(kind: type, folder: Path):
     return model
 
 
-def _folder(path: str | Path, revision: str | None) -> Path:
-    """A local diffusers folder, or the local snapshot of a model of the hub: configs and safetensors, no code."""
+def folder_of(path: str | Path, revision: str | None = None, more: tuple[str, ...] = ()) -> Path:
+    """A local diffusers folder, or the local snapshot of a model of the hub: configs, safetensors and `more`."""
     folder = Path(path)
     if (folder / "model_index.json").is_file():
         return folder
@@ -69,6 +150,6 @@ def _folder(path: str | Path, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(path), revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(str(path), revision=revision, allow_patterns=["*.json", "*.safetensors", *more]))
     except Exception as error:  # offline, absent, gated: each its own class
         raise BadInput(f"'{path}' is neither a folder here nor a model that the hub gives us ({error}).") from error

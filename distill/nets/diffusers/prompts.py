@@ -1,0 +1,120 @@
+"""Text and pixels at the border: the pipeline's own encoders and autoencoder, loaded only when they are asked."""
+
+from __future__ import annotations
+
+import inspect
+from functools import cached_property
+from pathlib import Path
+
+import diffusers
+import torch
+from torch import Tensor
+
+from distill.errors import BadInput
+from distill.nets.diffusers.schedulers import read_json, stock_class
+
+ENCODERS = ("text_encoder", "tokenizer", "scheduler")
+
+
+class Prompts:
+    r"""Prompts of a diffusers folder to conditions, by the stock pipeline's `encode_prompt` and its call's defaults.
+
+    `Prompts(path)(["a cat"])` is a dict of tensors with one row a prompt, on the CPU. Denoiser and autoencoder are not
+    loaded. `kw` of a call go to `encode_prompt` (`max_sequence_length`).
+
+    Raises:
+        BadInput: for a folder whose network has no family here, or whose encoders cannot be loaded.
+    """
+
+    def __init__(self, path: str | Path, revision: str | None = None, dtype: str = "float32",
+                 device: str = "cpu"):
+        from distill.nets.diffusers.folder import FAMILIES, folder_of, network_of
+
+        folder = folder_of(path, revision, ("*.txt", "*.model"))
+        index = read_json(folder / "model_index.json")
+        name = network_of(folder)[1]
+        if name not in FAMILIES:
+            raise BadInput(f"{folder}: its network {name} is not told text: {', '.join(FAMILIES)} are.")
+        absent = {part: None for part, value in index.items()
+                  if isinstance(value, list) and not part.startswith(ENCODERS)}
+        try:
+            self.pipeline = diffusers.DiffusionPipeline.from_pretrained(
+                folder, **absent, dtype=getattr(torch, dtype)).to(device)
+        except Exception as error:  # diffusers, transformers and tokenizers each raise their own
+            raise BadInput(f"{folder}: its text encoders cannot be loaded, copy the folder again ({error}).") from error
+        self.prompt = FAMILIES[name].prompt
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str], **kw) -> dict[str, Tensor]:
+        stock = self.pipeline.encode_prompt
+        call = inspect.signature(type(self.pipeline).__call__).parameters
+        ours = {k: call[k].default for k in ("max_sequence_length", "clean_caption", "complex_human_instruction")
+                if k in call and k in inspect.signature(stock).parameters}
+
+        def encode(**asked):
+            asked = asked | {"device": self.pipeline.device} if "device" in asked else asked
+            return stock(**ours | kw | asked)
+
+        return {k: v.cpu() for k, v in self.prompt(encode, list(prompts)).items()}
+
+
+def encode(path: str | Path, prompts: list[str], revision: str | None = None, **kw) -> dict[str, Tensor]:
+    """`Prompts(path)(prompts)`: the conditions of a list of prompts. Keep a `Prompts` to ask more than once."""
+    return Prompts(path, revision)(prompts, **kw)
+
+
+class Latent:
+    r"""The autoencoder of a diffusers folder, x = (a - shift) scale with a its own latents; loaded at the first use.
+
+    `scale` and `shift` are numbers, or one a channel. Pixels are in [-1, 1], (B, 3, H, W) or (B, 3, F, H, W).
+    """
+
+    def __init__(self, path: str | Path, revision: str | None = None, dtype: str = "float32", device: str = "cpu"):
+        from distill.nets.diffusers.folder import folder_of
+
+        self.folder, self.dtype, self.device = folder_of(path, revision), dtype, device
+        self.scale, self.shift, self.pixels = scaling(self.folder)
+
+    @cached_property
+    def vae(self):
+        from distill.nets.diffusers.folder import weights
+
+        name = read_json(self.folder / "model_index.json")["vae"][1]
+        model = weights(stock_class(name, "Autoencoder" if not name.startswith("Autoencoder") else ""), self.folder / "vae")
+        return model.to(self.device, getattr(torch, self.dtype)).eval()
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Latents x of pixels, the mean of the autoencoder's posterior."""
+        out = self.vae.encode(pixels.to(self.device, self.vae.dtype))
+        a = out.latent_dist.mode() if hasattr(out, "latent_dist") else out.latent
+        return ((a - self._row(self.shift, a)) * self._row(self.scale, a)).to(pixels)
+
+    @torch.no_grad()
+    def decode(self, x: Tensor) -> Tensor:
+        """Pixels of latents x."""
+        a = x.to(self.device, self.vae.dtype)
+        return self.vae.decode(a / self._row(self.scale, a) + self._row(self.shift, a)).sample.to(x)
+
+    @staticmethod
+    def _row(value, a: Tensor) -> Tensor:
+        return torch.as_tensor(value, dtype=a.dtype, device=a.device).reshape(-1, *(1,) * (a.ndim - 2))
+
+
+def decode(path: str | Path, x: Tensor, revision: str | None = None) -> Tensor:
+    """`Latent(path).decode(x)`: latents to pixels in [-1, 1]. Keep a `Latent` to decode more than once."""
+    return Latent(path, revision).decode(x)
+
+
+def scaling(folder: Path) -> tuple:
+    """(scale, shift, pixels a side of a latent) of a folder's autoencoder: x = (a - shift) scale."""
+    if not (folder / "vae" / "config.json").is_file():
+        return 1.0, 0.0, None
+    stock = read_json(folder / "vae" / "config.json")
+    factor = stock.get("scaling_factor") or 1.0
+    mean, std = stock.get("latents_mean"), stock.get("latents_std")
+    scale = tuple(factor / s for s in std) if std else factor
+    shift = tuple(mean) if mean else stock.get("shift_factor") or 0.0
+    widths = stock.get("block_out_channels") or stock.get("encoder_block_out_channels")
+    pixels = stock.get("scale_factor_spatial") or (2 ** (len(widths) - 1) if widths else None)
+    return scale, shift, pixels

@@ -1,0 +1,173 @@
+"""Stock pipelines of each family with tiny random networks, tokenizers and text encoders, made without a network."""
+
+from __future__ import annotations
+
+import string
+
+import diffusers
+import torch
+import transformers
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+LENGTH = 12  # tokens of a CLIP prompt
+
+
+def shake(model, scale=0.1, seed=0):
+    """Random weights everywhere, also where the stock class starts at zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(scale * torch.randn(p.shape, generator=generator))
+    return model.eval()
+
+
+def clip_tokenizer():
+    letters = [*string.ascii_lowercase, *(c + "</w>" for c in string.ascii_lowercase)]
+    vocab = {token: i for i, token in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
+    return transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=LENGTH)
+
+
+def clip(dim=16, projection=None):
+    torch.manual_seed(dim)
+    config = transformers.CLIPTextConfig(
+        vocab_size=54, hidden_size=dim, intermediate_size=2 * dim, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=LENGTH, bos_token_id=52, eos_token_id=53, pad_token_id=53,
+        projection_dim=projection or dim, hidden_act="gelu")
+    kind = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
+    return shake(kind(config))
+
+
+def t5_tokenizer():
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -2.0), *((c, -3.0) for c in string.ascii_lowercase)]
+    return transformers.T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=64)
+
+
+def t5(dim=16, kind="T5"):
+    torch.manual_seed(dim)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=30, d_model=dim, d_kv=8, d_ff=2 * dim, num_layers=1, num_heads=2, pad_token_id=0, eos_token_id=1)
+    return shake(getattr(transformers, f"{kind}EncoderModel")(config))
+
+
+def vae(channels=4, **kw):
+    torch.manual_seed(1)
+    return diffusers.AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=channels,
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, **kw).eval()
+
+
+def ddim(prediction="epsilon", kind=DDIMScheduler, **kw):
+    return kind(prediction_type=prediction, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False, **kw)
+
+
+def scaled(prediction="epsilon"):
+    return ddim(prediction, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+
+
+def unet(dim, **kw):
+    torch.manual_seed(2)
+    return shake(diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1, cross_attention_dim=dim,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=2, **kw))
+
+
+def sd(prediction="epsilon"):
+    return diffusers.StableDiffusionPipeline(
+        vae=vae(), text_encoder=clip(), tokenizer=clip_tokenizer(), unet=unet(16), scheduler=scaled(prediction),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+
+
+def sdxl(zeros=True):
+    network = unet(16 + 24, addition_embed_type="text_time", addition_time_embed_dim=4,
+                   projection_class_embeddings_input_dim=24 + 6 * 4, transformer_layers_per_block=1)
+    return diffusers.StableDiffusionXLPipeline(
+        vae=vae(), text_encoder=clip(16), text_encoder_2=clip(24, projection=24), tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(), unet=network, scheduler=scaled(), force_zeros_for_empty_prompt=zeros,
+        add_watermarker=False)
+
+
+def pixart(kind=diffusers.PixArtAlphaPipeline, size=128):
+    torch.manual_seed(2)
+    network = shake(diffusers.PixArtTransformer2DModel(
+        sample_size=size, num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=3, caption_channels=16,
+        in_channels=4, cross_attention_dim=24, out_channels=8, use_additional_conditions=size == 128), 0.05)
+    return kind(tokenizer=t5_tokenizer(), text_encoder=t5(), vae=vae(), transformer=network, scheduler=ddim())
+
+
+def sd3():
+    torch.manual_seed(2)
+    network = shake(diffusers.SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=48, caption_projection_dim=16, pooled_projection_dim=40,
+        pos_embed_max_size=16, qk_norm="rms_norm"), 0.05)
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=network, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae(shift_factor=0.06),
+        text_encoder=clip(16, 16), tokenizer=clip_tokenizer(), text_encoder_2=clip(24, 24),
+        tokenizer_2=clip_tokenizer(), text_encoder_3=t5(48), tokenizer_3=t5_tokenizer())
+
+
+def flux(dev=True):
+    torch.manual_seed(2)
+    network = shake(diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=16, axes_dims_rope=(4, 4, 8), guidance_embeds=dev), 0.05)
+    return diffusers.FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if dev else 1.0, use_dynamic_shifting=dev),
+        vae=vae(shift_factor=0.06), text_encoder=clip(), tokenizer=clip_tokenizer(), text_encoder_2=t5(32),
+        tokenizer_2=t5_tokenizer(), transformer=network)
+
+
+def wan():
+    torch.manual_seed(2)
+    network = shake(diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16,
+        text_dim=16, freq_dim=16, ffn_dim=16, num_layers=1, rope_max_seq_len=32), 0.05)
+    torch.manual_seed(3)
+    coder = diffusers.AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
+                                       temperal_downsample=[False, True, True])
+    return diffusers.WanPipeline(
+        tokenizer=t5_tokenizer(), text_encoder=t5(16, "UMT5"), vae=coder, transformer=network,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
+
+
+def cogvideox(rotary=False, span=None):
+    torch.manual_seed(2)
+    network = shake(diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8,
+        text_embed_dim=16, num_layers=1, sample_width=4, sample_height=4, sample_frames=9, patch_size=2,
+        patch_size_t=span, max_text_seq_length=226, use_rotary_positional_embeddings=rotary, patch_bias=span is None), 0.05)
+    torch.manual_seed(3)
+    coder = diffusers.AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(4, 4, 4, 4), latent_channels=4, layers_per_block=1, norm_num_groups=2,
+        temporal_compression_ratio=4)
+    scheduler = ddim("v_prediction", diffusers.CogVideoXDDIMScheduler, rescale_betas_zero_snr=True, snr_shift_scale=3.0)
+    return diffusers.CogVideoXPipeline(tokenizer=t5_tokenizer(), text_encoder=t5(), vae=coder, transformer=network,
+                                       scheduler=scheduler)
+
+
+def gemma_tokenizer():
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *string.ascii_lowercase]
+    return transformers.GemmaTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[])
+
+
+def sana():
+    torch.manual_seed(2)
+    network = shake(diffusers.SanaTransformer2DModel(
+        patch_size=1, in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=4,
+        num_cross_attention_heads=2, cross_attention_head_dim=4, cross_attention_dim=8, caption_channels=8,
+        sample_size=8, timestep_scale=0.001), 0.05)
+    torch.manual_seed(3)
+    coder = diffusers.AutoencoderDC(
+        latent_channels=4, attention_head_dim=2, encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"), encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8), encoder_qkv_multiscales=((), (5,)), decoder_qkv_multiscales=((), (5,)),
+        encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1), downsample_block_type="conv",
+        upsample_block_type="interpolate", decoder_norm_types="rms_norm", decoder_act_fns="silu", scaling_factor=0.41)
+    torch.manual_seed(4)
+    encoder = shake(transformers.Gemma2Model(transformers.Gemma2Config(
+        vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, pad_token_id=0, eos_token_id=1, bos_token_id=2)))
+    return diffusers.SanaPipeline(tokenizer=gemma_tokenizer(), text_encoder=encoder, vae=coder, transformer=network,
+                                  scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import diffusers
+import families
+import pytest
+import torch
+
+from distill.denoise import Guided
+from distill.errors import BadInput
+from distill.grid import Grid
+from distill.nets.diffusers import folder as folder_module
+from distill.nets.diffusers import grid_of, load
+from distill.nets.diffusers.prompts import Latent, Prompts, decode, encode
+from distill.solvers import DDIM, solve
+
+PROMPTS, STEPS, W = ["a cat", "two dogs"], 10, 3.5
+
+
+@dataclass
+class Case:
+    build: Any
+    shape: tuple = (4, 8, 8)
+    call: dict = field(default_factory=dict)  # of the stock pipeline, as its users call it
+    load: dict = field(default_factory=dict)
+    pixels: int = 2  # a side of a latent
+    prediction: str = "eps"
+    guidance: str = "guidance_scale"
+    grid: str = "stock"
+    enter: Any = staticmethod(lambda pipe, z: z)  # our latents to those that the stock pipeline takes
+    leave: Any = staticmethod(lambda pipe, x, shape: x)
+    slow: bool = False
+
+
+def unpack(pipe, x, shape):
+    _, height, width = shape
+    return pipe._unpack_latents(x, 2 * height, 2 * width, pipe.vae_scale_factor)
+
+
+def pack(pipe, z):
+    return pipe._pack_latents(z, *z.shape)
+
+
+def swap(pipe, x, *_):
+    return x.transpose(1, 2)
+
+
+PIXART = {"use_resolution_binning": False, "clean_caption": False}
+CASES = {
+    "sd1": Case(families.sd),
+    "sd2-v": Case(partial(families.sd, "v_prediction"), prediction="v"),
+    "sdxl": Case(families.sdxl),
+    "sdxl-wide": Case(partial(families.sdxl, False), shape=(4, 8, 12)),
+    "pixart-alpha": Case(families.pixart, shape=(4, 8, 12), call=PIXART),
+    "pixart-sigma": Case(partial(families.pixart, diffusers.PixArtSigmaPipeline, 8), call=PIXART),
+    "sd3": Case(families.sd3, prediction="flow"),
+    "flux-dev": Case(families.flux, prediction="flow", guidance="true_cfg_scale", grid="uniform", enter=pack,
+                     leave=unpack, call={"negative_prompt": ["", ""], "guidance_scale": 2.5}, load={"size": (8, 8)}),
+    "flux-schnell": Case(partial(families.flux, False), shape=(4, 8, 12), prediction="flow", guidance="true_cfg_scale",
+                         grid="uniform", enter=pack, leave=unpack, call={"negative_prompt": ["", ""]}),
+    "sana": Case(families.sana, prediction="flow", call=PIXART),
+    "wan": Case(families.wan, shape=(16, 2, 4, 4), prediction="flow", pixels=8, call={"num_frames": 5},
+                load={"size": (2, 4, 4)}),
+    "cogvideox-2b": Case(families.cogvideox, shape=(4, 3, 4, 4), prediction="v", pixels=8, enter=swap, leave=swap,
+                         call={"num_frames": 9}),
+    "cogvideox-5b": Case(partial(families.cogvideox, True), shape=(4, 3, 4, 4), prediction="v", pixels=8, enter=swap,
+                         leave=swap, call={"num_frames": 9}),
+}
+
+
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=[pytest.mark.slow] * c.slow) for n, c in CASES.items()])
+def family(request, tmp_path_factory):
+    """(case, stock pipeline, its folder, our Denoiser, initial noise)."""
+    case = CASES[request.param]
+    pipe = case.build()
+    pipe.set_progress_bar_config(disable=True)
+    path = tmp_path_factory.mktemp("families") / request.param
+    pipe.save_pretrained(path)
+    denoiser = load(path, **case.load)
+    z = torch.randn(2, *case.shape, generator=torch.Generator().manual_seed(5))
+    return case, pipe, path, denoiser, z
+
+
+def stock(case, pipe, z, steps=STEPS, output="latent"):
+    """The stock pipeline called as its users call it, from the noise z."""
+    height, width = (case.pixels * side for side in z.shape[-2:])
+    out = pipe(PROMPTS, height=height, width=width, num_inference_steps=steps, latents=case.enter(pipe, z.clone()),
+               output_type=output, return_dict=False, **{case.guidance: W} | case.call)[0]
+    return (case.leave(pipe, out, case.shape) if output == "latent" else out).float()
+
+
+def told(case, path):
+    cond = encode(path, PROMPTS)
+    if "guidance_scale" in case.call:
+        cond["guide"] = torch.full((2,), case.call["guidance_scale"])
+    return cond
+
+
+@torch.no_grad()
+def ours(case, path, denoiser, z, cond):
+    grid = Grid.uniform(STEPS) if case.grid == "uniform" else grid_of(path, STEPS)
+    return solve(Guided(denoiser, W), z, grid, DDIM(), **cond).float()
+
+
+def difference(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def test_our_solver_lands_where_the_stock_pipeline_does(family):
+    case, pipe, path, denoiser, z = family
+    assert denoiser.prediction == case.prediction and denoiser.net.shape[0] == case.shape[0]
+    cond, theirs = told(case, path), stock(case, pipe, z)
+    found = difference(ours(case, path, denoiser, z, cond), theirs)
+    print(f"{path.name}: {found:.1e}")
+    assert theirs.isfinite().all() and theirs.std() > 0.1
+    assert found < 1e-4
+    for key, value in cond.items():  # every condition counts, so a forgotten one would show
+        broken = cond | {key: torch.ones_like(value) if key == "text_mask" else torch.zeros_like(value)}
+        assert difference(ours(case, path, denoiser, z, broken), theirs) > 1e-3, key
+
+
+def test_parity_breaks_where_a_convention_does(family, monkeypatch):
+    case, pipe, path, denoiser, z = family
+    cond, t = encode(path, PROMPTS), torch.tensor([0.9, 0.31])
+    asked = partial(Guided(denoiser, W), z, t, **cond)
+    right = asked()
+    monkeypatch.setattr(denoiser.net, "timestep", lambda t: 500 * t)
+    assert difference(asked(), right) > 1e-4
+    monkeypatch.undo()
+    kept = denoiser.net.null_zero
+    monkeypatch.setattr(denoiser.net, "null_zero", not kept)
+    if kept:
+        denoiser.net.remember(encode(path, [""]))
+    assert difference(asked(), right) > 1e-4
+
+
+@torch.no_grad()
+def test_any_time_is_answered_and_no_prompt_is_another_condition(family):
+    case, pipe, path, denoiser, z = family
+    cond = encode(path, PROMPTS)
+    null = denoiser.null(cond)
+    assert {k: v.shape for k, v in null.items()} == {k: v.shape for k, v in cond.items()}
+    assert difference(null["text"], cond["text"]) > 1e-3
+    for time in (1.0, 0.5, 0.1234, 0.0):
+        t = torch.full((2,), time)
+        told, untold = denoiser(z, t, **cond), denoiser(z, t, **null)
+        assert told.shape == z.shape and told.isfinite().all()
+        assert time == 0 or difference(told, untold) > 1e-5
+    sizes = denoiser(z[..., :4, :4], t + 0.5, **cond)
+    assert sizes.shape == z[..., :4, :4].shape and sizes.isfinite().all()
+
+
+@torch.no_grad()
+def test_a_student_is_told_guidance_and_gap(family):
+    case, pipe, path, denoiser, z = family
+    cond, t, w, s = encode(path, PROMPTS), torch.tensor([0.9, 0.31]), torch.tensor([2.0, 2.0]), torch.tensor([0.7, 0.11])
+    student = load(path, null=None, guided=True, flow_map=True, **case.load)
+    student.load_state_dict(denoiser.state_dict(), strict=False)
+    torch.testing.assert_close(student(z, t, w=w, s=s, **cond), denoiser(z, t, **cond), rtol=1e-5, atol=1e-5)
+    for part in (student.net.guidance, student.net.gap):
+        families.shake(part, 0.3)
+    told = student(z, t, w=w, s=s, **cond)
+    assert difference(told, denoiser(z, t, **cond)) > 1e-3
+    plain = type(denoiser.net).wrap(student.net.fold(w=2.0, gap=0.2), schedule=denoiser.schedule, timesteps=1000)
+    plain.pixels = student.net.pixels
+    out = plain(z, t, **cond)
+    torch.testing.assert_close(out, student.net(z, t, w=w, s=s, **cond), rtol=1e-4, atol=1e-4)
+
+
+def test_weights_in_half_precision_and_gradients(family):
+    case, pipe, path, denoiser, z = family
+    cond, t = encode(path, PROMPTS), torch.tensor([0.9, 0.31])
+    half = load(path, null=None, dtype="bfloat16", **case.load)
+    out = half(z, t, **cond)
+    assert out.dtype == torch.float32 and next(half.parameters()).dtype == torch.bfloat16
+    assert difference(out, denoiser(z, t, **cond)) < 0.1
+    denoiser(z, t, **cond).square().mean().backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in denoiser.parameters())
+    denoiser.zero_grad()
+
+
+@torch.no_grad()
+def test_latents_become_the_pixels_of_the_stock_pipeline(family):
+    case, pipe, path, denoiser, z = family
+    x, pixels = stock(case, pipe, z, steps=2), stock(case, pipe, z, steps=2, output="pt")
+    pixels = pixels.transpose(1, 2) if pixels.ndim == 5 else pixels
+    latent = Latent(path)
+    assert (denoiser.net.latent_scale, denoiser.net.latent_shift) == (latent.scale, latent.shift)
+    torch.testing.assert_close((decode(path, x) / 2 + 0.5).clamp(0, 1), pixels, rtol=0, atol=1e-5)
+    a = latent.vae.encode(2 * pixels - 1)
+    a = a.latent_dist.mean if hasattr(a, "latent_dist") else a.latent
+    again = latent.encode(2 * pixels - 1)
+    torch.testing.assert_close(latent.vae.decode(a).sample, latent.decode(again), rtol=0, atol=1e-5)
