@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import json
+import math
+import shutil
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -12,9 +16,8 @@ import torch
 from distill.denoise import Guided
 from distill.errors import BadInput
 from distill.grid import Grid
-from distill.nets.diffusers import folder as folder_module
 from distill.nets.diffusers import grid_of, load
-from distill.nets.diffusers.prompts import Latent, Prompts, decode, encode
+from distill.nets.diffusers.prompts import Latent, decode, encode
 from distill.solvers import DDIM, solve
 
 PROMPTS, STEPS, W = ["a cat", "two dogs"], 10, 3.5
@@ -61,7 +64,7 @@ CASES = {
                      leave=unpack, call={"negative_prompt": ["", ""], "guidance_scale": 2.5}, load={"size": (8, 8)}),
     "flux-schnell": Case(partial(families.flux, False), shape=(4, 8, 12), prediction="flow", guidance="true_cfg_scale",
                          grid="uniform", enter=pack, leave=unpack, call={"negative_prompt": ["", ""]}),
-    "sana": Case(families.sana, prediction="flow", call=PIXART),
+    "sana": Case(families.sana, shape=(4, 16, 16), prediction="flow", call=PIXART),
     "wan": Case(families.wan, shape=(16, 2, 4, 4), prediction="flow", pixels=8, call={"num_frames": 5},
                 load={"size": (2, 4, 4)}),
     "cogvideox-2b": Case(families.cogvideox, shape=(4, 3, 4, 4), prediction="v", pixels=8, enter=swap, leave=swap,
@@ -173,9 +176,9 @@ def test_a_student_is_told_guidance_and_gap(family):
 def test_weights_in_half_precision_and_gradients(family):
     case, pipe, path, denoiser, z = family
     cond, t = encode(path, PROMPTS), torch.tensor([0.9, 0.31])
-    half = load(path, null=None, dtype="bfloat16", **case.load)
-    out = half(z, t, **cond)
-    assert out.dtype == torch.float32 and next(half.parameters()).dtype == torch.bfloat16
+    half = load(path, null=None, dtype="bfloat16", guided=True, **case.load)
+    out = half(z, t, w=2.0, **cond)
+    assert out.dtype == torch.float32 and half.net.stock.dtype == torch.bfloat16
     assert difference(out, denoiser(z, t, **cond)) < 0.1
     denoiser(z, t, **cond).square().mean().backward()
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in denoiser.parameters())
@@ -194,3 +197,82 @@ def test_latents_become_the_pixels_of_the_stock_pipeline(family):
     a = a.latent_dist.mean if hasattr(a, "latent_dist") else a.latent
     again = latent.encode(2 * pixels - 1)
     torch.testing.assert_close(latent.vae.decode(a).sample, latent.decode(again), rtol=0, atol=1e-5)
+
+
+# -- what is wrong, in one sentence --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory):
+    path = tmp_path_factory.mktemp("families") / "flux"
+    families.flux().save_pretrained(path)
+    return path
+
+
+def edit(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_what_a_network_is_not_told_or_lacks(flux):
+    denoiser = load(flux, null=None)
+    assert denoiser.net.shape == (4, 128, 128)
+    cond, z, t = encode(flux, PROMPTS), torch.randn(2, 4, 8, 8), torch.full((2,), 0.5)
+    with pytest.raises(BadInput, match="not 'texts'. Did you mean 'text'"):
+        denoiser(z, t, texts=cond["text"])
+    with pytest.raises(BadInput, match="needs the condition 'pooled'"):
+        denoiser(z, t, text=cond["text"])
+    with pytest.raises(BadInput, match="even height and width"):
+        denoiser(z[..., :7], t, **cond)
+    with pytest.raises(BadInput, match="no null 'text'"):
+        denoiser.null(cond)
+    denoiser.net.remember(encode(flux, [""], max_sequence_length=8))
+    with pytest.raises(BadInput, match="same max_sequence_length"):
+        denoiser.null(cond)
+    with pytest.raises(BadInput, match="FluxAttnProcessor.*math_attention"):
+        load(flux, null=None, math_attention=True)
+
+
+def test_the_shift_of_flux_follows_the_size(flux):
+    shifts = [load(flux, null=None, size=size).schedule.shift for size in (None, (32, 32), (128, 128))]
+    assert shifts[0] == shifts[2] == pytest.approx(math.exp(1.15)) and shifts[1] == pytest.approx(math.exp(0.5))
+    edit(flux / "scheduler" / "scheduler_config.json", time_shift_type="linear")
+    with pytest.raises(BadInput, match="only the exponential shift"):
+        load(flux, null=None)
+
+
+def test_folders_that_cannot_be_read_as_a_teacher(tmp_path):
+    families.wan().save_pretrained(tmp_path / "wan")
+    edit(tmp_path / "wan" / "model_index.json", transformer_2=["diffusers", "WanTransformer3DModel"])
+    with pytest.raises(BadInput, match="two networks"):
+        load(tmp_path / "wan")
+    edit(tmp_path / "wan" / "model_index.json", transformer_2=[None, None])
+    shutil.rmtree(tmp_path / "wan" / "text_encoder")
+    with pytest.raises(BadInput, match="text encoders cannot be loaded"):
+        load(tmp_path / "wan")
+    assert load(tmp_path / "wan", null=None).net.shape == (16, 21, 60, 104)
+    edit(tmp_path / "wan" / "model_index.json", transformer=["diffusers", "DiTTransformer2DModel"])
+    with pytest.raises(BadInput, match="is not told text"):
+        encode(tmp_path / "wan", PROMPTS)
+
+
+def test_text_encoders_from_the_hub_come_with_their_tokenizers(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    families.sd().save_pretrained(tmp_path / "sd")
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download",
+                        lambda name, **kw: asked.append(kw["allow_patterns"]) or str(tmp_path / "sd"))
+    assert load("somebody/sd").net.null_text.shape == (1, families.LENGTH, 16)
+    assert asked == [["*.json", "*.safetensors"], ["*.json", "*.safetensors", "*.txt", "*.model"]]
+
+
+def test_the_model_of_the_docs_is_a_teacher():
+    page = Path(__file__).parents[2] / "docs" / "models.md"
+    code = page.read_text().split("## Bring your own model")[1].split("```python")[1].split("```")[0]
+    scope = {}
+    exec(code, scope)
+    z, cond = torch.randn(2, *scope["Mine"].shape), {"text": torch.randn(2, 3, 6)}
+    teacher = scope["teacher"]
+    x = solve(Guided(teacher, W), z, Grid.uniform(4), DDIM(), **cond)
+    assert x.shape == z.shape and x.isfinite().all()
+    assert difference(x, solve(Guided(teacher, 0.0), z, Grid.uniform(4), DDIM(), **cond)) > 1e-3

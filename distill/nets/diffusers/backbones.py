@@ -74,7 +74,7 @@ class Stock(nn.Module):
             return self.call(x, n, label)
         with ExitStack() as hooks:  # that live for one call: the module keeps no reference to itself, so it copies
             for module in self.embeddings(self.stock):
-                hooks.callback(module.register_forward_hook(lambda module, args, out: out + extra).remove)
+                hooks.callback(module.register_forward_hook(lambda module, args, out: out + extra.to(out.dtype)).remove)
             return self.call(x, n, label)
 
     def rows(self, label: Tensor | None, t: Tensor) -> Tensor | None:

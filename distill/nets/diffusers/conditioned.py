@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
 from distill.errors import BadInput, suggest
@@ -62,7 +62,7 @@ class Conditioned(Stock):
         self.guidance = Scalar(dim, period=16.0, zero=True) if guided else None
         self.gap = Scalar(dim, zero=True) if flow_map else None
         for module in model.modules() if math_attention else ():
-            if isinstance(module, Attention):
+            if hasattr(module, "processor"):  # each family may have an attention class of its own
                 if not isinstance(module.processor, (AttnProcessor, AttnProcessor2_0)):
                     raise BadInput(f"{type(model).__name__} has {type(module.processor).__name__}, which math_attention "
                                    "cannot replace: leave it out.")
@@ -94,8 +94,9 @@ class Conditioned(Stock):
         for key in self.told:
             if key not in cond:
                 raise BadInput(f"{type(self).__name__} needs the condition '{key}' (B, ...): `encode` makes it.")
-        cond = {k: v.to(x.dtype) if v.is_floating_point() else v for k, v in cond.items()}
-        return super().forward(x, t, cond, w, s)
+        dtype = self.stock.dtype  # not that of the first weight: some families keep a few in float32
+        cond = {k: v.to(dtype) if v.is_floating_point() else v for k, v in cond.items()}
+        return super().forward(x.to(dtype), t, cond, w, s)
 
     def call(self, x: Tensor, n: Tensor, label: dict) -> Tensor:
         return self.ask(x, n, **label)

@@ -39,7 +39,7 @@ class Prompts:
                   if isinstance(value, list) and not part.startswith(ENCODERS)}
         try:
             self.pipeline = diffusers.DiffusionPipeline.from_pretrained(
-                folder, **absent, dtype=getattr(torch, dtype)).to(device)
+                folder, **absent, dtype=getattr(torch, dtype), use_safetensors=True).to(device)
         except Exception as error:  # diffusers, transformers and tokenizers each raise their own
             raise BadInput(f"{folder}: its text encoders cannot be loaded, copy the folder again ({error}).") from error
         self.prompt = FAMILIES[name].prompt
@@ -80,8 +80,8 @@ class Latent:
         from distill.nets.diffusers.folder import weights
 
         name = read_json(self.folder / "model_index.json")["vae"][1]
-        model = weights(stock_class(name, "Autoencoder" if not name.startswith("Autoencoder") else ""), self.folder / "vae")
-        return model.to(self.device, getattr(torch, self.dtype)).eval()
+        model = weights(stock_class(name), self.folder / "vae", dtype=getattr(torch, self.dtype))
+        return model.to(self.device).eval()
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:

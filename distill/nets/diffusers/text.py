@@ -132,13 +132,14 @@ class Flux(Conditioned):
         rows, columns = height // 2, width // 2
         # 2 x 2 patches become tokens of 4 C numbers, channel first.
         tokens = x.reshape(batch, channels, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        where = x.new_zeros(rows, columns, 3)
+        where = torch.zeros(rows, columns, 3, device=x.device)
         where[..., 1] = torch.arange(rows, device=x.device)[:, None]
         where[..., 2] = torch.arange(columns, device=x.device)
         if self.extras and guide is None:
             guide = x.new_full((batch,), self.default_guide)
         out = self.stock(tokens, timestep=n / self.timesteps, guidance=guide, pooled_projections=pooled,
-                         encoder_hidden_states=text, txt_ids=x.new_zeros(text.shape[1], 3), img_ids=where.flatten(0, 1)).sample
+                         encoder_hidden_states=text, img_ids=where.flatten(0, 1),
+                         txt_ids=where.new_zeros(text.shape[1], 3)).sample
         out = out.reshape(batch, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
         return out.reshape(batch, channels, height, width)
 
@@ -149,7 +150,7 @@ class Flux(Conditioned):
 
 
 class Sana(Conditioned):
-    """Stock `SanaTransformer2DModel` (text, text_mask); `guide` (B,) for networks with embedded guidance (Sprint)."""
+    """Stock `SanaTransformer2DModel`: Sana (text, text_mask)."""
 
     told = ("text", "text_mask")
     pixels = 32
