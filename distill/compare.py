@@ -40,6 +40,9 @@ def compare(recipes: Sequence[Path], out: Path, seconds: float, overrides: Seque
     out, cfgs = Path(out), {}
     for path in recipes:
         cfg = config.load([path], ["log.wandb=disabled", "train.validate_every=0", "train.save_every=0", *overrides])
+        if not cfg.method or str(cfg.method.get(config.TARGET)).endswith(".Diffusion"):
+            console.print(f"{path}: trains no student, left out", highlight=False)
+            continue
         if cfg.name in cfgs:
             raise BadInput(f"Two recipes are named {cfg.name}; give one of them another name.")
         cfgs[cfg.name] = cfg
@@ -67,7 +70,7 @@ def row(cfg: DictConfig, out: Path, seconds: float, allow: tuple[str, ...]) -> d
     folder, began = out / cfg.name, time.process_time()
     session = run.train(cfg, folder, resume=(folder / home.CONFIG).exists(), allow=allow)
     spent = time.process_time() - began
-    if not (out / TEACHER).exists() and session.teacher is not session.method.ema:
+    if not (out / TEACHER).exists() and session.teacher is not None:
         teacher, _ = run.measure(session, evaluations=(*NFES, MANY), training_free=NFES)
         table.write(teacher, out / TEACHER)
     session.method.eval()

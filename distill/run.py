@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,131 +22,20 @@ from distill.engine.preempt import Signals
 from distill.engine.rollback import Rollback
 from distill.engine.trainer import fit
 from distill.errors import BadInput
-from distill.eval import baselines, suite, table
+from distill.eval import baselines, table
 from distill.grid import Grid
-from distill.methods.base import Method, optimizer_of
-from distill.nets.lora import lay_out
+from distill.methods.base import Method
+from distill.session import Session, assemble
 from distill.solvers import DDIM, solve
-
-
-@dataclass
-class Session:
-    """A config's objects."""
-
-    cfg: DictConfig
-    method: Method
-    data: Any
-    allow: tuple[str, ...] = ()
-    preempted: bool = False
-
-    @property
-    def teacher(self) -> Any:
-        """The reference model: the frozen teacher, or the averaged student of a run that trains a teacher."""
-        return getattr(self.method, "teacher", None) or self.method.ema
-
-    def noise(self, n: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """n fixed noises and balanced labels."""
-        z = torch.randn(n, *self.method.shape, generator=torch.Generator().manual_seed(seed))
-        classes = self.data.info.classes
-        return z, {"label": torch.arange(n) % classes} if classes else {}
-
-    def suite(self) -> Any:
-        """What to measure: an exact law where the data comes from an oracle, else the data's own split."""
-        if hasattr(self.data, "source") and hasattr(self.data.source, "log_prob"):
-            return suite.Toy(self.data.source)
-        real, held_out = self.data.all(), None
-        if self.cfg.eval.reference:
-            _check_path(self.cfg.eval.reference, "eval.reference")
-            held_out = config.build(self.cfg.eval.reference, self.allow, "eval.reference").all()["x"]
-        if "x" not in real:
-            raise BadInput("data holds conditions alone, to which no sample compares; use distill.data.shards.Shards.")
-        return suite.Images(real["x"], real.get("label"), held_out)
-
-
-def assemble(cfg: DictConfig, allow: tuple[str, ...] = ()) -> Session:
-    """Seed, then build data, roles and method, and check that they fit each other."""
-    for key in ("method", "data", "roles"):
-        if not cfg[key]:
-            raise BadInput(f"The config has no '{key}'; start from one in configs/, for example configs/toy/tdm.yaml.")
-    for key in ("method", "data"):
-        if not cfg[key].get(config.TARGET):
-            raise BadInput(f"{key}._target_ is missing; name a class, for example distill.{key}s.TDM for a method.")
-    _check_path(cfg.data, "data")
-    torch.manual_seed(cfg.seed)
-    if cfg.train.threads:
-        torch.set_num_threads(cfg.train.threads)
-    data = config.build(cfg.data, allow, "data")
-    if not (hasattr(data, "info") and hasattr(data, "loader")):
-        raise BadInput(f"data._target_: {cfg.data[config.TARGET]} is no source of data; name one of distill.data.")
-    roles = _roles(cfg, allow)
-    optim = {role: config.Optim(**settings) for role, settings in cfg.optim.items()}
-    method = config.build(cfg.method, allow, "method", roles=roles, optim=optim)
-    if not isinstance(method, Method):
-        raise BadInput(f"method._target_: {cfg.method['_target_']} is not a Method; name one of distill.methods.")
-    _fits(method, data)
-    _trains(method)
-    return Session(cfg, method, data, allow)
-
-
-def _trains(method: Method) -> None:
-    """Refuse settings that an optimiser does not take, while nothing is written."""
-    for role, settings in method.optim.items():
-        weights = list(getattr(method, role).parameters())
-        if not weights:
-            raise BadInput(f"roles.{role} has no weights to train; give it a network of distill.nets.")
-        try:
-            optimizer_of(settings, weights, role)
-        except BadInput:
-            raise
-        except (TypeError, ValueError, RuntimeError) as error:
-            text = str(error).splitlines()[0]
-            raise BadInput(f"optim.{role}: torch.optim.{settings.name} refuses its settings: {text}") from error
-
-
-def _roles(cfg: DictConfig, allow: tuple[str, ...]) -> dict[str, Any]:
-    roles = config.build(cfg.roles, allow, "roles")
-    layout, settings = (roles.pop(k, None) if isinstance(roles, dict) else None for k in ("layout", "adapter"))
-    for name, role in roles.items() if isinstance(roles, dict) else [("_target_", None)]:
-        if not isinstance(role, (torch.nn.Module, str)):
-            raise BadInput(f"roles.{name} is no network; give it a _target_, such as distill.denoise.Denoiser.")
-    lay_out(roles, layout or "full", settings)
-    return roles
-
-
-def _check_path(settings: DictConfig, key: str) -> None:
-    """Refuse a source whose files are not there, and name the command that makes them."""
-    path = settings.get("path")
-    if not isinstance(path, str) or any(c in path for c in "{*?[") or Path(path).expanduser().exists():
-        return
-    out = Path(path).parent if Path(path).name in ("train", "test") else Path(path)
-    kind = "digits" if "digits" in out.parts else "images PHOTOS"
-    kind = "pairs CONFIG" if settings[config.TARGET].endswith("Pairs") else kind
-    raise BadInput(f"{key}.path: {path} does not exist; make it by `distill data {kind} {out}`, or correct the path.")
-
-
-def _fits(method: Method, data: Any) -> None:
-    """Refuse data that a network of the method cannot take."""
-    info, where = data.info, f"data ({data.info.path or data.info.source})"
-    for role in (*method.trainable, *method.frozen):
-        net = getattr(getattr(method, role), "net", None)
-        shape, classes = tuple(getattr(net, "shape", info.shape)), getattr(net, "classes", 0)
-        if shape != tuple(info.shape):
-            raise BadInput(
-                f"{where} holds samples of shape {tuple(info.shape)}, the network of {role} expects {shape}; "
-                f"change roles.{role}.net or the data."
-            )
-        if info.classes and classes not in (0, info.classes):
-            raise BadInput(
-                f"{where} holds {info.classes} classes, the network of {role} expects {classes}; "
-                "set the network's classes to match."
-            )
-
 
 # -- train -------------------------------------------------------------------------------------------------------
 
 
-def train(cfg: DictConfig, folder: Path, resume: bool = False, allow: tuple[str, ...] = ()) -> Session:
-    """Train into `folder`; an existing run is resumed if asked, refused otherwise.
+def train(
+    cfg: DictConfig, folder: Path, resume: bool = False, allow: tuple[str, ...] = (), look: Any = None
+) -> Session:
+    """Train into `folder`; an existing run is resumed if asked, refused otherwise. `look(session, folder)` may refuse a
+    new one.
 
     `session.method.step` tells how many steps are done, `session.preempted` whether it wants to be started again.
     Nothing is written before everything is built, and a new run that fails before its first step leaves no folder.
@@ -165,6 +53,8 @@ def train(cfg: DictConfig, folder: Path, resume: bool = False, allow: tuple[str,
             see.console.print(f"{folder} has its {state['step']} steps already; raise train.steps to go on.")
             return session
         tests = session.suite()
+        if look and state is None:
+            look(session, folder)
         with home.written(folder, cfg, session.method) as sinks:
             if home.leads():
                 see.open_sinks(sinks, folder, cfg.log, cfg.name, OmegaConf.to_container(cfg), state["step"] if state else -1)
@@ -309,7 +199,7 @@ def measure(
     nfes = sorted({*(evaluations or cfg.eval.evaluations), steps})
     tried = [n for n in nfes if n <= 16] if training_free is None else training_free
     teacher, free, student, panels = {}, {}, {}, {}
-    for nfe in nfes:
+    for nfe in nfes if session.teacher else ():
         all_of_them = {} if nfe in tried else {"solvers": ("ddim",), "grids": ("uniform",)}
         made = _on(session, lambda z, c: baselines.baseline(session.teacher, z, c, (nfe,), batch=1000, **all_of_them), z, cond)  # noqa: B023, E501
         scores = {name: tests.score(x.cpu(), cond, quick=name != PLAIN) for name, x in made[nfe].items()}
@@ -319,7 +209,8 @@ def measure(
             free[nfe] = {name: {k: v for k, v in found.items() if k in shared} for name, found in scores.items()}
         if nfe in (steps, nfes[-1]):
             panels[f"teacher, {nfe} evaluations"] = _shown(made[nfe][PLAIN].cpu())
-        if session.teacher is not method.ema:
+    if session.teacher is not method.ema:
+        for nfe in nfes:
             grid, generator = method.grid if nfe == steps else nfe, torch.Generator().manual_seed(cfg.eval.seed)
             x = batched(lambda z, c: method.sample(z, c, generator=generator, grid=grid), z, cond, method)  # noqa: B023
             student[nfe] = tests.score(x, cond)

@@ -20,8 +20,9 @@ RANKS = [
     {"tangent", "solvers", "losses", "nets", "data"},
     {"methods", "eval", "export"},
     {"engine"},
+    {"session"},
     {"run"},
-    {"demo", "compare", "merge", "bench"},
+    {"demo", "compare", "merge", "bench", "check"},
     {"cli"},
 ]
 DOORS = {
@@ -29,7 +30,7 @@ DOORS = {
     "peft": {"nets/diffusers/", "export/"},
     "deepspeed": {"engine/strategy.py"},
     "wandb": {"engine/callbacks.py"},
-    "omegaconf": {"config.py", "run.py", "demo.py", "compare.py", "bench.py"},
+    "omegaconf": {"config.py", "session.py", "run.py", "demo.py", "compare.py", "bench.py"},
     "webdataset": {"data/"},
     "lightning": {"methods/base.py", "engine/", "cli.py", "compare.py", "bench.py"},
 }

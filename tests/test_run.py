@@ -191,7 +191,7 @@ def poison(monkeypatch, *batches: int) -> None:
     (("optim.student.name=LBFGS",), "optim.student: torch.optim.LBFGS refuses"),
     (("optim.student.betas=[0.9, 2]",), "optim.student: torch.optim.AdamW refuses"),
     (("eval.reference={_target_: distill.data.shards.Shards, path: nowhere, batch_size: 4}",
-      "data={_target_: distill.data.toy.Conditions, shape: [2], classes: 0, batch_size: 4}"), "eval.reference.path"),
+      "data={_target_: distill.data.toy.Conditions, shape: [2], classes: 0, batch_size: 4}"), "holds no samples"),
 ])  # fmt: skip
 def test_a_failure_before_the_first_step_leaves_no_folder(tmp_path, monkeypatch, keys, says):
     if says == "engine.accelerator" and torch.cuda.is_available():
@@ -283,7 +283,9 @@ def test_a_toy_is_measured_against_its_law_and_conditions_need_data():
     z, cond = session.noise(4, 1)
     assert z.shape == (4, 2) and cond == {}
     conditions = "{_target_: distill.data.toy.Conditions, shape: [2], classes: 0, batch_size: 4}"
-    alone = run.assemble(tiny.recipe(f"data={conditions}"))
+    with pytest.raises(BadInput, match="Diffusion trains on them"):
+        run.assemble(tiny.recipe(f"data={conditions}"))
+    alone = run.assemble(tiny.recipe(f"data={conditions}", name="tdm"))
     with pytest.raises(BadInput, match="conditions alone"):
         alone.suite()
 

@@ -26,6 +26,8 @@ class Conditions:
         seed: batch n of a rank is a function of (seed, rank, n).
     """
 
+    samples = False
+
     def __init__(self, shape: list[int] | tuple[int, ...], classes: int, batch_size: int, seed: int = 0):
         self.info = Info(tuple(shape), classes, source="conditions alone")
         self.batch_size, self.seed = _checked(batch_size, seed), seed
