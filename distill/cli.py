@@ -54,8 +54,11 @@ def _allow() -> tuple[str, ...]:
 @click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Parent folder.")
 @click.option("--resume", is_flag=True, help="Go on with the run of this name from its newest checkpoint.")
 @click.option("--resume-if-exists", is_flag=True, help="Go on with the run of this name if there is one, else start it.")
-def train(configs: tuple[str, ...], runs: Path, resume: bool, resume_if_exists: bool) -> None:
+@click.option("--no-check", is_flag=True, help="Start without the checks of `distill check`.")
+def train(configs: tuple[str, ...], runs: Path, resume: bool, resume_if_exists: bool, no_check: bool) -> None:
     """Train the run that CONFIGs describe; later files and KEY=VALUE override earlier ones.
+
+    A new run is first looked at as `distill check` does, and not started with a certain fault.
 
     \b
     Example:
@@ -77,12 +80,43 @@ def train(configs: tuple[str, ...], runs: Path, resume: bool, resume_if_exists: 
     from distill.engine.preempt import REQUEUE
 
     resume = resume or resume_if_exists and (runs / cfg.name / "config.yaml").exists()
-    session = run.train(cfg, runs / cfg.name, resume, _allow())
+    gate = None
+    if not no_check:
+        from distill.check import gate as make
+
+        gate = make()
+    session = run.train(cfg, runs / cfg.name, resume, _allow(), look=gate)
     done = session.method.step
     click.echo(f"{runs / cfg.name}: {done} of {cfg.train.steps} steps done.") if leads() else None
     if done < cfg.train.steps:
         click.echo("Go on with the same command and --resume.") if leads() else None
         sys.exit(REQUEUE if session.preempted else 130)
+
+
+@main.command()
+@click.argument("configs", nargs=-1, required=True, metavar="CONFIG... [KEY=VALUE...]")
+@click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Parent folder.")
+def check(configs: tuple[str, ...], runs: Path) -> None:
+    """Look at the run that CONFIGs describe before it costs anything: conventions, data, signs, rates, disk.
+
+    Nothing is written. One line a finding: ok, skipped, WARN (suspicious) or FAIL (certainly wrong, with the mend).
+
+    \b
+    Example:
+      distill check configs/digits/tdm.yaml
+      distill check configs/digits/tdm.yaml method.guidance=2 train.steps=100
+
+    \b
+    Exit codes: 0 no FAIL, 2 a FAIL or bad input.
+    """
+    from distill import check as module
+    from distill import config
+
+    cfg = config.load([c for c in configs if "=" not in c], [c for c in configs if "=" in c])
+    found = module.check(cfg, runs / cfg.name, _allow(), cfg.engine.devices)
+    for finding in found:
+        click.echo(str(finding))
+    module.refuse(found)
 
 
 @main.command()

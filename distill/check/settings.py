@@ -1,0 +1,173 @@
+"""Checks that need no network: data, batches, grid, disk and settings that never come into play."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill.check.base import Probe, Said
+from distill.engine import checkpoint
+from distill.errors import BadInput
+
+
+def data(p: Probe) -> Said:
+    """Values, range, spread and labels of the first samples."""
+    info, said = p.session.data.info, list(_labels(p))
+    if p.x is None:
+        yield from said or [("ok", "conditions alone.")]
+        return
+    x = p.x.float()
+    bad = int((~torch.isfinite(x)).flatten(1).any(1).sum())
+    if bad:
+        yield "FAIL", f"{bad} of the first {len(x)} samples hold NaN or infinity; write the data again without them."
+        return
+    if len(x) > 1 and float(x.std(0).max()) == 0:
+        yield "FAIL", f"the first {len(x)} samples are all the same; look at how the data was written."
+    said += [*_range(x, info), *_moments(p, x, info)]
+    yield from said or [("ok", f"{len(x)} samples of mean {x.mean():.2f} and standard deviation {x.std():.2f}, within "
+                               f"[{x.min():.2f}, {x.max():.2f}].")]  # fmt: skip
+
+
+def _range(x: torch.Tensor, info: Any) -> Said:
+    most, whole = float(x.abs().max()), info.dtype.startswith(("uint", "int"))
+    if most > 1.01 and (whole or info.range != (-1.0, 1.0)):
+        low, high = info.range
+        yield "FAIL", (f"values reach {most:.3g} though the stored range [{low:g}, {high:g}] stands for [-1, 1]; "
+                       "correct the range and write the data again.")  # fmt: skip
+    elif x.ndim == 4 and x.shape[1] in (1, 3) and 1.01 < most:
+        yield "WARN", f"values reach {most:.3g}; pixels lie within [-1, 1], so give their range when the data is written."
+    elif x.ndim == 4 and x.shape[1] in (1, 3) and x.shape[-1] > 4 and float(x.min()) >= 0:
+        yield "WARN", "no value is below 0; pixels fill [-1, 1], so give their range when the data is written."
+
+
+def _moments(p: Probe, x: torch.Tensor, info: Any) -> Said:
+    mean, std = float(x.mean()), float(x.std())
+    if info.std and len(x) >= 64 and (not 0.67 < std / info.std < 1.5 or abs(mean - (info.mean or 0.0)) > 0.5 * info.std):
+        yield "FAIL", (f"mean and standard deviation are {mean:.2f} and {std:.2f}, but {info.path or 'the data'} says "
+                       f"{info.mean:.2f} and {info.std:.2f}; write the data again.")  # fmt: skip
+    stated = {"method.sigma_data": getattr(p.method, "sigma_data", None)}
+    for role in (*p.method.frozen, *p.method.trainable):
+        model = getattr(p.method, role)
+        if getattr(model, "prediction", None) == "edm":
+            stated[f"roles.{role}.sigma_data"] = model.sigma_data
+    size = math.sqrt(mean**2 + std**2)
+    for key, value in stated.items():
+        if value and not 0.5 < size / value < 2:
+            level = "WARN" if 0.25 < size / value < 4 else "FAIL"
+            yield level, f"{key}: {value:g} stands for the size of the data, which is {size:.2f}; set it to that."
+
+
+def _labels(p: Probe) -> Said:
+    label, info = p.batch.get("label"), p.session.data.info
+    nets = [getattr(getattr(p.method, r), "net", None) for r in (*p.method.frozen, *p.method.trainable)]
+    classes = max((getattr(n, "classes", 0) for n in nets), default=0)
+    if label is None or not info.classes:
+        if classes:
+            yield "WARN", f"the network has {classes} classes but the data no labels: every sample is 'no class'."
+        return
+    if bool((label >= info.classes).any()) or bool((label < -1).any()):
+        yield "FAIL", f"labels reach {int(label.max())}, but there are {info.classes} classes, counted from 0."
+    elif len(label) >= 32 and info.classes > 1 and len(label.unique()) == 1:
+        yield "FAIL", (f"the first {len(label)} labels are all {int(label[0])} though there are {info.classes} classes; "
+                       "write the labels again, and shuffle.")  # fmt: skip
+    elif not classes and not any(hasattr(getattr(p.method, r), "means") for r in p.method.frozen):
+        yield "WARN", f"the data has {info.classes} classes and no network takes them; they are not used."
+
+
+def batches(p: Probe) -> Said:
+    """Whether the data fills a step, and the global batch is the recipe's."""
+    source, n = p.session.data, getattr(p.session.data, "batch_size", 0)
+    accumulate, count = p.cfg.engine.accumulate, source.info.count
+    total = n * p.world * accumulate
+    told = f"{n} samples x {p.world} processes x {accumulate} micro-batches = {total} a step"
+    wanted = p.cfg.expect.get("batch")
+    if wanted and wanted != total:
+        yield "FAIL", (f"expect.batch is {wanted}, but a step has {total} samples ({told}); set data.batch_size, "
+                       "engine.devices or engine.accumulate.")  # fmt: skip
+    if count and n > count:
+        yield "FAIL", f"data.batch_size: {n} is more than the {count} samples there are; lower it, or give more data."
+    elif count and total > count:
+        yield "WARN", f"{told}, but there are {count} samples; each comes more than once in a step."
+    elif not wanted or wanted == total:
+        lanes = p.world * max(getattr(source, "workers", 0), 1)
+        yield "ok", f"{told}; " + (f"{count} samples, {lanes} readers." if count else "drawn without end.")
+
+
+def serves(p: Probe) -> Said:
+    """The times of the training grid are those of the stock scheduler that will serve the student."""
+    from distill.noise import Table
+
+    student, grid, serving = p.method.student, p.method.grid, p.method.serving
+    if not hasattr(getattr(student, "net", None), "part"):
+        yield "skipped", f"{type(getattr(student, 'net', student)).__name__} has no stock class to be exported to."
+        return
+    from distill.export import folder
+
+    if not isinstance(student.schedule, Table) or student.prediction not in ("eps", "x", "v"):
+        yield "skipped", f"no stock scheduler serves {student.prediction} under {type(student.schedule).__name__}."
+        return
+    if serving not in folder.SAMPLERS:
+        yield "WARN", f"the sampler '{serving}' has no stock scheduler: the student will not export."
+        return
+    try:
+        scheduler = folder.stock_scheduler(student, grid, serving)
+    except BadInput as error:
+        yield "FAIL", f"method.grid: {error}"
+        return
+    yield "ok", f"{type(scheduler).__name__} serves the {grid.steps} steps at the times that are trained."
+
+
+def disk(p: Probe) -> Said:
+    """Room for the checkpoints that stay, and the one that is being written."""
+    method, train = p.method, p.cfg.train
+    weights = {n: checkpoint.size(dict(getattr(method, n).state_dict())) for n in (*method.trainable, *method._averages)}
+    moments = sum(weights[r] * (0 if method.optim[r].name == "SGD" else 2) for r in method.trainable)
+    one = sum(weights.values()) + moments
+    kept = train.keep or math.ceil(train.steps / (train.save_every or train.steps))
+    need = (kept + train.keep_best + 1) * one
+    at = Path(p.folder).absolute()
+    while not at.exists():
+        at = at.parent
+    free = shutil.disk_usage(at).free
+    told = f"{kept + train.keep_best + 1} checkpoints of {one / 1e6:,.1f} MB need {need / 1e6:,.1f} MB"
+    if free < need:
+        yield "FAIL", (f"{told}, and {free / 1e6:,.1f} MB are free at {at}; free some, write elsewhere with --runs, or "
+                       "lower train.keep.")  # fmt: skip
+    else:
+        yield "ok", f"{told}; {free / 1e6:,.0f} MB are free."
+
+
+def settings(p: Probe) -> Said:
+    """Settings that never come into play in a run of this length."""
+    train, steps, method, found = p.cfg.train, p.cfg.train.steps, p.method, []
+    for name, (_, decay) in method._averages.items():
+        if decay and decay < 1 and (half := math.log(2) / -math.log(decay)) > steps:
+            key = "method.ema" if name == "ema" else f"the decay of {name}"
+            found.append(f"{key}: {decay:g} forgets half in {half:,.0f} steps, and the run has {steps}; only its ramp "
+                         "(1 + n)/(10 + n) counts.")  # fmt: skip
+    for role, optim in method.optim.items():
+        if optim.warmup >= steps:
+            found.append(f"optim.{role}.warmup: {optim.warmup} steps are not over when the run is ({steps} steps).")
+        if optim.lr == 0:
+            found.append(f"optim.{role}.lr: 0 trains nothing.")
+    for key, value in _lengths(method):
+        if value >= steps:
+            found.append(f"method.{key}: {value} steps, but the run has {steps}; its own loss is never reached in full.")
+    for key in ("validate_every", "save_every"):
+        if train[key] > steps:
+            found.append(f"train.{key}: {train[key]} is never reached in {steps} steps.")
+    if train.keep_best and not train.validate_every:
+        found.append("train.keep_best: nothing is validated on the way; set train.validate_every.")
+    if method.grid.steps > 64 and getattr(method, "teacher", None) is not None:
+        found.append(f"method.grid: {method.grid.steps} steps are many for a few-step student.")
+    yield from (("WARN", text) for text in found) if found else [("ok", f"all settings come into play in {steps} steps.")]
+
+
+def _lengths(method: Any) -> list[tuple[str, int]]:
+    """Lengths in steps that a method states."""
+    names = ("warm_start", "warm_up", "share_steps", "rung_steps", "student_every", "head_turns")
+    return [(n, v) for n in names if isinstance(v := getattr(method, n, None), int)]
