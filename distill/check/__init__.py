@@ -15,7 +15,7 @@ import torch
 from distill import run
 from distill.check import settings, teacher
 from distill.check.base import Finding, Probe, device_of, first, untouched
-from distill.check.updates import updates
+from distill.check.updates import tried
 from distill.errors import BadInput
 
 LOOKS = {
@@ -48,7 +48,7 @@ def findings(session: Any, folder: Path, world: int = 1) -> list[Finding]:
             probe = Probe(session, Path(folder), world, batch)
             for name, look in LOOKS.items():
                 found += _said(name, lambda: [(name, *s) for s in look(probe)])  # noqa: B023
-            found += _said("update", lambda: list(updates(probe)))
+            found += _said("update", lambda: list(tried(probe)))
     finally:
         method.to(home)
     return found

@@ -49,7 +49,7 @@ def _moments(p: Probe, x: torch.Tensor, info: Any) -> Said:
     if info.std and len(x) >= 64 and (not 0.67 < std / info.std < 1.5 or abs(mean - (info.mean or 0.0)) > 0.5 * info.std):
         yield "FAIL", (f"mean and standard deviation are {mean:.2f} and {std:.2f}, but {info.path or 'the data'} says "
                        f"{info.mean:.2f} and {info.std:.2f}; write the data again.")  # fmt: skip
-    stated = {"method.sigma_data": getattr(p.method, "sigma_data", None)}
+    stated = {"method.sigma_data": getattr(getattr(p.method, "chart", p.method), "sigma_data", None)}
     for role in (*p.method.frozen, *p.method.trainable):
         model = getattr(p.method, role)
         if getattr(model, "prediction", None) == "edm":

@@ -68,7 +68,7 @@ class Trial:
 
     def __init__(self, model: Any, x: Tensor, cond: dict[str, Tensor]):
         big = sum(p.numel() for p in model.parameters()) > 2e7
-        n = min(len(x), 16 if big else 64 if x[0].numel() > 16 else 256)
+        n = min(len(x), 16 if big else 32 if x[0].numel() > 16 else 256)
         self.model, self.x, self.cond = model.eval(), x[:n], {k: v[:n] for k, v in cond.items()}
         self.v = float((x - x.mean(0)).square().mean())
         self.z = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)[:n]

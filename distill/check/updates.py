@@ -23,8 +23,9 @@ from distill.check.base import Probe, Said, spread
 from distill.methods.place import Place, optimizer_of
 
 TRIED = 32  # samples of a trial step
+SEEDS = (1, 2)  # of the directions in which outputs are pushed off
 PUSH = 0.5  # of the standard deviation of the network's output
-AWAY = -0.3  # a pull below this is the wrong way; all random numbers together are within it where no way is right
+AWAY, FLEES = -0.3, -0.1  # pulls of student and critics below these go the wrong way; an untrained student's may be weak
 SIGN = {"x": 1.0, "edm": 1.0, "v": -1.0, "flow": -1.0, "eps": -1.0}  # of the change in x by one in the network's output
 
 
@@ -108,7 +109,7 @@ class Steps:
         return seen
 
 
-def updates(p: Probe) -> Iterator[tuple[str, str, str]]:
+def tried(p: Probe) -> Iterator[tuple[str, str, str]]:
     """(check, level, sentence) of the checks that try a step."""
     frozen = [f"{role}.{n}" for role in p.method.frozen for n, v in getattr(p.method, role).named_parameters()
               if v.requires_grad]  # fmt: skip
@@ -158,14 +159,15 @@ def _signs(p: Probe, steps: Steps, seen: dict[str, Turn]) -> Said:
     said, clear, (pulls, critics) = [], True, _pulls(p, steps)
     for role in (r for r in p.method.trainable if r in seen):
         found, slope = pulls.get(role, []), _slope(steps, role, seen[role], 0)
-        if found and max(found) < AWAY:
+        limit = FLEES if role in critics else AWAY
+        if found and max(found) < limit:
             clear = False
             yield "FAIL", (
                 f"{role}'s update " + ("flees the student instead of following it" if role in critics else
                                        "pushes the student further off when it is off")
                 + f" (pull {sum(found) / len(found):+.2f}); a sign is turned in its loss, or teacher and critic are swapped."
             )  # fmt: skip
-        elif not (found and min(found) > -AWAY) and _uphill(slope) and _uphill(_slope(steps, role, steps.all(7)[role], 7)):
+        elif not (found and min(found) > -limit) and _uphill(slope) and _uphill(_slope(steps, role, steps.all(7)[role], 7)):
             clear = False
             yield "FAIL", (f"{role}'s gradient points uphill: along its own update the loss grows as fast as it should "
                            "fall; a sign is turned in its loss.")  # fmt: skip
@@ -210,7 +212,7 @@ def _pulls(p: Probe, steps: Steps) -> tuple[dict[str, list[float]], list[str]]:
     if "student" not in nets or "student" not in steps.of or ("head" in method.trainable and not critics):
         return {}, []  # an adversarial loss alone knows no way back before its head is trained
     found: dict[str, list[float]] = {r: [] for r in nets}
-    for seed in (1, 2):
+    for seed in SEEDS:
         for probed in (["student"], critics):
             if not probed:
                 continue

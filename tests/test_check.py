@@ -1,0 +1,461 @@
+"""`distill check`: every injected fault is named by the check that is there for it; healthy recipes raise none."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections import namedtuple
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from click.testing import CliRunner
+
+from distill import config, methods, run
+from distill.check import findings
+from distill.check.base import untouched
+from distill.cli import main
+from distill.data import write
+from distill.data.info import Info
+from distill.losses.regression import mse
+from distill.methods.base import Method
+from distill.methods.consistency import Consistency
+from distill.methods.guidance import Guidance
+from distill.methods.tdm import TDM
+from distill.noise import RectifiedFlow, Schedule, Table
+
+ROOT = Path(__file__).parents[1]
+DIGITS = ROOT / "configs" / "digits"
+TOYS = sorted(tiny.TOY.glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    out = tmp_path_factory.mktemp("shards") / "digits"
+    write.digits(out)
+    return out
+
+
+@pytest.fixture(autouse=True)
+def threads(monkeypatch):
+    monkeypatch.chdir(ROOT)  # recipes name checkpoints/ from there
+    count = torch.get_num_threads()
+    yield
+    torch.set_num_threads(count)
+
+
+def digits(shards, *overrides: str, name: str = "consistency"):
+    keys = [f"data.path={shards}/train", f"eval.reference.path={shards}/test", "data.batch_size=16", "train.threads=1"]
+    return run.assemble(config.load([DIGITS / f"{name}.yaml"], [*keys, *overrides]), allow=("test_check",))
+
+
+def toy(*overrides: str, name: str = "tdm"):
+    keys = ["data.batch_size=32", "train.threads=1", "roles.student.net.width=16", "roles.student.net.depth=1"]
+    return run.assemble(config.load([tiny.TOY / f"{name}.yaml"], [*keys, *overrides]), allow=("test_check",))
+
+
+def look(session, folder: Path, *only: str):
+    """Findings, of the named checks alone if there are any."""
+    from distill import check
+
+    with pytest.MonkeyPatch.context() as patch:
+        if only:
+            patch.setattr(check, "LOOKS", {k: v for k, v in check.LOOKS.items() if k in only})
+        if only and not set(only) & {"gradients", "sign", "rates"}:
+            patch.setattr(check, "tried", lambda p: ())
+        return findings(session, folder)
+
+
+def caught(session, folder: Path, name: str, *says: str, level: str = "FAIL", only: bool = True) -> None:
+    """`name` says this at this level."""
+    found = look(session, folder, *([name] if only else []))
+    texts = [f.text for f in found if f.name == name and f.level == level]
+    assert any(all(s in text for s in says) for text in texts), "\n".join(map(str, found))
+
+
+def failed(found) -> list[str]:
+    return [str(f) for f in found if f.level == "FAIL"]
+
+
+# -- no false alarm ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", TOYS, ids=lambda p: p.stem)
+def test_healthy_toys_pass(recipe, tmp_path):
+    cfg = config.load([recipe], ["train.threads=1", "data.batch_size=128"])
+    found = findings(run.assemble(cfg), tmp_path)
+    assert not failed(found) and {f.name for f in found} >= {"data", "teacher", "sign", "gradients", "disk"}
+
+
+@pytest.mark.parametrize("recipe", sorted(p.stem for p in DIGITS.glob("*.yaml") if p.stem != "base"))
+def test_healthy_digits_pass(recipe, shards, tmp_path, monkeypatch):
+    from distill.check import updates
+
+    monkeypatch.setattr(updates, "TRIED", 4)
+    monkeypatch.setattr(updates, "SEEDS", (1,))
+    found = look(digits(shards, name=recipe), tmp_path, "data", "guidance", "start", "grid", "disk", "settings", "sign")
+    assert not failed(found) and {f.name for f in found} >= {"guidance", "grid", "sign", "rates"}
+
+
+# -- the session is left as it was ---------------------------------------------------------------------------------
+
+
+def test_a_checked_session_is_bit_identical(tmp_path):
+    def state(session):
+        method = session.method
+        flags = [p.requires_grad for p in method.parameters()], [m.training for m in method.modules()]
+        drawn = torch.get_rng_state().clone(), method.shared.get_state().clone()
+        weights = {k: v.clone() for k, v in method.state_dict().items()}
+        return weights, flags, drawn, method.step, method.total_steps, method.logs, set(vars(method))
+
+    session = toy(name="dmd2")
+    before, place = state(session), session.method.place
+    findings(session, tmp_path)
+    after = state(session)
+    assert tiny.same(list(before[:6]), list(after[:6])) and before[6] == after[6]
+    assert session.method.place is place and all(p.grad is None for p in session.method.parameters())
+
+
+# -- conventions of the teacher --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", ["eps", "x", "flow"])
+def test_a_wrong_prediction_type(shards, tmp_path, wrong):
+    session = digits(shards)
+    session.method.teacher.prediction = wrong
+    caught(session, tmp_path, "teacher", f"roles.teacher.prediction: {wrong} fits the network worse than v; set v")
+
+
+@pytest.mark.parametrize("shift", [3.0, 1 / 3])
+def test_a_shifted_schedule(shards, tmp_path, shift):
+    session = digits(shards)
+    session.method.teacher.schedule = Table.of(RectifiedFlow(shift))
+    caught(session, tmp_path, "teacher", "roles.teacher.schedule", "expects another noise level")
+
+
+@dataclass(frozen=True)
+class Swapped(Schedule):
+    """Signal and noise in each other's place."""
+
+    def alpha(self, t):
+        return t
+
+    def sigma(self, t):
+        return 1 - t
+
+
+def test_swapped_alpha_and_sigma(shards, tmp_path):
+    session = digits(shards)
+    session.method.teacher.schedule = Swapped()
+    caught(session, tmp_path, "teacher", "alpha and sigma are swapped")
+
+
+@pytest.mark.parametrize("told, says", [(lambda t: 1 - t, "tell it 1 - t"), (lambda t: t / 1000, "tell it 1000 t")])
+def test_a_wrong_time(shards, tmp_path, told, says):
+    session = digits(shards)
+    net = session.method.teacher.net
+    forward = net.forward
+    net.forward = lambda x, t, **kw: forward(x, told(t), **kw)
+    caught(session, tmp_path, "teacher", says)
+
+
+@pytest.mark.parametrize("scale", [5.0, 0.2])
+def test_data_on_another_scale(shards, tmp_path, scale):
+    session = digits(shards)
+    load = session.data.loader
+    session.data.loader = lambda *a: ({**b, "x": scale * b["x"]} for b in load(*a))
+    caught(session, tmp_path, "teacher", f"multiply them by about {1 / scale:.3g}")
+
+
+def test_a_teacher_that_learnt_nothing(shards, tmp_path):
+    session = digits(shards)
+    for p in session.method.teacher.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    caught(session, tmp_path, "teacher", "roles.teacher")
+
+
+def test_an_oracle_of_other_data(tmp_path):
+    session = toy()
+    session.method.teacher.means *= 3
+    caught(session, tmp_path, "teacher", "denoises worse than a linear map")
+
+
+def test_weights_that_are_not_those_of_the_folder(shards, tmp_path):
+    session = digits(shards)
+    with torch.no_grad():
+        next(session.method.teacher.parameters()).mul_(1.05)
+    caught(session, tmp_path, "pipeline", "does not repeat the samples kept there")
+
+
+def test_a_folder_without_references_is_compared_with_its_scheduler(shards, tmp_path):
+    folder = tmp_path / "teacher"
+    shutil.copytree(ROOT / "checkpoints" / "digits-teacher", folder)
+    (folder / "reference.safetensors").unlink()
+    session = digits(shards, f"roles.teacher.path={folder}")
+    assert [f.level for f in look(session, tmp_path, "pipeline")] == ["ok"]
+    session.method.teacher.prediction = "eps"
+    caught(session, tmp_path, "pipeline", "does not repeat what its stock scheduler makes of the network")
+
+
+# -- data ------------------------------------------------------------------------------------------------------------
+
+
+def spoilt(session, **change):
+    """The session with its batches changed: column -> function of the column."""
+    load = session.data.loader
+    session.data.loader = lambda *a: ({k: change[k](v) if k in change else v for k, v in b.items()} for b in load(*a))
+    return session
+
+
+def test_nan_in_the_data(tmp_path):
+    session = spoilt(toy(), x=lambda x: x.masked_fill(torch.arange(len(x))[:, None] == 3, torch.nan))
+    caught(session, tmp_path, "data", "hold NaN or infinity", only=False)
+
+
+def test_constant_labels(shards, tmp_path):
+    caught(spoilt(digits(shards), label=torch.zeros_like), tmp_path, "data", "labels are all 0 though there are 10 classes")
+
+
+def test_labels_beyond_the_classes(shards, tmp_path):
+    caught(spoilt(digits(shards), label=lambda v: v + 1), tmp_path, "data", "labels reach 10, but there are 10 classes")
+
+
+def test_labels_in_another_order(shards, tmp_path):
+    session = spoilt(digits(shards), label=lambda v: (v + 3) % 10)
+    caught(session, tmp_path, "guidance", "denoises better without its condition", level="WARN")
+
+
+def test_samples_that_are_all_the_same(tmp_path):
+    caught(spoilt(toy(), x=torch.ones_like), tmp_path, "data", "samples are all the same")
+
+
+def test_a_wrong_range_of_pixels(shards, tmp_path):
+    caught(spoilt(digits(shards), x=lambda x: 8 * x + 8), tmp_path, "data", "values reach 16", "correct the range")
+
+
+def test_a_wrong_sigma_data(tmp_path):
+    caught(toy("method.sigma_data=20", name="scm"), tmp_path, "data", "method.sigma_data: 20 stands for")
+
+
+def test_a_batch_larger_than_the_data(shards, tmp_path):
+    session = digits(shards, "data.batch_size=2000")
+    caught(session, tmp_path, "batch", "data.batch_size: 2000 is more than the 1438 samples")
+
+
+def test_another_global_batch_than_the_recipe_says(shards, tmp_path):
+    session = digits(shards, "expect={batch: 128}", "engine.accumulate=4")
+    caught(session, tmp_path, "batch", "expect.batch is 128, but a step has 64")
+
+
+# -- guidance and the start ------------------------------------------------------------------------------------------
+
+
+def test_no_null_class_for_guidance(shards, tmp_path):
+    session = digits(shards, "method.guidance=2.0")
+    session.method.teacher.net.null_class = False
+    caught(session, tmp_path, "guidance", "no class for 'no class'")
+
+
+def test_a_null_condition_equal_to_the_condition(shards, tmp_path):
+    session = digits(shards, "method.guidance=2.0")
+    session.method.teacher.net.null = lambda cond: cond
+    caught(session, tmp_path, "guidance", "the null condition equals the condition")
+
+
+def test_a_teacher_deaf_to_its_condition(shards, tmp_path):
+    session = digits(shards, "method.guidance=2.0")
+    forward = session.method.teacher.net.forward
+    session.method.teacher.net.forward = lambda x, t, label=None, **kw: forward(x, t, **kw)
+    caught(session, tmp_path, "guidance", "changes nothing in its output")
+
+
+def test_guidance_without_a_condition(tmp_path):
+    caught(toy("method.guidance=2.0"), tmp_path, "guidance", "2 does nothing, because the data carries no condition")
+
+
+@pytest.mark.parametrize("w", [0.0, 0.5, -1.0])
+def test_guidance_below_one(shards, tmp_path, w):
+    caught(digits(shards, f"method.guidance={w}"), tmp_path, "guidance", f"{w:g} is below 1", "w + 1", level="WARN")
+
+
+def test_a_grid_off_the_scheduler(shards, tmp_path):
+    caught(digits(shards, "method.grid=[1, 0.7, 0.31, 0]"), tmp_path, "grid", "method.grid", "LCMScheduler starts 3 steps")
+    caught(digits(shards, "method.grid=3", name="tdm"), tmp_path, "grid", "method.grid: DDIMScheduler")
+
+
+def test_a_student_that_is_not_the_teacher_at_the_start(shards, tmp_path):
+    session = digits(shards)
+    with torch.no_grad():
+        next(session.method.student.parameters()).mul_(1.1)
+    caught(session, tmp_path, "start", "does not answer as the teacher before its first update")
+
+
+def test_new_inputs_that_do_not_start_at_zero(shards, tmp_path):
+    session = digits(shards, name="guidance")
+    with torch.no_grad():
+        session.method.student.net.guidance.outer.bias.add_(1.0)
+    caught(session, tmp_path, "start", "new inputs w and s do not start at zero")
+
+
+# -- signs, gradients and rates ----------------------------------------------------------------------------------------
+
+
+class Away(Consistency):
+    """Its loss with the wrong sign."""
+
+    def loss(self, x, z, cond):
+        return -super().loss(x, z, cond)
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return -g
+
+
+class Uphill(Consistency):
+    """The right value, its gradient turned round."""
+
+    def loss(self, x, z, cond):
+        return Reversed.apply(super().loss(x, z, cond))
+
+
+class Pushing(TDM):
+    """Teacher and critic in each other's place."""
+
+    def student_loss(self, path, cond, told):
+        teacher, critic = self.guided, self.critic
+        vars(self)["guided"], self._modules["critic"] = critic, teacher
+        try:
+            return super().student_loss(path, cond, told)
+        finally:
+            vars(self).pop("guided")
+            self._modules["critic"] = critic
+
+
+class Fleeing(TDM):
+    """A critic that leaves the student."""
+
+    def critic_loss(self, path, cond, told):
+        return -super().critic_loss(path, cond, told)
+
+
+class Detached(Guidance):
+    """A loss without the student in it."""
+
+    def loss(self, x, z, cond):
+        return mse(x.requires_grad_(), x.detach())
+
+
+@pytest.mark.parametrize("wrong, name, role", [
+    ("Away", "consistency", "student"), ("Uphill", "consistency", "student"), ("Pushing", "tdm", "student"),
+    ("Fleeing", "tdm", "critic"),
+])  # fmt: skip
+def test_a_turned_sign(tmp_path, wrong, name, role):
+    session = toy(f"method._target_=test_check.{wrong}", name=name)
+    caught(session, tmp_path, "sign", f"{role}'s", "a sign is turned")
+
+
+def test_a_turned_sign_on_images(shards, tmp_path):
+    session = digits(shards, "method._target_=test_check.Pushing", name="tdm")
+    caught(session, tmp_path, "sign", "student's update pushes the student further off")
+
+
+def test_a_loss_without_its_role(tmp_path):
+    session = toy("method._target_=test_check.Detached", name="guidance")
+    caught(session, tmp_path, "gradients", "the loss of student's turn does not depend on student")
+
+
+def test_a_frozen_role_that_requires_gradient(shards, tmp_path):
+    session = digits(shards)
+    session.method.teacher.requires_grad_(True)
+    caught(session, tmp_path, "gradients", "frozen roles require gradients (teacher.")
+
+
+def test_a_dead_parameter(tmp_path):
+    session = toy(name="consistency")
+    net = session.method.student.net
+    net.forgotten = torch.nn.Linear(3, 3)
+    session.method._parameters_of["student"] = list(session.method.student.parameters())
+    caught(session, tmp_path, "gradients", "2 of ", "never get a gradient", "forgotten.weight", level="WARN")
+
+
+def test_infinite_weights(tmp_path):
+    session = toy(name="consistency")
+    with torch.no_grad():
+        next(session.method.student.parameters()).fill_(torch.inf)
+    caught(session, tmp_path, "gradients", "student's")
+
+
+@pytest.mark.parametrize("lr, level", [(1e3, "FAIL"), (0.03, "WARN"), (1e-11, "WARN")])
+def test_a_learning_rate_out_of_all_proportion(tmp_path, lr, level):
+    session = toy(f"optim.student.lr={lr}", name="consistency")
+    caught(session, tmp_path, "rates", f"optim.student.lr: {lr:g} makes the first update", level=level)
+
+
+# -- disk and settings -------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 100))
+    caught(toy(), tmp_path / "not" / "yet", "disk", "3 checkpoints", f"are free at {tmp_path}", "--runs")
+
+
+@pytest.mark.parametrize("keys, says", [
+    (["method.ema=0.9999"], "method.ema: 0.9999 forgets half in 6,931 steps"),
+    (["optim.student.warmup=5000"], "optim.student.warmup: 5000 steps are not over"),
+    (["train.validate_every=9999"], "train.validate_every: 9999 is never reached"),
+    (["train.steps=100", "train.validate_every=0"], "method.warm_start: 500 steps, but the run has 100"),
+    (["optim.critic.lr=0"], "optim.critic.lr: 0 trains nothing"),
+    (["train.keep_best=2", "train.validate_every=0"], "train.keep_best: nothing is validated"),
+])  # fmt: skip
+def test_settings_that_never_come_into_play(tmp_path, keys, says):
+    caught(toy(*keys), tmp_path, "settings", says, level="WARN")
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+def distill(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Settings alone, to see what the verbs do with what a check says."""
+    from distill import check
+
+    monkeypatch.setattr(check, "tried", lambda p: ())
+    monkeypatch.setattr(check, "LOOKS", {k: check.LOOKS[k] for k in ("batch", "disk", "settings")})
+
+
+def test_check_prints_a_line_each_and_exits_with_two_on_a_fault(quick, tmp_path):
+    recipe = tiny.TOY / "teacher.yaml"
+    good = distill("check", recipe, "--runs", tmp_path / "runs")
+    assert good.exit_code == 0 and [line.split()[1] for line in good.stdout.splitlines()] == ["batch", "disk", "settings"]
+    bad = distill("check", recipe, "expect={batch: 7}")
+    assert bad.exit_code == 2 and "FAIL" in bad.stdout and bad.stderr.startswith("distill: check batch: expect.batch is 7")
+    assert not list(tmp_path.iterdir())
+
+
+def test_train_refuses_a_fault_and_leaves_no_folder(quick, tmp_path):
+    keys = [tiny.TOY / "teacher.yaml", *tiny.SMALL, "train.steps=2", "expect={batch: 7}", "--runs", tmp_path / "runs"]
+    refused = distill("train", *keys)
+    assert refused.exit_code == 2 and "--no-check" in refused.stderr and not (tmp_path / "runs").exists()
+    assert distill("train", *keys, "--no-check").exit_code == 0
+    assert distill("train", *keys, "train.steps=3", "--resume").exit_code == 0, "a run that goes on was checked again"
+
+
+def test_a_check_that_breaks_stops_nobody(tmp_path, monkeypatch):
+    from distill import check
+
+    monkeypatch.setattr(check, "LOOKS", {"data": lambda p: 1 / 0})
+    monkeypatch.setattr(check, "tried", lambda p: ())
+    assert [(f.level, "ZeroDivisionError" in f.text) for f in findings(toy(), tmp_path)] == [("WARN", True)]
