@@ -171,3 +171,21 @@ def sana():
         num_key_value_heads=1, head_dim=8, pad_token_id=0, eos_token_id=1, bos_token_id=2)))
     return diffusers.SanaPipeline(tokenizer=gemma_tokenizer(), text_encoder=encoder, vae=coder, transformer=network,
                                   scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
+
+
+def stable_audio():
+    torch.manual_seed(2)
+    network = shake(diffusers.StableAudioDiTModel(
+        sample_size=8, in_channels=3, num_layers=2, attention_head_dim=4, num_attention_heads=2,
+        num_key_value_attention_heads=2, out_channels=3, cross_attention_dim=4, time_proj_dim=8,
+        global_states_input_dim=8, cross_attention_input_dim=4), 0.05)
+    torch.manual_seed(3)
+    coder = diffusers.AutoencoderOobleck(
+        encoder_hidden_size=6, downsampling_ratios=[1, 2], decoder_channels=3, decoder_input_channels=3,
+        audio_channels=2, channel_multiples=[2, 4], sampling_rate=4)
+    from diffusers.pipelines.stable_audio.modeling_stable_audio import StableAudioProjectionModel
+
+    project = StableAudioProjectionModel(text_encoder_dim=16, conditioning_dim=4, min_value=0, max_value=32)
+    return diffusers.StableAudioPipeline(
+        vae=coder, text_encoder=t5(), projection_model=shake(project), tokenizer=t5_tokenizer(), transformer=network,
+        scheduler=diffusers.CosineDPMSolverMultistepScheduler(solver_order=1))

@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
+import types
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,9 +18,12 @@ import torch
 from distill.denoise import Guided
 from distill.errors import BadInput
 from distill.grid import Grid
+from distill.methods.consistency import Consistency
+from distill.methods.tdm import TDM
 from distill.nets.diffusers import grid_of, load
 from distill.nets.diffusers.prompts import Latent, decode, encode
-from distill.solvers import DDIM, solve
+from distill.noise import TrigFlow
+from distill.solvers import DDIM, Ancestral, solve
 
 PROMPTS, STEPS, W = ["a cat", "two dogs"], 10, 3.5
 
@@ -197,6 +202,74 @@ def test_latents_become_the_pixels_of_the_stock_pipeline(family):
     a = a.latent_dist.mean if hasattr(a, "latent_dist") else a.latent
     again = latent.encode(2 * pixels - 1)
     torch.testing.assert_close(latent.vae.decode(a).sample, latent.decode(again), rtol=0, atol=1e-5)
+
+
+# -- sound ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_stable_audio_without_its_sampler_noise(tmp_path, monkeypatch):
+    """Its stock sampler is stochastic: with the noise switched off on both sides it is the posterior's mean."""
+    monkeypatch.setitem(sys.modules, "torchsde", types.ModuleType("torchsde"))  # optional: only its noise comes from there
+    from diffusers.schedulers import scheduling_cosine_dpmsolver_multistep as cosine
+
+    monkeypatch.setattr(diffusers, "CosineDPMSolverMultistepScheduler", cosine.CosineDPMSolverMultistepScheduler)
+    pipe, path = families.stable_audio(), tmp_path / "audio"
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(path)
+    monkeypatch.setattr(cosine, "BrownianTreeNoiseSampler", lambda x, *a, **kw: lambda *step: torch.zeros_like(x))
+    z = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(5))
+
+    def theirs(output):
+        return pipe(PROMPTS, num_inference_steps=STEPS, guidance_scale=W, latents=z.clone(), output_type=output).audios
+
+    denoiser, cond = load(path), encode(path, PROMPTS)
+    assert denoiser.schedule == TrigFlow() and denoiser.prediction == "v" and denoiser.net.shape == (3, 8)
+    pipe.scheduler.set_timesteps(STEPS)
+    times = (2 / math.pi * pipe.scheduler.sigmas.double().atan()).tolist()
+
+    def ours(cond, w=W):
+        x = z.double()
+        for t, s in zip(times, times[1:]):
+            t, s = (torch.full((2,), a, dtype=torch.float64) for a in (t, s))
+            x = Ancestral()(Guided(denoiser, w), x, t, s, noise=torch.zeros_like(x), **cond)
+        return x.float()
+
+    latents = theirs("latent")
+    found = difference(ours(cond), latents)
+    print(f"stable-audio: {found:.1e}")
+    assert latents.std() > 0.01 and found < 1e-4
+    assert difference(ours(cond, W + 1), latents) > 1e-3
+    for key, value in cond.items():
+        assert difference(ours(cond | {key: torch.zeros_like(value)}), latents) > 1e-3, key
+    torch.testing.assert_close(decode(path, latents), theirs("pt"), rtol=0, atol=1e-5)
+    null = denoiser.null(cond)
+    assert not null["text"].any() and null["duration"] is cond["duration"]
+    with pytest.raises(BadInput, match="no TimestepEmbedding"):
+        load(path, guided=True)
+
+
+# -- training ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Consistency, TDM], ids=lambda k: k.__name__)
+@pytest.mark.parametrize("name", ["sdxl", "sd3"])
+def test_methods_train_on_conditions_that_are_tensors(name, kind, tmp_path):
+    case = CASES[name]
+    case.build().save_pretrained(tmp_path / name)
+    teacher, student = load(tmp_path / name), load(tmp_path / name, guided=kind is Consistency)
+    method = kind({"teacher": teacher, "student": student}, grid=2, guidance=3.0)
+    before = [p.clone() for p in method.student.parameters()]
+    optimizers = method.configure_optimizers()
+    method.optimizers, method.manual_backward, method.total_steps = lambda: optimizers, lambda loss: loss.backward(), 2
+    batch = {"x": torch.randn(2, *case.shape)} | encode(tmp_path / name, PROMPTS)
+    for _ in range(2):
+        method.training_step(batch)
+    assert all(math.isfinite(v) for v in method.logs.values() if isinstance(v, float))
+    moved = [not torch.equal(a, b) for a, b in zip(before, method.student.parameters())]
+    assert any(moved) and all(p.isfinite().all() for p in method.student.parameters())
+    cond = {k: v for k, v in batch.items() if k != "x"}
+    assert method.sample(torch.randn(2, *case.shape), cond).isfinite().all()
 
 
 # -- what is wrong, in one sentence --------------------------------------------------------------------------------

@@ -32,6 +32,9 @@ class Conditioned(Stock):
     part = "transformer"
     told: tuple[str, ...] = ("text",)
     extras: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()  # told, and no part of the prompt: the null condition keeps it
+    bones: tuple[str, ...] = ()  # parts of the pipeline whose shape the encoders ask
+    null_zero = False  # whether the family's null condition is zeros
     latent_scale: float | tuple[float, ...] = 1.0
     latent_shift: float | tuple[float, ...] = 0.0
     pixels = 8  # a side of a latent in pixels
@@ -49,7 +52,7 @@ class Conditioned(Stock):
         nn.Module.__init__(net)
         cls.check(model)
         net._adopt(model, guided, flow_map, timesteps, math_attention)
-        net.schedule, net.null_zero = schedule, False
+        net.schedule = schedule
         net.shape = (net.shape[0], *(size or net.shape[1:]))
         return net
 
@@ -58,7 +61,10 @@ class Conditioned(Stock):
         self.set_sizes(model)
         self.timesteps, self.guided, self.flow_map = timesteps, guided, flow_map
         self.shape, self.classes, self.null_class = self.default_shape(model.config), 0, True
-        dim = self.embeddings(model)[0].linear_2.out_features
+        inner = self.embeddings(model)
+        if not inner and (guided or flow_map):
+            raise BadInput(f"{type(model).__name__} has no TimestepEmbedding to add w or s to: leave guided, flow_map out.")
+        dim = inner[0].linear_2.out_features if inner else 0
         self.guidance = Scalar(dim, period=16.0, zero=True) if guided else None
         self.gap = Scalar(dim, zero=True) if flow_map else None
         for module in model.modules() if math_attention else ():
@@ -109,7 +115,7 @@ class Conditioned(Stock):
         """Keep the null condition, `encode(folder, [""])`; None stands for zeros."""
         self.null_zero = null is None
         for key, value in (null or {}).items():
-            if key in self.told:
+            if key in self.told and key not in self.kept:
                 self.register_buffer(f"null_{key}", value[:1].detach().clone())
         return self
 
@@ -119,7 +125,7 @@ class Conditioned(Stock):
         Raises:
             BadInput: if the null condition was not remembered, or is of another length than `cond`.
         """
-        return {key: self._null(key, value) if key in self.told else value for key, value in cond.items()}
+        return {k: self._null(k, v) if k in self.told and k not in self.kept else v for k, v in cond.items()}
 
     def _null(self, key: str, value: Tensor) -> Tensor:
         row = getattr(self, f"null_{key}", None)
@@ -134,6 +140,6 @@ class Conditioned(Stock):
         return row.to(value).expand_as(value)
 
     @staticmethod
-    def prompt(encode, prompts: list[str]) -> dict[str, Tensor]:
-        """The conditions of prompts; `encode(**kw)` is the stock pipeline's `encode_prompt` with its call's defaults."""
+    def prompt(encode, prompts: list[str], pipeline) -> dict[str, Tensor]:
+        """The conditions of prompts; `encode(**kw)` is the `encode_prompt` of `pipeline` with its call's defaults."""
         raise NotImplementedError

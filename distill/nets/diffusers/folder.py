@@ -10,6 +10,7 @@ import torch
 
 from distill.denoise import Denoiser
 from distill.errors import BadInput
+from distill.nets.diffusers.audio import StableAudio
 from distill.nets.diffusers.backbones import DiT, UNet2D
 from distill.nets.diffusers.conditioned import Conditioned
 from distill.nets.diffusers.schedulers import prediction_of, read_json, schedule_of, scheduler_of, stock_class
@@ -22,7 +23,7 @@ CLASSES = {"UNet2DModel": UNet2D, "DiTTransformer2DModel": DiT}
 FAMILIES: dict[str, type[Conditioned]] = {
     "UNet2DConditionModel": TextUNet, "PixArtTransformer2DModel": PixArt, "SD3Transformer2DModel": SD3,
     "FluxTransformer2DModel": Flux, "SanaTransformer2DModel": Sana, "WanTransformer3DModel": Wan,
-    "CogVideoXTransformer3DModel": CogVideoX,
+    "CogVideoXTransformer3DModel": CogVideoX, "StableAudioDiTModel": StableAudio,
 }
 BACKBONES = {name: kind.wrap for name, kind in (CLASSES | FAMILIES).items()}  # `wrap(model, timesteps=N, **kw)`
 
@@ -72,11 +73,11 @@ def _told(folder: Path, path: str | Path, revision: str | None, part: str, name:
     size = tuple(size) if size else None
     schedule = schedule_of(folder, **dynamic_shift(folder, tokens(size)))
     model = weights(stock_class(name), folder / part, dtype=getattr(torch, dtype))
-    steps = int(scheduler_of(folder).config.num_train_timesteps)
+    steps = int(scheduler_of(folder).config.get("num_train_timesteps", 1000))
     net = family.wrap(model, schedule=schedule, timesteps=steps, size=size, **kw)
     net.latent_scale, net.latent_shift, pixels = scaling(folder)
     net.pixels = pixels or net.pixels
-    if null == "" and index.get("force_zeros_for_empty_prompt"):
+    if isinstance(null, str) and null == "" and (family.null_zero or index.get("force_zeros_for_empty_prompt")):
         net.remember(None)
     elif null is not None:
         net.remember(_null(path, revision, null) if isinstance(null, str) else null)

@@ -13,7 +13,7 @@ from torch import Tensor
 from distill.errors import BadInput
 from distill.nets.diffusers.schedulers import read_json, stock_class
 
-ENCODERS = ("text_encoder", "tokenizer", "scheduler")
+ENCODERS = ("text_encoder", "tokenizer", "projection_model", "scheduler")
 
 
 class Prompts:
@@ -38,11 +38,17 @@ class Prompts:
         absent = {part: None for part, value in index.items()
                   if isinstance(value, list) and not part.startswith(ENCODERS)}
         try:
+            with torch.device("meta"):  # a shape without weights
+                bones = {part: stock_class(index[part][1]).from_config(read_json(folder / part / "config.json"))
+                         for part in FAMILIES[name].bones}
             self.pipeline = diffusers.DiffusionPipeline.from_pretrained(
-                folder, **absent, dtype=getattr(torch, dtype), use_safetensors=True).to(device)
+                folder, **absent | bones, dtype=getattr(torch, dtype), use_safetensors=True)
+            for part, module in self.pipeline.components.items():
+                if isinstance(module, torch.nn.Module) and part not in bones:
+                    module.to(device)
         except Exception as error:  # diffusers, transformers and tokenizers each raise their own
             raise BadInput(f"{folder}: its text encoders cannot be loaded, copy the folder again ({error}).") from error
-        self.prompt = FAMILIES[name].prompt
+        self.prompt, self.device = FAMILIES[name].prompt, device
 
     @torch.no_grad()
     def __call__(self, prompts: list[str], **kw) -> dict[str, Tensor]:
@@ -52,10 +58,10 @@ class Prompts:
                 if k in call and k in inspect.signature(stock).parameters}
 
         def encode(**asked):
-            asked = asked | {"device": self.pipeline.device} if "device" in asked else asked
+            asked = asked | {"device": self.device} if "device" in asked else asked
             return stock(**ours | kw | asked)
 
-        return {k: v.cpu() for k, v in self.prompt(encode, list(prompts)).items()}
+        return {k: v.cpu() for k, v in self.prompt(encode, list(prompts), self.pipeline).items()}
 
 
 def encode(path: str | Path, prompts: list[str], revision: str | None = None, **kw) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import torch
 
 from distill.errors import BadInput, suggest
 from distill.grid import Grid
-from distill.noise import VE, RectifiedFlow, Schedule, Table
+from distill.noise import VE, RectifiedFlow, Schedule, Table, TrigFlow
 
 PREDICTIONS = {"epsilon": "eps", "sample": "x", "v_prediction": "v", "flow_prediction": "flow"}  # stock -> ours
 FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
@@ -51,6 +51,7 @@ def schedule_of(scheduler, **config) -> Schedule:
     - `alphas_cumprod` (DDPM, DDIM, PNDM, Euler, DPM-Solver, LCM, ...; zero terminal SNR included) -> Table
     - flow matching, and `use_flow_sigmas` -> RectifiedFlow(shift)
     - EDM and Karras schedulers -> VE(sigma_max, rho)
+    - the cosine DPM-Solver of Stable Audio, whose timestep is atan(sigma) 2 / pi -> TrigFlow
 
     Raises:
         BadInput: for any other class, and for a shift that depends on the image (`use_dynamic_shifting`).
@@ -65,6 +66,8 @@ def schedule_of(scheduler, **config) -> Schedule:
         return RectifiedFlow(float(stock.shift))
     if name in KARRAS:
         return VE(float(stock.sigma_max), float(stock.get("rho", 7.0)))
+    if name == "CosineDPMSolverMultistepScheduler" and stock.sigma_data == 1:
+        return TrigFlow()
     if not hasattr(scheduler, "alphas_cumprod"):
         raise BadInput(
             f"{name} has no noise schedule that we know: it is none of {', '.join(FLOW + KARRAS)}, "

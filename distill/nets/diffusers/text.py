@@ -47,7 +47,7 @@ class TextUNet(Conditioned):
         return x.new_tensor([height, width, 0, 0, height, width]).expand(len(x), -1)
 
     @staticmethod
-    def prompt(encode, prompts):
+    def prompt(encode, prompts, pipeline):
         out = encode(prompt=prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
         return {"text": out[0]} if len(out) == 2 else {"text": out[0], "pooled": out[2]}
 
@@ -80,7 +80,7 @@ class PixArt(Conditioned):
                           added_cond_kwargs=added).sample[:, : x.shape[1]]
 
     @staticmethod
-    def prompt(encode, prompts):
+    def prompt(encode, prompts, pipeline):
         out = encode(prompt=prompts, do_classifier_free_guidance=False)
         return {"text": out[0], "text_mask": out[1]}
 
@@ -98,7 +98,7 @@ class SD3(Conditioned):
         return self.stock(x, encoder_hidden_states=text, pooled_projections=pooled, timestep=n).sample
 
     @staticmethod
-    def prompt(encode, prompts):
+    def prompt(encode, prompts, pipeline):
         out = encode(prompt=prompts, prompt_2=None, prompt_3=None, do_classifier_free_guidance=False)
         return {"text": out[0], "pooled": out[2]}
 
@@ -144,7 +144,7 @@ class Flux(Conditioned):
         return out.reshape(batch, channels, height, width)
 
     @staticmethod
-    def prompt(encode, prompts):
+    def prompt(encode, prompts, pipeline):
         out = encode(prompt=prompts)
         return {"text": out[0], "pooled": out[1]}
 
@@ -170,7 +170,7 @@ class Sana(Conditioned):
                           timestep=n * self.stock.config.timestep_scale).sample[:, : x.shape[1]]
 
     @staticmethod
-    def prompt(encode, prompts):
+    def prompt(encode, prompts, pipeline):
         plain = {"complex_human_instruction": None} if prompts == [""] else {}  # which stock does for the negative
         out = encode(prompt=prompts, do_classifier_free_guidance=False, **plain)
         return {"text": out[0], "text_mask": out[1]}

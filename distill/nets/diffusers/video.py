@@ -29,7 +29,7 @@ class Wan(Conditioned):
         return self.stock(x, timestep=n, encoder_hidden_states=text).sample
 
     @staticmethod
-    def prompt(encode, prompts):
+    def prompt(encode, prompts, pipeline):
         return {"text": encode(prompt=prompts, do_classifier_free_guidance=False)[0]}
 
 
@@ -71,5 +71,5 @@ class CogVideoX(Conditioned):
             temporal_size=(frames + span - 1) // span, device=x.device)
 
     @staticmethod
-    def prompt(encode, prompts):
+    def prompt(encode, prompts, pipeline):
         return {"text": encode(prompt=prompts, do_classifier_free_guidance=False)[0]}
