@@ -410,7 +410,7 @@ def test_load_takes_configs_and_safetensors_only_from_the_hub(folder, monkeypatc
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     assert load("somebody/ddpm", revision="abc").prediction == "v"
     assert asked["name"] == "somebody/ddpm" and asked["revision"] == "abc"
-    assert asked["allow_patterns"] == ["*.json", "*.safetensors"]
+    assert asked["allow_patterns"] == ["*.json", "*/*.safetensors"]
 
     def offline(name, **kw):
         raise OSError("offline")

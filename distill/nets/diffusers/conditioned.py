@@ -41,8 +41,11 @@ class Conditioned(Stock):
 
     @classmethod
     def wrap(cls, model: Any, schedule: Schedule, timesteps: int = 1000, guided: bool = False, flow_map: bool = False,
-             math_attention: bool = False, size: tuple[int, ...] | None = None) -> Conditioned:
+             math_attention: bool = False, size: tuple[int, ...] | None = None,
+             checkpointing: bool = False) -> Conditioned:
         """Take an existing stock network as it is; `size` of `shape`, (H, W) or (F, H, W), if not the stock default.
+
+        `checkpointing` computes the blocks' activations again in the backward pass instead of keeping them.
 
         Raises:
             BadInput: for a network that is told things which the family does not know, and for `math_attention` where
@@ -53,6 +56,8 @@ class Conditioned(Stock):
         cls.check(model)
         net._adopt(model, guided, flow_map, timesteps, math_attention)
         net.schedule = schedule
+        if checkpointing:
+            model.enable_gradient_checkpointing()
         net.shape = (net.shape[0], *(size or net.shape[1:]))
         return net
 

@@ -39,6 +39,7 @@ def load(path: str | Path, revision: str | None = None, **kw) -> Denoiser:
         null: the prompt that stands for no prompt, encoded here by the folder's own text encoders (""); or its
             tensors, as `encode` gives them; or None to load without. Zeros where the pipeline takes zeros for "".
         dtype: of the weights, "float32" or "bfloat16".
+        checkpointing: keep fewer activations and compute them again in the backward pass.
 
     Raises:
         BadInput: for a path that is no diffusers folder, missing or broken weights, a class without a wrapper, or a
@@ -141,7 +142,7 @@ def weights(kind: type, folder: Path, **kw):
 
 
 def folder_of(path: str | Path, revision: str | None = None, more: tuple[str, ...] = ()) -> Path:
-    """A local diffusers folder, or the local snapshot of a model of the hub: configs, safetensors and `more`."""
+    """A local diffusers folder, or the local snapshot of a model of the hub: configs, parts' safetensors and `more`."""
     folder = Path(path)
     if (folder / "model_index.json").is_file():
         return folder
@@ -151,6 +152,8 @@ def folder_of(path: str | Path, revision: str | None = None, more: tuple[str, ..
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(path), revision=revision, allow_patterns=["*.json", "*.safetensors", *more]))
+        # Single-file copies of the whole pipeline lie at the top, and other precisions beside the weights.
+        return Path(snapshot_download(str(path), revision=revision, ignore_patterns=["*.fp16.*", "*.non_ema.*"],
+                                      allow_patterns=["*.json", "*/*.safetensors", *more]))
     except Exception as error:  # offline, absent, gated: each its own class
         raise BadInput(f"'{path}' is neither a folder here nor a model that the hub gives us ({error}).") from error
