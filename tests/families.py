@@ -189,3 +189,19 @@ def stable_audio():
     return diffusers.StableAudioPipeline(
         vae=coder, text_encoder=t5(), projection_model=shake(project), tokenizer=t5_tokenizer(), transformer=network,
         scheduler=diffusers.CosineDPMSolverMultistepScheduler(solver_order=1))
+
+
+def ltx():
+    torch.manual_seed(2)
+    network = shake(diffusers.LTXVideoTransformer3DModel(
+        in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16,
+        num_layers=1, caption_channels=16), 0.05)
+    torch.manual_seed(3)
+    coder = diffusers.AutoencoderKLLTXVideo(
+        latent_channels=8, block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1), decoder_layers_per_block=(1, 1, 1, 1, 1), scaling_factor=0.9)
+    coder.latents_mean, coder.latents_std = torch.linspace(-1, 1, 8), torch.linspace(0.5, 2, 8)
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05,
+                                                base_image_seq_len=1024, max_image_seq_len=4096, shift_terminal=0.1)
+    return diffusers.LTXPipeline(scheduler=scheduler, vae=coder.eval(), text_encoder=t5(), tokenizer=t5_tokenizer(),
+                                 transformer=network)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -90,6 +91,11 @@ class Conditioned(Stock):
     def default_shape(config) -> tuple[int, ...]:
         size = config.sample_size
         return config.in_channels, *((size, size) if isinstance(size, int) else size)
+
+    @staticmethod
+    def tokens(size: tuple[int, ...]) -> int:
+        """Tokens of latents of `size`, on which a dynamic shift of time depends."""
+        return math.prod(size)
 
     def timestep(self, t: Tensor) -> Tensor:
         if isinstance(self.schedule, Table):

@@ -15,7 +15,7 @@ from distill.nets.diffusers.backbones import DiT, UNet2D
 from distill.nets.diffusers.conditioned import Conditioned
 from distill.nets.diffusers.schedulers import prediction_of, read_json, schedule_of, scheduler_of, stock_class
 from distill.nets.diffusers.text import SD3, Flux, PixArt, Sana, TextUNet
-from distill.nets.diffusers.video import CogVideoX, Wan
+from distill.nets.diffusers.video import LTX, CogVideoX, Wan
 from distill.noise import Table
 
 # Stock class of the denoising network -> its family: told a class number, or told tensors such as `text`.
@@ -24,6 +24,7 @@ FAMILIES: dict[str, type[Conditioned]] = {
     "UNet2DConditionModel": TextUNet, "PixArtTransformer2DModel": PixArt, "SD3Transformer2DModel": SD3,
     "FluxTransformer2DModel": Flux, "SanaTransformer2DModel": Sana, "WanTransformer3DModel": Wan,
     "CogVideoXTransformer3DModel": CogVideoX, "StableAudioDiTModel": StableAudio,
+    "LTXVideoTransformer3DModel": LTX,
 }
 BACKBONES = {name: kind.wrap for name, kind in (CLASSES | FAMILIES).items()}  # `wrap(model, timesteps=N, **kw)`
 
@@ -71,9 +72,9 @@ def _told(folder: Path, path: str | Path, revision: str | None, part: str, name:
     if (index.get("transformer_2") or [None])[0] or index.get("expand_timesteps"):
         raise BadInput(f"{folder}: two networks, or a timestep for every token (Wan 2.2): only one network with one "
                        "timestep a sample is read.")
-    size = tuple(size) if size else None
-    schedule = schedule_of(folder, **dynamic_shift(folder, tokens(size)))
     model = weights(stock_class(name), folder / part, dtype=getattr(torch, dtype))
+    size = tuple(size) if size else family.default_shape(model.config)[1:]
+    schedule = schedule_of(folder, **dynamic_shift(folder, family.tokens(size)))
     steps = int(scheduler_of(folder).config.get("num_train_timesteps", 1000))
     net = family.wrap(model, schedule=schedule, timesteps=steps, size=size, **kw)
     net.latent_scale, net.latent_shift, pixels = scaling(folder)
@@ -93,24 +94,20 @@ def _null(path: str | Path, revision: str | None, prompt: str) -> dict:
     return encode(path, [prompt], revision)
 
 
-def tokens(size: tuple[int, ...] | None) -> int:
-    """Tokens of a FLUX image: 2 x 2 patches of latents of `size`, 128 x 128 if None."""
-    height, width = size[-2:] if size else (128, 128)
-    return (height // 2) * (width // 2)
-
-
 def dynamic_shift(folder: Path, count: int) -> dict:
     r"""Settings that fix a shift that depends on the image size: shift = exp(mu), mu linear in the number of tokens.
 
+    A `shift_terminal` (LTX) stretches the served grid, not the network's clock, and is left to the grid.
+
     Raises:
-        BadInput: for the kinds of dynamic shift that no family here has.
+        BadInput: for another kind of dynamic shift.
     """
     stock = scheduler_of(folder).config
     if not stock.get("use_dynamic_shifting"):
         return {}
-    if stock.get("time_shift_type", "exponential") != "exponential" or stock.get("shift_terminal"):
-        raise BadInput(f"{folder}: its scheduler shifts time by {stock.time_shift_type} with shift_terminal="
-                       f"{stock.get('shift_terminal')}: only the exponential shift of FLUX is read.")
+    if stock.get("time_shift_type", "exponential") != "exponential":
+        raise BadInput(f"{folder}: its scheduler shifts time by time_shift_type={stock.time_shift_type!r}: only the "
+                       "exponential shift is read.")
     slope = (stock.max_shift - stock.base_shift) / (stock.max_image_seq_len - stock.base_image_seq_len)
     mu = stock.base_shift + slope * (count - stock.base_image_seq_len)
     return {"use_dynamic_shifting": False, "shift": math.exp(mu)}

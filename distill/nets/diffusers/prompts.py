@@ -8,6 +8,7 @@ from pathlib import Path
 
 import diffusers
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from distill.errors import BadInput
@@ -118,9 +119,18 @@ def scaling(folder: Path) -> tuple:
         return 1.0, 0.0, None
     stock = read_json(folder / "vae" / "config.json")
     factor = stock.get("scaling_factor") or 1.0
-    mean, std = stock.get("latents_mean"), stock.get("latents_std")
+    mean, std = (stock.get(f"latents_{name}") or _buffer(folder / "vae", f"latents_{name}") for name in ("mean", "std"))
     scale = tuple(factor / s for s in std) if std else factor
     shift = tuple(mean) if mean else stock.get("shift_factor") or 0.0
     widths = stock.get("block_out_channels") or stock.get("encoder_block_out_channels")
-    pixels = stock.get("scale_factor_spatial") or (2 ** (len(widths) - 1) if widths else None)
-    return scale, shift, pixels
+    sides = 2 ** (len(widths) - 1) if widths and "spatio_temporal_scaling" not in stock else None  # LTX: the family's
+    return scale, shift, stock.get("scale_factor_spatial") or sides
+
+
+def _buffer(folder: Path, name: str) -> list[float] | None:
+    """Numbers that an autoencoder keeps with its weights, as LTX does."""
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            if name in weights.keys():  # noqa: SIM118, it is no mapping
+                return weights.get_tensor(name).tolist()
+    return None

@@ -122,6 +122,10 @@ class Flux(Conditioned):
         return config.in_channels // 4, 128, 128
 
     @staticmethod
+    def tokens(size):
+        return (size[0] // 2) * (size[1] // 2)
+
+    @staticmethod
     def embeddings(model) -> list[nn.Module]:
         return [model.time_text_embed.timestep_embedder]
 

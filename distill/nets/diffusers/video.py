@@ -73,3 +73,39 @@ class CogVideoX(Conditioned):
     @staticmethod
     def prompt(encode, prompts, pipeline):
         return {"text": encode(prompt=prompts, do_classifier_free_guidance=False)[0]}
+
+
+class LTX(Conditioned):
+    r"""Stock `LTXVideoTransformer3DModel`: LTX-Video text to video (text, text_mask).
+
+    `rate` (B,) is the frames a second, one for all of a batch; 25 without it.
+    """
+
+    told, extras, pixels = ("text", "text_mask"), ("rate",), 32
+    frames, default_rate = 8, 25.0  # frames of video a latent frame
+
+    @staticmethod
+    def check(model) -> None:
+        if (model.config.patch_size, model.config.patch_size_t) != (1, 1):
+            raise BadInput("LTXVideoTransformer3DModel with patches of more than one latent: only patches of one are read.")
+
+    @staticmethod
+    def default_shape(config):
+        return config.in_channels, 21, 16, 22
+
+    @staticmethod
+    def embeddings(model) -> list[nn.Module]:
+        return [model.time_embed.emb.timestep_embedder]
+
+    def ask(self, x, n, text, text_mask, rate=None):
+        frames, height, width = x.shape[2:]
+        rate = self.default_rate if rate is None else float(rate[0])
+        out = self.stock(x.flatten(2).transpose(1, 2), encoder_hidden_states=text, encoder_attention_mask=text_mask,
+                         timestep=n, num_frames=frames, height=height, width=width,
+                         rope_interpolation_scale=(self.frames / rate, self.pixels, self.pixels)).sample
+        return out.transpose(1, 2).reshape(x.shape)
+
+    @staticmethod
+    def prompt(encode, prompts, pipeline):
+        out = encode(prompt=prompts, do_classifier_free_guidance=False)
+        return {"text": out[0], "text_mask": out[1]}
