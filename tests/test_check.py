@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 from collections import namedtuple
 from dataclasses import dataclass
@@ -13,14 +12,11 @@ import tiny
 import torch
 from click.testing import CliRunner
 
-from distill import config, methods, run
+from distill import config, noise, run
 from distill.check import findings
-from distill.check.base import untouched
 from distill.cli import main
 from distill.data import write
-from distill.data.info import Info
 from distill.losses.regression import mse
-from distill.methods.base import Method
 from distill.methods.consistency import Consistency
 from distill.methods.guidance import Guidance
 from distill.methods.tdm import TDM
@@ -97,6 +93,14 @@ def test_healthy_digits_pass(recipe, shards, tmp_path, monkeypatch):
     monkeypatch.setattr(updates, "SEEDS", (1,))
     found = look(digits(shards, name=recipe), tmp_path, "data", "guidance", "start", "grid", "disk", "settings", "sign")
     assert not failed(found) and {f.name for f in found} >= {"guidance", "grid", "sign", "rates"}
+
+
+@pytest.mark.parametrize("schedule", ["VE", "VPLinear", "VPCosine", "TrigFlow", "RectifiedFlow"])
+def test_an_exact_teacher_passes_under_every_schedule(tmp_path, schedule):
+    session = toy()
+    session.method.teacher.schedule = getattr(noise, schedule)()
+    found = look(session, tmp_path, "teacher")
+    assert [f.level for f in found] == ["ok"], found
 
 
 # -- the session is left as it was ---------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ def test_the_version_is_told():
      ["eval.reference.path: x/test", "`distill data images"]),
     ([STOCK.replace("PATH", "/nowhere/teacher")], ["roles.teacher: /nowhere/teacher is no diffusers folder"]),
     (["log.wandb=onlin"], ["log.wandb: 'onlin' must be one of", "Did you mean 'online'"]),
-    (["optim.student.lr=1e30", "optim.student.clip=0", "train.steps=20", "name=x"], ["student's loss or gradient was not finite", "lr"]),
+    (["optim.student.lr=1e30", "optim.student.clip=0", "train.steps=20", "name=x", "--no-check"], ["student's loss or gradient was not finite", "lr"]),
     (["name=taken"], ["taken exists and is not a run", "nothing is overwritten"]),
     (["--resume"], ["toy-teacher holds no run to resume", "leave out --resume"]),
 ])  # fmt: skip

@@ -29,7 +29,7 @@ from distill.solvers import DDIM, Renoise, solve
 
 BETTER = 0.8  # another convention whose error is below this share of the present one's is the right one
 SHIFTS = (1 / 3, 0.5, 2.0, 3.0)
-SCALES = (0.13025, 0.18215, 0.2, 0.5, 2.0, 5.0, 1 / 0.18215, 1 / 0.13025)
+SCALES = (0.13025, 0.18215, 0.2, 0.5, 0.67, 1.5, 2.0, 5.0, 1 / 0.18215, 1 / 0.13025)
 
 
 def denoises(p: Probe) -> Said:
@@ -268,13 +268,19 @@ def _conditions(p: Probe, role: str, model: Any, used: bool) -> Said:
         yield "FAIL", (f"roles.{role}: the network has no class for 'no class', which guidance asks for; set guidance: 1, "
                        "or null_class: true if its last class is that.")  # fmt: skip
         return
-    given = model(x_t, t, **cond)
-    if not getattr(net, "null_class", True):
+    try:
+        null = model.null(cond) if getattr(net, "null_class", True) else None
+    except BadInput as error:
+        if used:
+            yield "FAIL", str(error)
+            return
+        null = None
+    if null is None:
         yield "ok", "the conditional model alone is used, and there is no null condition."
         return
-    free = model(x_t, t, **model.null(cond))
+    given, free = model(x_t, t, **cond), model(x_t, t, **null)
     apart = float((given - free).norm() / given.norm().clamp(min=1e-12))
-    told = any(bool((v != model.null(cond)[k]).any()) for k, v in cond.items())
+    told = any(bool((v != null[k]).any()) for k, v in cond.items())
     if not told and bool((cond.get("label", torch.zeros(1)) == -1).all()):
         if used:
             yield "FAIL", "data: every label is 'no class' (-1), so guidance does nothing; label the data."
