@@ -79,7 +79,10 @@ def failed(found) -> list[str]:
 
 
 @pytest.mark.parametrize("recipe", TOYS, ids=lambda p: p.stem)
-def test_healthy_toys_pass(recipe, tmp_path):
+def test_healthy_toys_pass(recipe, tmp_path, monkeypatch):
+    from distill.check import updates
+
+    monkeypatch.setattr(updates, "SEEDS", (1,))
     cfg = config.load([recipe], ["train.threads=1", "data.batch_size=128"])
     found = findings(run.assemble(cfg), tmp_path)
     assert not failed(found) and {f.name for f in found} >= {"data", "teacher", "sign", "gradients", "disk"}
@@ -455,6 +458,16 @@ def test_train_refuses_a_fault_and_leaves_no_folder(quick, tmp_path):
     assert refused.exit_code == 2 and "--no-check" in refused.stderr and not (tmp_path / "runs").exists()
     assert distill("train", *keys, "--no-check").exit_code == 0
     assert distill("train", *keys, "train.steps=3", "--resume").exit_code == 0, "a run that goes on was checked again"
+
+
+def test_a_checked_run_equals_one_that_was_not(tmp_path):
+    from distill.engine import home
+
+    keys = [tiny.TOY / "teacher.yaml", *tiny.SMALL, "train.steps=2", "--runs"]
+    checked, plain = distill("train", *keys, tmp_path / "a"), distill("train", *keys, tmp_path / "b", "--no-check")
+    assert checked.exit_code == plain.exit_code == 0 and "checks passed" in checked.stdout
+    assert "checks passed" not in plain.stdout
+    assert tiny.same(home.newest(tmp_path / "a" / "toy-teacher"), home.newest(tmp_path / "b" / "toy-teacher"))
 
 
 def test_a_check_that_breaks_stops_nobody(tmp_path, monkeypatch):
