@@ -23,9 +23,9 @@ from distill.check.base import Probe, Said, spread
 from distill.methods.place import Place, optimizer_of
 
 TRIED = 32  # samples of a trial step
-SEEDS = (1, 2)  # of the directions in which outputs are pushed off
+SEEDS = (1, 2, 3)  # of the directions in which outputs are pushed off
 PUSH = 0.5  # of the standard deviation of the network's output
-AWAY, FLEES = -0.3, -0.1  # pulls of student and critics below these go the wrong way; an untrained student's may be weak
+AWAY, FLEES = -0.5, -0.1  # pulls of student and critics below these go the wrong way; an untrained student's may be weak
 SIGN = {"x": 1.0, "edm": 1.0, "v": -1.0, "flow": -1.0, "eps": -1.0}  # of the change in x by one in the network's output
 
 
