@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from distill.errors import BadInput
+from distill.nets.diffusers.folder import FAMILIES, folder_of, network_of, weights
 from distill.nets.diffusers.schedulers import read_json, stock_class
 
 ENCODERS = ("text_encoder", "tokenizer", "projection_model", "scheduler")
@@ -29,8 +30,6 @@ class Prompts:
 
     def __init__(self, path: str | Path, revision: str | None = None, dtype: str = "float32",
                  device: str = "cpu"):
-        from distill.nets.diffusers.folder import FAMILIES, folder_of, network_of
-
         folder = folder_of(path, revision, ("*.txt", "*.model"))
         index = read_json(folder / "model_index.json")
         name = network_of(folder)[1]
@@ -77,15 +76,11 @@ class Latent:
     """
 
     def __init__(self, path: str | Path, revision: str | None = None, dtype: str = "float32", device: str = "cpu"):
-        from distill.nets.diffusers.folder import folder_of
-
         self.folder, self.dtype, self.device = folder_of(path, revision), dtype, device
         self.scale, self.shift, self.pixels = scaling(self.folder)
 
     @cached_property
     def vae(self):
-        from distill.nets.diffusers.folder import weights
-
         name = read_json(self.folder / "model_index.json")["vae"][1]
         model = weights(stock_class(name), self.folder / "vae", dtype=getattr(torch, self.dtype))
         return model.to(self.device).eval()
