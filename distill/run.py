@@ -109,8 +109,8 @@ def _callbacks(session: Session, folder: Path, sinks: list[Any], tests: Any, bef
         record,
         home.Exactness(facts, before),
         Rollback(folder / CHECKPOINTS, saves, record.back),
-        saves,
         see.Every(train.validate_every, validate, start=True, finished=True),
+        saves,  # last: a process killed after it has lost no row of the step
     ]
 
 

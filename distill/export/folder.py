@@ -241,7 +241,7 @@ def _gap(grid: Grid, sampler: str) -> float:
 
 
 def _write(staging: Path, network, scheduler, net) -> None:
-    """model_index.json and the parts of the pipeline, without the paths that diffusers notes in them."""
+    """model_index.json and the parts of the pipeline, without what diffusers notes in them and warns of when it loads."""
     import diffusers
 
     staging.mkdir(parents=True)
@@ -253,7 +253,9 @@ def _write(staging: Path, network, scheduler, net) -> None:
     pipeline.save_pretrained(staging)
     for file in staging.rglob("*.json"):
         config = json.loads(file.read_text())
-        if config.pop("_name_or_path", None) is not None:
+        noted = {"_name_or_path"} | ({"block_out_channels"} if file.parent.name == "vae" else set())
+        if noted & config.keys():
+            config = {k: v for k, v in config.items() if k not in noted}
             file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

@@ -19,6 +19,7 @@ import torch
 from distill import config, run
 from distill.engine import checkpoint, home
 from distill.errors import BadInput
+from distill.eval import suite
 
 
 @pytest.fixture(autouse=True)
@@ -245,7 +246,7 @@ def test_the_newest_and_the_best_remain(tmp_path):
 @pytest.mark.parametrize("best, expected", [("min energy", [2, 4, 8]), ("max energy", [6, 8])])
 def test_a_run_keeps_its_best_by_the_metric_and_direction_of_the_config(tmp_path, monkeypatch, best, expected):
     scores = iter([9.0, 0.1, 0.2, 0.8, 0.5])  # at steps 0, 2, 4, 6, 8
-    monkeypatch.setattr(run.suite.Toy, "score", lambda self, x, cond, quick=False: {"energy": next(scores)})
+    monkeypatch.setattr(suite.Toy, "score", lambda self, x, cond, quick=False: {"energy": next(scores)})
     count = f"train.keep_best={len(expected) - 1}"
     tiny.train(tmp_path / "run", "train.steps=8", "train.validate_every=2", "train.keep=1", count, f"train.best={best}")
     assert [int(p.name[5:]) for p in checkpoint.complete(tmp_path / "run" / "checkpoints")] == expected

@@ -19,7 +19,12 @@ def first(x, data=None, **cond):
 
 def gaussian(**options):
     """A source whose one-step law is N(0, 1)."""
-    return Curation({"teacher": of_gaussian(0, 1), "student": Affine(0, 1)}, grid=1, **({"metric": first} | options))
+    return placed(Curation({"teacher": of_gaussian(0, 1), "student": Affine(0, 1)}, grid=1, **({"metric": first} | options)))
+
+
+def placed(method):
+    method.configure_optimizers()
+    return method
 
 
 @pytest.mark.parametrize(("k", "mean", "var"), [(2, 0.5642, 0.6817), (4, 1.0294, 0.4917), (8, 1.4236, 0.3729)])
@@ -49,7 +54,7 @@ def test_the_share_of_data_is_kept_as_it_is():
 
 def small(**options):
     net = Denoiser(MLP(2, 16, 2, classes=3), RectifiedFlow()).double()
-    return Curation({"teacher": net, "student": "teacher"}, metric=first, grid=2, **options).double()
+    return placed(Curation({"teacher": net, "student": "teacher"}, metric=first, grid=2, **options).double())
 
 
 def test_the_source_changes_at_the_start_of_a_round_only():

@@ -147,8 +147,8 @@ def climbing(steps, **kw):
     m = Progressive(
         {"teacher": GaussianMixture([[-1.0], [1.0]], 0.3, schedule=schedule),
          "student": Denoiser(MLP(dim=1, width=8), schedule)}, optim={"student": {"decay": "cosine", "lr": 1e-2}}, **kw)
-    optimizers = m.configure_optimizers()
-    m.optimizers, m.manual_backward, m.total_steps = (lambda: optimizers), (lambda loss: loss.backward()), steps
+    m.configure_optimizers()
+    m.total_steps = steps
     return m
 
 
@@ -160,7 +160,7 @@ def test_the_run_promotes_by_itself_and_starts_anew():
         promote()
         for network in (m.promoted, m.student, m.ema):
             assert all(torch.equal(a, b) for a, b in zip(before.values(), network.state_dict().values()))
-        assert not m._optimizer("student").state and m.clock() == (0, 4)
+        assert not m.place.optimizers["student"].state and m.clock() == (0, 4)
         seen.append(m.step)
     m.promote = watched
     for _ in range(12):
