@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
+from pathlib import Path
 
 import pytest
 import tiny
@@ -329,3 +331,13 @@ def test_the_best_training_free_row_holds_only_what_every_solver_was_measured_on
     names = {frozenset(scores) for scores in result["every_solver"]["2"].values()}
     assert len(names) == 1 and len(result["every_solver"]["2"]) > 1
     assert set(result["training_free"]["2"]) == set(next(iter(names))) < set(result["teacher"]["2"])
+
+
+def test_the_readmes_program_runs():
+    """With fewer steps."""
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    program = re.search(r"```python\n(.*?)```", text, re.S).group(1)
+    assert len(program.strip().splitlines()) <= 17 and "steps=1500" in program and "warm_start=500" in program
+    found = {}
+    exec(program.replace("steps=1500", "steps=3").replace("warm_start=500", "warm_start=1"), found)
+    assert found["tdm"].step == 3 and found["x"].shape == (4000, 2) and torch.isfinite(found["x"]).all()

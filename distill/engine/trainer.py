@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.environments import LightningEnvironment
 
+from distill import config
 from distill.engine.launch import layout
 from distill.engine.ranks import Ranks, recompute, root
 from distill.engine.strategy import Processes, place_of
@@ -53,13 +54,13 @@ def fit(
     steps: int,
     callbacks: Iterable[lightning.Callback] = (),
     *,
-    engine: Any,
+    engine: Any = None,
     resume: dict[str, Any] | None = None,
 ) -> None:
     """Train until `method.step == steps`. `data.loader(rank, world, start)` yields its batches from batch `start` on.
 
     Args:
-        engine: the config's section: strategy, accelerator, precision and the rest.
+        engine: the config's section: strategy, accelerator, precision and the rest; none for its defaults.
 
     Raises:
         BadInput: this machine lacks the accelerator, or that the precision; settings that do not go together.
@@ -67,7 +68,7 @@ def fit(
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning.*")
-    method.total_steps = steps
+    method.total_steps, engine = steps, engine or config.Engine()
     callbacks = [*callbacks, *([_Restore(resume)] if resume else []), _Stop()]
     equip(method, engine)
     trainer = _trainer(engine, method.place, callbacks)
