@@ -14,8 +14,9 @@ from distill import config
 from distill.errors import BadInput
 from distill.eval import suite
 from distill.methods import Diffusion
-from distill.methods.base import Method, optimizer_of
+from distill.methods.base import Method
 from distill.nets.lora import lay_out
+from distill.place import optimizer_of
 
 
 @dataclass

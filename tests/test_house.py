@@ -16,7 +16,7 @@ SOURCES = sorted((ROOT / "distill").rglob("*.py"))
 
 RANKS = [
     {"errors", "noise", "config", "__init__"},
-    {"grid"},
+    {"grid", "place", "skips"},
     {"denoise"},
     {"tangent", "solvers", "losses", "nets", "data"},
     {"methods", "eval", "export"},

@@ -17,7 +17,7 @@ from distill.config import Optim
 from distill.data.toy import Samples
 from distill.engine import checkpoint
 from distill.errors import BadInput
-from distill.methods.base import learning_rate
+from distill.place import learning_rate
 
 # Two roles, a cosine, warm-up, a decay that looks at the last step, validation, and checkpoints on their own beat.
 FULL = (
@@ -176,17 +176,6 @@ def test_two_runs_of_one_seed_are_equal_and_of_two_seeds_are_not(tmp_path):
 # -- failures -----------------------------------------------------------------------------------------------------
 
 
-def poison(monkeypatch, *batches: int) -> None:
-    """NaN in these batches of the training data."""
-    inner = Samples.loader
-
-    def loader(self, rank=0, world=1, start=0):
-        for n, found in enumerate(inner(self, rank, world, start), start):
-            yield found | {"x": found["x"] * math.nan} if n in batches else found
-
-    monkeypatch.setattr(Samples, "loader", loader)
-
-
 @pytest.mark.parametrize("keys, says", [
     (("engine.accelerator=cuda",), "engine.accelerator"),
     (("optim.student.name=AdamWW",), "optim.student.name: torch.optim has no 'AdamWW'. Did you mean 'AdamW'"),
@@ -223,7 +212,7 @@ def test_a_second_interrupt_within_the_first_step_leaves_no_folder_and_no_handle
 def test_the_sinks_are_closed_whatever_happens(tmp_path, monkeypatch):
     closed = []
     monkeypatch.setattr(run.see.CSV, "close", lambda self: closed.append(1), raising=False)
-    poison(monkeypatch, 2)
+    tiny.poison(monkeypatch, 2)
     with pytest.raises(BadInput):
         tiny.train(tmp_path / "run", "train.skips=1")
     assert closed == [1]

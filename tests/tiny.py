@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import math
 import signal
 from pathlib import Path
 
 import torch
 
 from distill import config, run
+from distill.data.toy import Samples
 from distill.methods.base import Method
 
 TOY = Path(__file__).parents[1] / "configs" / "toy"
@@ -63,3 +65,14 @@ def same(a, b) -> bool:
 def files(folder: Path) -> dict[str, bytes]:
     """Everything under `folder`."""
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in sorted(folder.rglob("*"))}
+
+
+def poison(monkeypatch, *batches: int) -> None:
+    """NaN in these batches of the training data."""
+    inner = Samples.loader
+
+    def loader(self, rank=0, world=1, start=0):
+        for n, found in enumerate(inner(self, rank, world, start), start):
+            yield found | {"x": found["x"] * math.nan} if n in batches else found
+
+    monkeypatch.setattr(Samples, "loader", loader)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from distill.check.base import Probe, Said, spread
-from distill.methods.place import Place, optimizer_of
+from distill.place import Place, optimizer_of
 
 TRIED = 32  # samples of a trial step
 SEEDS = (1, 2, 3)  # of the directions in which outputs are pushed off

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from distill.methods.place import Place, tensors
+from distill.place import Place, tensors
 
 BUCKET = 25 * 2**20  # bytes of gradient a collective
 

@@ -1,6 +1,6 @@
 """Where roles live when there are several processes: replicas, shards of FSDP2, engines of DeepSpeed's ZeRO.
 
-One code path trains every method: `Method` asks its `place` (`distill.methods.place.Place`) for gradients, steps, averages
+One code path trains every method: `Method` asks its `place` (`distill.place.Place`) for gradients, steps, averages
 and state, role by role, and the places here answer for several ranks. Lightning starts the ranks, moves batches and runs
 the loop; nothing wraps the method, because roles are called through denoisers, hooks and forward-mode derivatives.
 """
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from distill.engine.ranks import Ranks, Sharded, root
 from distill.errors import BadInput, suggest
-from distill.methods.place import Place, optimizer_of
+from distill.place import Place, optimizer_of
 
 STRATEGIES = ("auto", "ddp", "fsdp", "zero1", "zero2", "zero3")
 

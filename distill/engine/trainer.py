@@ -18,7 +18,7 @@ from distill.engine.launch import layout
 from distill.engine.ranks import Ranks, recompute, root
 from distill.engine.strategy import Processes, place_of
 from distill.errors import BadInput, suggest
-from distill.methods.place import Place
+from distill.place import Place
 
 
 class Batches:

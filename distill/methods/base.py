@@ -14,9 +14,8 @@ from distill.config import Optim
 from distill.errors import BadInput, suggest
 from distill.grid import Grid
 from distill.losses.regression import mse
-from distill.methods.place import Place, batch_size, learning_rate, micro_batches
-from distill.methods.place import optimizer_of as optimizer_of  # what `run` tries the settings with
-from distill.methods.skips import Skips
+from distill.place import Place, batch_size, learning_rate, micro_batches
+from distill.skips import Skips
 from distill.solvers import DDIM, solve
 
 Turn = tuple[str, Callable[..., Tensor]]

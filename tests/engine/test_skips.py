@@ -10,7 +10,6 @@ import tiny
 import torch
 
 from distill import run
-from distill.data.toy import Samples
 from distill.engine import checkpoint
 from distill.errors import BadInput
 from distill.methods.base import Method
@@ -20,16 +19,6 @@ from distill.methods.base import Method
 def cheap(monkeypatch):
     """No test waits for a busy disk."""
     monkeypatch.setattr(os, "fsync", lambda file: None)
-
-
-def poison(monkeypatch, *batches: int) -> None:
-    inner = Samples.loader
-
-    def loader(self, rank=0, world=1, start=0):
-        for n, found in enumerate(inner(self, rank, world, start), start):
-            yield found | {"x": found["x"] * math.nan} if n in batches else found
-
-    monkeypatch.setattr(Samples, "loader", loader)
 
 
 def newest(folder):
@@ -105,7 +94,7 @@ def test_deciding_on_the_device_and_on_the_host_give_the_same_run():
 
 
 def test_a_single_bad_batch_costs_one_step_and_is_seen(tmp_path, monkeypatch):
-    poison(monkeypatch, 3)
+    tiny.poison(monkeypatch, 3)
     made = tiny.train(tmp_path / "run")
     assert made.method.step == 6
     assert [float(v) for v in column(tmp_path / "run", "student/skipped")] == [0, 0, 0, 1, 1, 1]
@@ -113,7 +102,7 @@ def test_a_single_bad_batch_costs_one_step_and_is_seen(tmp_path, monkeypatch):
 
 
 def test_too_many_in_a_row_go_back_once_and_on_with_other_data(tmp_path, monkeypatch, capsys):
-    poison(monkeypatch, 5, 6, 7)
+    tiny.poison(monkeypatch, 5, 6, 7)
     keys = ("train.steps=12", "train.save_every=2", "train.skips=3")
     made = tiny.train(tmp_path / "run", *keys)
     told = " ".join(capsys.readouterr().out.split())
@@ -125,7 +114,7 @@ def test_too_many_in_a_row_go_back_once_and_on_with_other_data(tmp_path, monkeyp
 
 
 def test_a_run_that_went_back_resumes_bit_for_bit(tmp_path, monkeypatch):
-    poison(monkeypatch, 5, 6, 7)
+    tiny.poison(monkeypatch, 5, 6, 7)
     keys = ("train.steps=12", "train.save_every=2", "train.skips=3")
     tiny.train(tmp_path / "whole", *keys)
     for at in (3, 9):  # before it goes back, and after
@@ -137,7 +126,7 @@ def test_a_run_that_went_back_resumes_bit_for_bit(tmp_path, monkeypatch):
 
 
 def test_a_second_time_stops_the_run_with_role_step_and_mend_and_keeps_a_good_checkpoint(tmp_path, monkeypatch):
-    poison(monkeypatch, 5, 6, 7, 10, 11, 12)
+    tiny.poison(monkeypatch, 5, 6, 7, 10, 11, 12)
     says = r"student's loss or gradient was not finite in 3 turns in a row, the last at step 8, again, .*lower optim\.stu"
     with pytest.raises(BadInput, match=says):
         tiny.train(tmp_path / "run", "train.steps=12", "train.save_every=2", "train.skips=3")
@@ -147,13 +136,13 @@ def test_a_second_time_stops_the_run_with_role_step_and_mend_and_keeps_a_good_ch
 
 
 def test_without_a_checkpoint_there_is_nothing_to_go_back_to(tmp_path, monkeypatch):
-    poison(monkeypatch, *range(2, 9))
+    tiny.poison(monkeypatch, *range(2, 9))
     with pytest.raises(BadInput, match="the last at step 4, and no checkpoint was written before; lower optim.student"):
         tiny.train(tmp_path / "run", "train.skips=3")
 
 
 def test_a_bad_spell_does_not_push_the_good_checkpoints_out(tmp_path, monkeypatch):
-    poison(monkeypatch, *range(4, 9))
+    tiny.poison(monkeypatch, *range(4, 9))
     keys = ("train.steps=12", "train.save_every=1", "train.keep=1", "train.skips=5")
     made = tiny.train(tmp_path / "run", *keys)
     assert made.method.step == 12 and made.method.ahead == 5
