@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.config import Optim
 from distill.errors import BadInput, suggest
+from distill.schema import Optim
 
 
 class Place:

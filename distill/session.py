@@ -17,6 +17,7 @@ from distill.methods import Diffusion
 from distill.methods.base import Method
 from distill.nets.lora import lay_out
 from distill.place import optimizer_of
+from distill.schema import Optim
 
 
 @dataclass
@@ -70,7 +71,7 @@ def assemble(cfg: DictConfig, allow: tuple[str, ...] = ()) -> Session:
     if not (hasattr(data, "info") and hasattr(data, "loader")):
         raise BadInput(f"data._target_: {cfg.data[config.TARGET]} is no source of data; name one of distill.data.")
     roles = _roles(cfg, allow)
-    optim = {role: config.Optim(**settings) for role, settings in cfg.optim.items()}
+    optim = {role: Optim(**settings) for role, settings in cfg.optim.items()}
     method = config.build(cfg.method, allow, "method", roles=roles, optim=optim)
     if not isinstance(method, Method):
         raise BadInput(f"method._target_: {cfg.method['_target_']} is not a Method; name one of distill.methods.")

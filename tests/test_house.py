@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "distill").rglob("*.py"))
 
 RANKS = [
-    {"errors", "noise", "config", "__init__"},
+    {"errors", "noise", "schema", "__init__"},
+    {"config"},
     {"grid", "place", "skips"},
     {"denoise"},
     {"tangent", "solvers", "losses", "nets", "data"},
@@ -33,7 +34,7 @@ DOORS = {
     "wandb": {"engine/callbacks.py"},
     "omegaconf": {"config.py", "session.py", "run.py", "demo.py", "compare.py", "bench.py"},
     "webdataset": {"data/"},
-    "lightning": {"methods/base.py", "engine/", "cli.py", "compare.py", "bench.py"},
+    "lightning": {"methods/base.py", "engine/", "cli/", "compare.py", "bench.py"},
 }
 
 

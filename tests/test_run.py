@@ -13,11 +13,11 @@ import tiny
 import torch
 
 from distill import config, run
-from distill.config import Optim
 from distill.data.toy import Samples
 from distill.engine import checkpoint
 from distill.errors import BadInput
 from distill.place import learning_rate
+from distill.schema import Optim
 
 # Two roles, a cosine, warm-up, a decay that looks at the last step, validation, and checkpoints on their own beat.
 FULL = (

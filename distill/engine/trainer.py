@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.environments import LightningEnvironment
 
-from distill import config
 from distill.engine.launch import layout
 from distill.engine.ranks import Ranks, recompute, root
 from distill.engine.strategy import Processes, place_of
 from distill.errors import BadInput, suggest
 from distill.place import Place
+from distill.schema import Engine
 
 
 class Batches:
@@ -68,7 +68,7 @@ def fit(
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning.*")
-    method.total_steps, engine = steps, engine or config.Engine()
+    method.total_steps, engine = steps, engine or Engine()
     callbacks = [*callbacks, *([_Restore(resume)] if resume else []), _Stop()]
     equip(method, engine)
     trainer = _trainer(engine, method.place, callbacks)

@@ -10,11 +10,11 @@ import lightning
 import torch
 from torch import Tensor, nn
 
-from distill.config import Optim
 from distill.errors import BadInput, suggest
 from distill.grid import Grid
 from distill.losses.regression import mse
 from distill.place import Place, batch_size, learning_rate, micro_batches
+from distill.schema import Optim
 from distill.skips import Skips
 from distill.solvers import DDIM, solve
 

@@ -1,0 +1,82 @@
+"""Verbs that take a run: sample, eval, export, merge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from distill.cli.group import allowed, main
+
+
+@main.command()
+@click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("-n", "count", type=click.IntRange(1), default=100, show_default=True, help="Number of samples.")
+@click.option("--seed", default=0, show_default=True)
+def sample(run_folder: Path, out: Path, count: int, seed: int) -> None:
+    """Draw samples of RUN's student into the picture OUT.
+
+    \b
+    Example:
+      distill sample runs/digits-tdm digits.png -n 50
+    """
+    from distill import run
+
+    click.echo(f"{run.sample(run_folder, out, count, seed, allowed())}: {count} samples.")
+
+
+@main.command("eval")
+@click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("-n", "samples", type=click.IntRange(2), default=None, help="Samples a row; by default eval.samples.")
+def evaluate(run_folder: Path, samples: int | None) -> None:
+    """Measure RUN: teacher, training-free solvers and student at each number of evaluations, from the same noise.
+
+    Writes metrics.json and samples.png into RUN.
+
+    \b
+    Example:
+      distill eval runs/digits-tdm
+    """
+    from distill import run
+    from distill.eval import table
+
+    table.show(run.evaluate(run_folder, samples, allowed()))
+
+
+@main.command()
+@click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+def export(run_folder: Path, out: Path) -> None:
+    """Write RUN's student to OUT as a folder that stock diffusers loads, and verify it there.
+
+    \b
+    Example:
+      distill export runs/digits-tdm student
+    """
+    from distill import run
+    from distill.export.verify import verify
+
+    run.export(run_folder, out, allowed())
+    click.echo(f"{out}: loads in stock diffusers, largest difference to our samples {verify(out):.1e}.")
+
+
+@main.command()
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--share", "shares", type=click.FloatRange(0, 1), multiple=True,
+              help="Of B's weights; several times for a front.  [default: 0, 1/4, 1/2, 3/4, 1]")
+@click.option("--samples", type=click.IntRange(2), help="How many; the run's own number by default.")
+def merge(a: Path, b: Path, out: Path, shares: tuple[float, ...], samples: int | None) -> None:
+    """Mix the weights of two runs' students and measure each mixture; one --share alone is exported too.
+
+    \b
+    Example:
+      distill merge runs/quality runs/diverse runs/front
+      distill merge runs/quality runs/diverse runs/half --share 0.5
+    """
+    from distill.merge import markdown
+    from distill.merge import merge as mix
+
+    click.echo(markdown(mix(a, b, out, shares or (0.0, 0.25, 0.5, 0.75, 1.0), samples, allowed())))
