@@ -52,7 +52,9 @@ class Session:
             held_out = config.build(self.cfg.eval.reference, self.allow, "eval.reference").all()["x"]
         if "x" not in real:
             raise BadInput("data holds conditions alone, to which no sample compares; use distill.data.shards.Shards.")
-        return suite.Images(real["x"], real.get("label"), held_out)
+        metric = getattr(self.method, "metric", None)
+        reward = None if getattr(metric, "paired", False) else metric
+        return suite.Images(real["x"], real.get("label"), held_out, reward)
 
 
 def assemble(cfg: DictConfig, allow: tuple[str, ...] = ()) -> Session:

@@ -18,12 +18,14 @@ class Images:
     Args:
         x, label: the reference split (n, C, H, W) in [-1, 1] and its classes (n,) or None.
         held_out: the other split, for the finite-sample floor fd(reference, held out).
+        reward: what a method ranks its samples by, `metric(x, **cond) -> (B,)`; its mean is scored too.
     """
 
     headline = "fd"
 
-    def __init__(self, x: Tensor, label: Tensor | None = None, held_out: Tensor | None = None):
-        self.x, self.label, self.held_out = x, label, held_out
+    def __init__(self, x: Tensor, label: Tensor | None = None, held_out: Tensor | None = None,
+                 reward: Any = None):
+        self.x, self.label, self.held_out, self.reward = x, label, held_out, reward
 
     @cached_property
     def accuracy(self) -> metrics.Accuracy | None:
@@ -35,6 +37,8 @@ class Images:
         out = {"fd": metrics.frechet(x, self.x)}
         if self.accuracy and "label" in cond:
             out["accuracy"] = self.accuracy.score(x, cond["label"].cpu())
+        if self.reward:
+            out["reward"] = float(self.reward(x, **cond).double().mean())
         if not quick:
             out["mmd"] = metrics.mmd(x, self.x)
             out["precision"], out["recall"] = metrics.precision_recall(x, self.x)

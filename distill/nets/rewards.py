@@ -1,6 +1,7 @@
 """Scores of samples, higher is better: `metric(x, data=None, **cond) -> (B,)`. They need not be differentiable.
 
-Any callable object of this form may stand in a config; these are the ones for toys and tests.
+Any callable object of this form may stand in a config; these are the ones for toys and tests. One that is `paired` asks
+for the data sample of the same condition, so it ranks in training and scores nothing in an evaluation.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ class Near:
 
 class Truth:
     """Minus the distance to the data sample of the same condition: for completion and restoration."""
+
+    paired = True
 
     def __call__(self, x: Tensor, data: Tensor | None = None, **cond) -> Tensor:
         return -(x.double() - data.double()).flatten(1).norm(dim=1)
