@@ -159,16 +159,22 @@ def sample(folder: Path, out: Path, n: int = 100, seed: int = 0, allow: tuple[st
 
 
 def pairs(cfg: DictConfig, out: Path, count: int, seed: int = 0, allow: tuple[str, ...] = ()) -> None:
-    """Shards of noise and where the teacher's ODE takes it, solved as the config's method would in its loop."""
+    """Shards of noise and where the teacher's ODE takes it, solved as the config's method would in its loop.
+
+    The ranks that a launcher started share the work.
+    """
     from distill.data import pairs as stored
 
+    world = launch.join(cfg.engine)
     method = (session := assemble(cfg, allow)).method
-    if not hasattr(method, "endpoint"):
-        raise BadInput(f"{type(method).__name__} does not train on pairs: give a recipe of distill.methods.Reflow.")
+    if not hasattr(method, "path"):
+        raise BadInput(f"{type(method).__name__} does not train on pairs: give a recipe of distill.methods.Reflow "
+                       "or distill.methods.Knowledge.")
     method.to("cuda" if torch.cuda.is_available() else "cpu")
     about = f"{type(method.solver).__name__} in {len(method.times) - 1} steps, w = {method.guidance:g}"
-    classes = session.data.info.classes
-    stored.write(out, method.endpoint, method.teacher, count, method.shape, classes=classes, about=about, seed=seed)
+    shared = {"rank": torch.distributed.get_rank(), "world": world, "meet": torch.distributed.barrier} if world > 1 else {}
+    stored.write(out, method.path, method.teacher, count, method.shape, times=method.path_times,
+                 classes=session.data.info.classes, about=about, seed=seed, **shared)
 
 
 def evaluate(folder: Path, samples: int | None = None, allow: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -94,14 +95,26 @@ def data_idx(src: Path, out: Path) -> None:
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("-n", "count", type=click.IntRange(1), default=10_000, show_default=True, help="Number of pairs.")
 @click.option("--seed", default=0, show_default=True)
-def data_pairs(config_file: Path, out: Path, count: int, seed: int) -> None:
-    """Noise, and where the teacher's ODE takes it, by the solver and guidance of CONFIG's Reflow, to shards in OUT.
+@click.option("--processes", type=click.IntRange(1), default=1, show_default=True, help="That share the solving.")
+def data_pairs(config_file: Path, out: Path, count: int, seed: int, processes: int) -> None:
+    """Noise, and where the teacher's ODE takes it, to shards in OUT, by the solver and guidance of CONFIG's method.
+
+    Of a Reflow the two ends are stored, of a Knowledge the path at its grid's times. torchrun and srun share the work too.
 
     \b
     Example:
       distill data pairs configs/toy/reflow.yaml data/pairs -n 20000
+      distill data pairs configs/digits/knowledge.yaml data/paths -n 20000 --processes 2
     """
-    from distill import config, run
+    from distill import config
+    from distill.engine import launch
 
-    run.pairs(config.load([config_file]), out, count, seed, allowed())
-    click.echo(f"{out}: {count} pairs.")
+    cfg = config.load([config_file], [f"engine.devices={processes}"])
+    if launch.wanted(cfg.engine):
+        sys.exit(launch.spawn(processes))
+    from distill import run
+    from distill.engine.home import leads
+
+    run.pairs(cfg, out, count, seed, allowed())
+    if leads():
+        click.echo(f"{out}: {count} pairs.")
