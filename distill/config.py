@@ -24,7 +24,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distill.errors import BadInput, suggest
-from distill.schema import CHOICES, LEAST, MOVED, Run
+from distill.schema import CHOICES, DASHBOARDS, LEAST, MOVED, Run
 
 TARGET = "_target_"
 
@@ -109,6 +109,9 @@ def _check_values(full: DictConfig) -> None:
         for key, value in _matching(full, pattern):
             if value not in known:
                 raise BadInput(f"{key}: '{value}' must be one of {', '.join(known)}.{suggest(str(value), known)}")
+    for name in full.log.to:
+        if name not in DASHBOARDS:
+            raise BadInput(f"log.to: '{name}' must be one of {', '.join(DASHBOARDS)}.{suggest(name, DASHBOARDS)}")
     if not full.name or not full.eval.evaluations or min(full.eval.evaluations) < 1:
         what = "eval.evaluations: give a list of numbers from 1 on" if full.name else "name: give the run a name"
         raise BadInput(f"{what}.")

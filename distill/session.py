@@ -29,6 +29,8 @@ class Session:
     data: Any
     allow: tuple[str, ...] = ()
     preempted: bool = False
+    stopped: str = ""  # why a run that came to a plateau ended before its last step
+    validation: Any = None  # of the run that was trained: its alarms and the teacher's lines
 
     @property
     def teacher(self) -> Any:
