@@ -24,7 +24,7 @@ RANKS = [
     {"engine"},
     {"session"},
     {"run"},
-    {"demo", "compare", "merge", "bench", "check"},
+    {"demo", "compare", "merge", "bench", "check", "encode", "audit"},
     {"cli"},
 ]
 DOORS = {

@@ -89,39 +89,40 @@ class Parts:
 
     Attributes:
         whole: OUT is there already and was made with the same `about`.
-        jobs: of the plan, one a shard, each with its folder `at` (below OUT) and its `number` there.
+        plan: as `begin` was given it, or None; its jobs are one a shard, each with its folder `at` (below OUT) and its
+            `number` there.
 
     Raises:
         BadInput: OUT exists and is something else, or was begun with another `about`.
     """
 
     def __init__(self, out: Path, about: dict[str, Any]):
-        self.out, self.about, self.jobs = out, json.loads(json.dumps(about)), []
+        self.out, self.about, self.plan = out, json.loads(json.dumps(about)), None
         self.stage = out.parent / f".{out.name}.unfinished"
         self.whole = self._whole()
         if not self.whole and (self.stage / PLAN).is_file():
             self._plan()
 
     @property
-    def planned(self) -> bool:
-        return bool(self.jobs)
+    def jobs(self) -> list[dict[str, Any]]:
+        return self.plan["jobs"]
 
-    def begin(self, jobs: list[dict[str, Any]]) -> None:
+    def begin(self, plan: dict[str, Any]) -> None:
         """Keep the plan; of several processes that begin together the first one's stays."""
         with disk(self.out):
             (self.stage / _TEMPORARY).mkdir(parents=True, exist_ok=True)
             (self.stage / _NOTES).mkdir(exist_ok=True)
             own = self.stage / _TEMPORARY / f"plan-{os.uname().nodename}-{os.getpid()}"
-            own.write_text(json.dumps({"about": self.about, "jobs": jobs}))
+            own.write_text(json.dumps({"about": self.about, "plan": plan}))
             with contextlib.suppress(FileExistsError):
                 os.link(own, self.stage / PLAN)
             own.unlink()
         self._plan()
 
     def _plan(self) -> None:
-        plan = json.loads((self.stage / PLAN).read_text())
-        self._same(plan["about"], f"{self.stage} holds an unfinished {self.out.name} that was begun with", "remove it")
-        self.jobs = plan["jobs"]
+        kept = json.loads((self.stage / PLAN).read_text())
+        self._same(kept["about"], f"{self.stage} holds an unfinished {self.out.name} that was begun with", "remove it")
+        self.plan = kept["plan"]
 
     def _whole(self) -> bool:
         if not os.path.lexists(self.out):
@@ -188,29 +189,37 @@ class Parts:
     def _note(self, job: dict[str, Any]) -> Path:
         return self.stage / _NOTES / f"{_flat(job)}.json"
 
+    def keep_null(self, null: dict[str, Tensor]) -> None:
+        """Keep the null condition, which will lie beside every index."""
+        from safetensors.torch import save_file
+
+        own = self.stage / _NOTES / f"{NULL}.{os.uname().nodename}.{os.getpid()}"
+        with disk(self.out):
+            save_file({k: v.contiguous() for k, v in null.items()}, own)
+            os.replace(own, self.stage / _NOTES / NULL)
+
     # -- all of them ---------------------------------------------------------------------------------------------
 
     def left(self) -> int:
         """Shards still to be written."""
         return sum(not self.done(job) for job in self.jobs)
 
-    def finish(self, info: Info, null: dict[str, Tensor] | None = None) -> dict[str, Info] | None:
+    def finish(self, info: Info) -> dict[str, Info] | None:
         """Write the indexes, rename, and return what was written, by folder; None while shards are left.
 
         Several processes may come here at once.
 
         Args:
             info: classes, names, captions, source, encoder; for conditions alone also the shape. The rest is measured.
-            null: the null condition, to lie beside every index.
         """
         try:
-            return self._finish(info, null)
+            return self._finish(info)
         except FileNotFoundError:  # another process has renamed the folder
             if self.out.is_dir():
                 return None
             raise
 
-    def _finish(self, info: Info, null: dict[str, Tensor] | None) -> dict[str, Info] | None:
+    def _finish(self, info: Info) -> dict[str, Info] | None:
         if self.left():
             return None
         written, skipped = {}, []
@@ -221,7 +230,7 @@ class Parts:
                 skipped += [f"{at} {line}" for note in notes.values() for line in note.skipped]
                 full = {n: note for n, note in notes.items() if note.count}
                 if full:
-                    written[at] = self._index(at, info, full, null)
+                    written[at] = self._index(at, info, full)
             if not written:
                 raise BadInput(f"{self.stage} holds no sample, all were skipped: {skipped[0]}.")
             if skipped:
@@ -234,7 +243,7 @@ class Parts:
             shutil.rmtree(self.out / _NOTES, ignore_errors=True)
         return written
 
-    def _index(self, at: str, info: Info, notes: dict[str, Note], null: dict[str, Tensor] | None) -> Info:
+    def _index(self, at: str, info: Info, notes: dict[str, Note]) -> Info:
         first, *others = notes.values()
         for n, other in zip([*notes][1:], others):
             if (other.x, other.members) != (first.x, first.members):
@@ -245,11 +254,8 @@ class Parts:
         if first.x:
             total, squares, size = (sum(getattr(n, k) for n in notes.values()) for k in ("total", "squares", "size"))
             info = measured(replace(info, shape=first.x.shape, dtype=first.x.dtype), total / size, squares / size)
-        if null:
-            from safetensors.torch import save_file
-
-            own = self.stage / at / f".{NULL}.{os.getpid()}"
-            save_file({k: v.contiguous() for k, v in null.items()}, own)
+        if (null := self.stage / _NOTES / NULL).is_file():
+            shutil.copyfile(null, own := self.stage / at / f".{NULL}.{os.getpid()}")
             os.replace(own, self.stage / at / NULL)
         index.write(self.stage / at, info, [(n, note.count, note.bytes) for n, note in notes.items()])
         return info

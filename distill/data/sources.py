@@ -78,8 +78,17 @@ def nearest(shape: tuple[int, int], sizes: list[tuple[int, int]]) -> tuple[int, 
 # -- plans -----------------------------------------------------------------------------------------------------------
 
 
-def plan(src: Path, how: Settings) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
-    """The jobs of a folder of images, of arrays, or of image shards, and the names of its classes.
+@dataclass
+class Plan:
+    """Jobs, names of the classes, and whether every sample has a caption. Plain JSON but for its frame."""
+
+    jobs: list[dict[str, Any]]
+    names: list[str]
+    captions: bool
+
+
+def plan(src: Path, how: Settings) -> Plan:
+    """What is to do for a folder of images, of arrays, or of image shards.
 
     Raises:
         BadInput: none of these, images of several sizes without `size`, captions or classes for some only.
@@ -87,20 +96,18 @@ def plan(src: Path, how: Settings) -> tuple[list[dict[str, Any]], tuple[str, ...
     if not src.is_dir():
         raise BadInput(f"{src} is not a folder: give a folder of images, of .npy arrays, or of image shards.")
     if any(src.rglob(index.NAME)) or any(src.glob("*.tar")) or any(src.glob("*/*.tar")):
-        return _of_shards(src, how), ()
+        return _of_shards(src, how)
     images = any(p.suffix.lower()[1:] in image.SUFFIXES for p in src.rglob("*"))
     kind = (image.SUFFIXES, "images") if images else (ARRAYS, "images, .npy arrays or shards")
     found = folder.splits(src, *kind)
     every = [file for files in found.values() for file, _ in files]
-    if not folder.captioned(every) and how.caption is None and any("{class}" in (how.caption or "") for _ in every):
-        raise BadInput(f"{src} has no captions.")
     names = sorted({name for files in found.values() for _, name in files if name is not None})
     if images and how.size is None:
         folder.channels(every, None)  # refuses images of several sizes
     jobs: list[dict[str, Any]] = []
     for split, rows in _held_out(found, how).items():
         jobs += _of_files(split, found[split if split in found else ""], rows, names, how, images)
-    return jobs, tuple(names)
+    return Plan(jobs, names, folder.captioned(every) or how.caption is not None)
 
 
 def _held_out(found: dict[str, Any], how: Settings) -> dict[str, np.ndarray]:
@@ -141,16 +148,17 @@ def _shape(file: Path) -> tuple[int, int]:
         return 1, 1
 
 
-def _of_shards(src: Path, how: Settings) -> list[dict[str, Any]]:
+def _of_shards(src: Path, how: Settings) -> Plan:
     """One job for each shard of a split, or as many as it has buckets and pieces."""
     tops = [p for p in sorted(src.iterdir()) if p.is_dir() and any(p.glob("*.tar"))]
-    jobs: list[dict[str, Any]] = []
+    jobs, captions = [], True
     for split in tops or [src]:
         tars, info, damage, _ = index.find(split)
         if damage:
             raise BadInput(f"{damage[0]} is damaged: repair it, or take it out of {split}, before it is encoded.")
         if info.members or (info.dtype != "uint8" and len(info.shape) == 3 and info.shape[0] not in (1, 3)):
             raise BadInput(f"{split} holds {info.dtype} {info.shape}, which are no images: give shards of images.")
+        captions &= info.captions or how.caption is not None
         at, taken = split.name if tops else "train", {}
         for shard in tars:
             for size, rows in _sorted(shard.path, shard.count, how).items():
@@ -159,7 +167,7 @@ def _of_shards(src: Path, how: Settings) -> list[dict[str, Any]]:
                     number = taken[where] = taken.get(where, -1) + 1
                     jobs.append({"at": where, "number": number, "size": size, "tar": shard.path, "rows": some,
                                  "range": info.range})
-    return jobs
+    return Plan(jobs, [], captions)
 
 
 def _sorted(path: str, count: int, how: Settings) -> dict[Any, list[int]]:
@@ -186,7 +194,7 @@ def _pieces(rows: list[int], size: int) -> Iterator[list[int]]:
 # -- samples ---------------------------------------------------------------------------------------------------------
 
 
-def read(job: dict[str, Any], names: tuple[str, ...], how: Settings) -> Iterator[Item]:
+def read(job: dict[str, Any], names: list[str], how: Settings) -> Iterator[Item]:
     """The samples of a job in its order; one that cannot be read says why in `bad`."""
     if "prompts" in job:
         yield from (Item(f"{k:09d}", caption=p) for k, p in zip(job["keys"], job["prompts"]))
@@ -292,10 +300,10 @@ def prompts(file: Path) -> list[str]:
     return found
 
 
-def plan_prompts(lines: list[str], how: Settings) -> list[dict[str, Any]]:
-    """The jobs of a list of prompts; a sample's key is its place in the list."""
+def plan_prompts(lines: list[str], how: Settings) -> Plan:
+    """What is to do for a list of prompts; a sample's key is its place in the list."""
     jobs = []
     for split, rows in held_out(len(lines), how).items():
         for number, some in enumerate(_pieces(rows.tolist(), how.per_shard)):
             jobs.append({"at": split, "number": number, "prompts": [lines[i] for i in some], "keys": some})
-    return jobs
+    return Plan(jobs, [], True)
