@@ -20,7 +20,7 @@ RANKS = [
     {"grid", "place", "skips"},
     {"denoise"},
     {"tangent", "solvers", "losses", "nets", "data"},
-    {"methods", "eval", "export"},
+    {"methods", "eval", "export", "match"},
     {"engine"},
     {"session"},
     {"run"},
