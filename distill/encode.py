@@ -118,7 +118,12 @@ class Coder:
                            f"{kinds[len(self.geometry.shape)]}: give data of that kind.")
         if not sound:
             self.geometry.size(shape[-2:])
-        x = self.latent.encode(torch.stack([i.pixels for i in items])).float().cpu()
+        try:
+            x = self.latent.encode(torch.stack([i.pixels for i in items])).float().cpu()
+        except RuntimeError as error:  # such as another number of channels
+            text = str(error).splitlines()[0]
+            raise BadInput(f"the autoencoder of {self.task.pipeline} refuses samples of shape {shape}, {items[0].key} the "
+                           f"first: {text}; give data of its kind, or a smaller --batch.") from error
         if not sound and tuple(x.shape[1:]) != self.geometry.latents(shape):
             raise BadInput(f"{self.task.pipeline}: its autoencoder makes {tuple(x.shape[1:])} of pixels {shape}, but its "
                            f"network takes {self.geometry.latents(shape)}: give a folder whose parts belong together.")
@@ -166,11 +171,12 @@ def run(task: Task, workers: int = 1, say: Say = print) -> dict[str, Info] | Non
     if workers > 1:
         _spread(task, mine, workers, say)
     else:
-        _work(task, mine, int(_env("LOCAL_RANK", "SLURM_LOCALID", 0)), coder, parts, say)
+        _work(task, mine, _local(), coder, parts, say)
     kept = parts.plan
     made = {**coder.prints, "pipeline": task.pipeline, "size": _words(task, coder)}
-    info = Info(_shape(task, coder), 0 if coder.geometry.text else len(kept["names"]),
-                names=() if coder.geometry.text else tuple(kept["names"]), captions=kept["captions"], dtype="float32",
+    text = coder.geometry.text
+    info = Info(_shape(task, coder), 0 if text else kept["classes"], names=() if text else tuple(kept["names"]),
+                captions=kept["captions"], dtype="float32",
                 source=f"{task.src.resolve().name}, encoded", encoder=made)  # fmt: skip
     return parts.finish(info)
 
@@ -180,6 +186,9 @@ def _begin(task: Task) -> tuple[Coder, Parts]:
     if not task.src.exists():
         raise BadInput(f"{task.src} does not exist: give the folder of the data, or the file of the prompts.")
     coder = Coder(task, "cpu")
+    if not task.prompts and "vae" not in coder.prints:
+        raise BadInput(f"{task.pipeline} has no autoencoder (vae), so nothing is encoded by it: give the folder of a latent "
+                       "model, or train on pixels (`distill data images`).")
     if task.prompts and not coder.geometry.text:
         raise BadInput(f"{task.pipeline}: its network is told no text, so prompts are of no use to it; give another pipeline.")
     size = coder.geometry.size(task.how.size)
@@ -222,7 +231,7 @@ def _spread(task: Task, mine: list[int], workers: int, say: Say) -> None:
 def _worker(task: Task, jobs: list[int], number: int, workers: int) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     coder, parts = _begin(task)
-    _work(task, jobs, number, coder, parts, lambda text: None)
+    _work(task, jobs, _local() * workers + number, coder, parts, lambda text: None)
 
 
 def _work(task: Task, jobs: list[int], number: int, coder: Coder, parts: Parts, say: Say) -> None:
@@ -259,6 +268,11 @@ def _shape(task: Task, coder: Coder) -> tuple[int, ...]:
     frames = (frames,) if frames and len(shape) == 4 else ()
     made = coder.geometry.latents((3, *frames, *size))
     return made if frames or len(shape) == 3 else (*shape[:2], *made[1:])
+
+
+def _local() -> int:
+    """Which of this machine's ranks this is."""
+    return int(_env("LOCAL_RANK", "SLURM_LOCALID", 0))
 
 
 def _env(torchrun: str, slurm: str, default: int) -> str | int:

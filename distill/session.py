@@ -51,7 +51,7 @@ class Session:
         """What to measure: an exact law where the data comes from an oracle, else the data's own split."""
         if hasattr(self.data, "source") and hasattr(self.data.source, "log_prob"):
             return suite.Toy(self.data.source)
-        if getattr(self.data.info, "members", None):
+        if getattr(self.data.info, "members", None) or getattr(self.data.info, "encoder", None):
             return self._latents()
         real, held_out = self.data.all(), None
         if self.cfg.eval.reference:
@@ -73,7 +73,7 @@ class Session:
         if folder is not None and (folder / "vae").is_dir():
             from distill.nets.diffusers import Latent
 
-            decode = Latent(folder).decode
+            decode = Latent(folder, device="cuda" if torch.cuda.is_available() else "cpu").decode
         return Latents(x, decode, held_out)
 
 

@@ -114,9 +114,14 @@ class Parts:
             (self.stage / _NOTES).mkdir(exist_ok=True)
             own = self.stage / _TEMPORARY / f"plan-{os.uname().nodename}-{os.getpid()}"
             own.write_text(json.dumps({"about": self.about, "plan": plan}))
-            with contextlib.suppress(FileExistsError):
-                os.link(own, self.stage / PLAN)
-            own.unlink()
+            try:
+                os.link(own, self.stage / PLAN)  # fails where there is one
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without links
+                if not (self.stage / PLAN).exists():
+                    os.replace(own, self.stage / PLAN)
+            own.unlink(missing_ok=True)
         self._plan()
 
     def _plan(self) -> None:

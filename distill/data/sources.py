@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +80,12 @@ def nearest(shape: tuple[int, int], sizes: list[tuple[int, int]]) -> tuple[int, 
 
 @dataclass
 class Plan:
-    """Jobs, names of the classes, and whether every sample has a caption. Plain JSON but for its frame."""
+    """Jobs, classes and their names, and whether every sample has a caption. Plain JSON but for its frame."""
 
     jobs: list[dict[str, Any]]
-    names: list[str]
-    captions: bool
+    captions: bool = True
+    classes: int = 0
+    names: list[str] = field(default_factory=list)
 
 
 def plan(src: Path, how: Settings) -> Plan:
@@ -107,7 +108,7 @@ def plan(src: Path, how: Settings) -> Plan:
     jobs: list[dict[str, Any]] = []
     for split, rows in _held_out(found, how).items():
         jobs += _of_files(split, found[split if split in found else ""], rows, names, how, images)
-    return Plan(jobs, names, folder.captioned(every) or how.caption is not None)
+    return Plan(jobs, folder.captioned(every) or how.caption is not None, len(names), names)
 
 
 def _held_out(found: dict[str, Any], how: Settings) -> dict[str, np.ndarray]:
@@ -151,23 +152,24 @@ def _shape(file: Path) -> tuple[int, int]:
 def _of_shards(src: Path, how: Settings) -> Plan:
     """One job for each shard of a split, or as many as it has buckets and pieces."""
     tops = [p for p in sorted(src.iterdir()) if p.is_dir() and any(p.glob("*.tar"))]
-    jobs, captions = [], True
+    whole = Plan([])
     for split in tops or [src]:
         tars, info, damage, _ = index.find(split)
         if damage:
             raise BadInput(f"{damage[0]} is damaged: repair it, or take it out of {split}, before it is encoded.")
-        if info.members or (info.dtype != "uint8" and len(info.shape) == 3 and info.shape[0] not in (1, 3)):
+        if info.members or not info.samples or (info.dtype != "uint8" and len(info.shape) == 3 and info.shape[0] not in (1, 3)):
             raise BadInput(f"{split} holds {info.dtype} {info.shape}, which are no images: give shards of images.")
-        captions &= info.captions or how.caption is not None
+        whole.captions &= info.captions or how.caption is not None
+        whole.classes, whole.names = max(whole.classes, info.classes), list(info.names)
         at, taken = split.name if tops else "train", {}
         for shard in tars:
             for size, rows in _sorted(shard.path, shard.count, how).items():
                 where = f"{at}/{size[0]}x{size[1]}" if how.buckets else at
                 for some in _pieces(rows, how.per_shard):
                     number = taken[where] = taken.get(where, -1) + 1
-                    jobs.append({"at": where, "number": number, "size": size, "tar": shard.path, "rows": some,
+                    whole.jobs.append({"at": where, "number": number, "size": size, "tar": shard.path, "rows": some,
                                  "range": info.range})
-    return Plan(jobs, [], captions)
+    return whole
 
 
 def _sorted(path: str, count: int, how: Settings) -> dict[Any, list[int]]:
@@ -238,9 +240,8 @@ def _pixels(file: Path, size: tuple[int, int] | None, frames: int | None) -> Ten
     """Of an image file, or of an array: video uint8 (F, H, W, 3), or float in [-1, 1]; sound float (C, L)."""
     if file.suffix.lower()[1:] not in ARRAYS:
         return torch.from_numpy(image.decode(file, 3, tuple(size) if size else None)).float() / 127.5 - 1
-    found = np.load(file, allow_pickle=False)
-    if file.suffix.lower() == ".npz":
-        found = next(iter(npz_files.read(file).values()))
+    packed = file.suffix.lower() == ".npz"
+    found = next(iter(npz_files.read(file).values())) if packed else np.load(file, allow_pickle=False)
     whole = found.dtype == np.uint8
     x = torch.from_numpy(np.ascontiguousarray(found)).float()
     x = x / 127.5 - 1 if whole else x
@@ -306,4 +307,4 @@ def plan_prompts(lines: list[str], how: Settings) -> Plan:
     for split, rows in held_out(len(lines), how).items():
         for number, some in enumerate(_pieces(rows.tolist(), how.per_shard)):
             jobs.append({"at": split, "number": number, "prompts": [lines[i] for i in some], "keys": some})
-    return Plan(jobs, [], True)
+    return Plan(jobs)

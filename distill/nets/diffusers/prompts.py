@@ -39,7 +39,7 @@ class Prompts:
                 and not (folder / p).is_dir()]
         if lack:
             raise BadInput(f"{folder} has no {lack[0]}, which its model_index.json names: copy that folder too.")
-        absent = {part: None for part, value in index.items()
+        absent = {"vae": None} | {part: None for part, value in index.items()
                   if isinstance(value, list) and not part.startswith(ENCODERS)}
         try:
             with torch.device("meta"):  # a shape without weights
