@@ -147,4 +147,5 @@ def _check_path(settings: DictConfig, key: str) -> None:
     out = Path(path).parent if Path(path).name in ("train", "test") else Path(path)
     kind = "digits" if "digits" in out.parts else "images PHOTOS"
     kind = "pairs CONFIG" if settings[config.TARGET].endswith("Pairs") else kind
+    kind = "encode PHOTOS --pipeline P --buckets" if settings[config.TARGET].endswith("Buckets") else kind
     raise BadInput(f"{key}.path: {path} does not exist; make it by `distill data {kind} {out}`, or correct the path.")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.eval import metrics, pictures
 
@@ -16,7 +16,7 @@ SHOWN = 16
 
 
 class Latents:
-    """`fd` of block means against reference latents, where there are some; mean and standard deviation always.
+    """`fd` of block means against reference latents; where there are none, the samples' mean and standard deviation.
 
     Args:
         x: reference latents (n, C, ...), or None where the data is conditions alone.
@@ -25,15 +25,17 @@ class Latents:
     """
 
     def __init__(self, x: Tensor | None, decode: Callable[[Tensor], Tensor] | None = None, held_out: Tensor | None = None):
-        self.x = None if x is None else blocks(x)
-        self.held_out = None if held_out is None else blocks(held_out)
+        self.sides = () if x is None else sides(tuple(x.shape[1:]))
+        self.x = None if x is None else blocks(x, self.sides)
+        self.held_out = None if held_out is None else blocks(held_out, self.sides)
         self.decode, self.headline = decode, "std" if x is None else "fd"
 
     def score(self, x: Tensor, cond: dict[str, Tensor], quick: bool = False) -> dict[str, float]:
-        """Metric -> value; `fd` (unless there is no reference), `mean`, `std`."""
+        """Metric -> value: `fd`, or `mean` and `std`, of which a network's own latents have about 0 and 1."""
         x = x.cpu().float()
-        found = {} if self.x is None else {"fd": metrics.frechet(blocks(x), self.x)}
-        return found | {"mean": float(x.mean()), "std": float(x.std())}
+        if self.x is None:
+            return {"mean": float(x.mean()), "std": float(x.std())}
+        return {"fd": metrics.frechet(blocks(x, self.sides), self.x)}
 
     def floor(self) -> dict[str, float]:
         """Distance between the two real splits."""
@@ -58,12 +60,18 @@ def _middle(x: Tensor) -> Tensor:
     return x[:, :, x.shape[2] // 2] if x.ndim == 5 else x
 
 
-def blocks(x: Tensor) -> Tensor:
-    """Means over blocks of space (and time), so few that they are at most FEATURES numbers; x itself if it is small."""
-    axes = x.ndim - 2
-    if x[0].numel() <= FEATURES or not 1 <= axes <= 3:
+def sides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Blocks along each axis of space (and time), so few that all channels of all blocks are at most FEATURES numbers."""
+    channels, *inner = shape
+    if math.prod(shape) <= FEATURES or not 1 <= len(inner) <= 3:
+        return tuple(inner)
+    side = max(1, math.floor((FEATURES / channels) ** (1 / len(inner)) + 1e-9))
+    return tuple(min(side, n) for n in inner)
+
+
+def blocks(x: Tensor, sides: tuple[int, ...]) -> Tensor:
+    """Means over blocks of x (n, C, ...), (n, C * product of the sides); samples of another bucket have as many."""
+    if tuple(x.shape[2:]) == tuple(sides):
         return x.flatten(1)
-    side = max(1, math.floor((FEATURES / x.shape[1]) ** (1 / axes)))
-    pool = (torch.nn.functional.adaptive_avg_pool1d, torch.nn.functional.adaptive_avg_pool2d,
-            torch.nn.functional.adaptive_avg_pool3d)[axes - 1]
-    return pool(x.float(), [min(side, n) for n in x.shape[2:]] if axes > 1 else min(side, x.shape[2])).flatten(1)
+    pool = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}[len(sides)]
+    return pool(sides if len(sides) > 1 else sides[0])(x.float()).flatten(1)
