@@ -40,7 +40,8 @@ def read(path: str | Path, above: tuple[Path, ...] = ()) -> DictConfig:
     try:
         node = OmegaConf.load(path)
     except Exception as error:  # yaml's own errors come in several classes
-        raise BadInput(f"Config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        quote = ' Write a key called null in quotes, "null".' if "key type 'NoneType'" in str(error) else ""
+        raise BadInput(f"Config file {path} is not valid YAML: {' '.join(str(error).split())}{quote}") from None
     if not isinstance(node, DictConfig):
         raise BadInput(f"Config file {path} must hold a mapping of keys, not a list or a scalar.")
     bases = node.pop("base", None) or []

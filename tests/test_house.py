@@ -20,11 +20,11 @@ RANKS = [
     {"grid", "place", "skips"},
     {"denoise"},
     {"tangent", "solvers", "losses", "nets", "data"},
-    {"methods", "eval", "export"},
+    {"methods", "eval", "export", "match"},
     {"engine"},
     {"session"},
     {"run"},
-    {"demo", "compare", "merge", "bench", "check"},
+    {"demo", "compare", "merge", "bench", "check", "encode", "audit"},
     {"cli"},
 ]
 DOORS = {
