@@ -192,7 +192,8 @@ def test_a_scripted_fault_is_flagged_at_the_next_validation(tmp_path, monkeypatc
     scripted(monkeypatch, fault)
     session = tiny.train(tmp_path / "run", *SMALL, "eval.validation_samples=600", name="tdm")
     found = session.validation.alarms
-    assert {a.kind for a in found} == kinds and {a.step for a in found} <= {4}
+    assert {a.kind for a in found} - {"critic lag"} == kinds  # the live student is not scripted
+    assert {a.step for a in found} <= {4}
     said = capsys.readouterr().out.replace("\n", " ")
     assert all(f"ALARM at step 4, {kind}:" in said for kind in kinds)
     path = tmp_path / "run" / "alarms.jsonl"
