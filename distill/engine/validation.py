@@ -14,7 +14,7 @@ from distill.engine.callbacks import Every, Record, console
 from distill.engine.home import leads
 from distill.engine.probes import probes
 from distill.engine.sinks import history, replace
-from distill.engine.watch import Alarm, Watchdog
+from distill.engine.watch import Alarm, Watchdog, rules_of
 from distill.eval.health import signs
 
 STOPPED = "stopped.txt"
@@ -82,7 +82,8 @@ class Validation(Every):
 
     def validate(self, method: Any) -> None:
         if self.lines is None:
-            self.lines, self.dog = self.teacher(method), Watchdog(method.total_steps, method.warm_start)
+            self.lines = self.teacher(method)
+            self.dog = Watchdog(method.total_steps, method.warm_start, rules_of(method))
             for row in self.past:
                 self.dog.look(row["step"], row, self.reference)
         row, alarms = None, []

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from distill.engine.watch import LEAST, ROW, RULES, Watch, Watchdog
+from distill.engine.watch import LEAST, ROW, RULES, Watch, Watchdog, rules_of
 from distill.place import Place
 from distill.schema import Optim
 
@@ -53,6 +53,11 @@ def test_numbers_without_their_like_are_not_judged():
     dog = Watchdog(10)
     assert dog.look(9, {"diversity": 0.0}, {}) == [] and dog.look(9, {}, TEACHER) == []
     assert dog.look(9, {"coverage": 0.0}, TEACHER | {"coverage": 0.1}) == [], "a teacher without coverage is no measure"
+
+
+def test_a_method_with_a_metric_is_not_held_to_the_datas_modes():
+    plain, moved = (rules_of(SimpleNamespace(metric=m)) for m in (None, print))
+    assert plain == RULES and {r.kind for r in plain} - {r.kind for r in moved} == {"mode loss"}
 
 
 # -- between validations ---------------------------------------------------------------------------------------------
