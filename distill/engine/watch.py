@@ -81,6 +81,14 @@ def rules_of(method: Any) -> tuple[Rule, ...]:
     return tuple(rule for rule in RULES if not (moved and rule.kind == "mode loss"))
 
 
+def half_of(method: Any) -> float:
+    """Half of the run after its warm start; of a method that starts anew midway half of its last start, never before it."""
+    done, of = method.clock()
+    begin = method.step - done
+    last = begin + 1.5 * of > method.total_steps  # no other start fits in; their lengths are rounded down
+    return (max(begin, method.warm_start) + begin + of) / 2 if last else float("inf")
+
+
 class Watchdog:
     """Holds the student's numbers against a reference, validation by validation.
 
@@ -89,12 +97,12 @@ class Watchdog:
     until the reading has been inside once more.
 
     Args:
-        steps: of the run.
+        half: the step from which a reading must be inside; see `half_of`.
         warm: steps of its warm start, which count for nothing.
     """
 
-    def __init__(self, steps: int, warm: int = 0, rules: Iterable[Rule] = RULES):
-        self.warm, self.half, self.rules = warm, warm + (steps - warm) / 2, tuple(rules)
+    def __init__(self, half: float, warm: int = 0, rules: Iterable[Rule] = RULES):
+        self.half, self.warm, self.rules = half, warm, tuple(rules)
         self.healthy: dict[str, str] = {}  # kind -> when it was last inside, in words
         self.raised: set[str] = set()
 
@@ -157,7 +165,7 @@ class Watch(lightning.Callback):
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer, method, outputs, batch, index):
-        if method.step - 1 == method.warm_start:  # other losses from here on
+        if method.step - 1 == method.warm_start or method.clock()[0] <= 1:  # other losses from here on
             self.norms = {}
         for role in method.trainable:
             norm = method.logs.get(f"{role}/grad_norm")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -164,6 +167,18 @@ def test_a_metric_that_is_not_measured_is_refused_at_the_first_validation(tmp_pa
     with pytest.raises(BadInput, match="train.best: 'min fid' must be min or max and one of energy"):
         tiny.train(tmp_path / "run", *SMALL, "train.best=min fid")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_stop_at_the_same_step(tmp_path):
+    """The first decides; were the other not told, it would wait in the next step's collective for ever."""
+    words = ("train", str(tiny.TOY / "dmd2.yaml"), *STOP, "train.min_delta=100", "data.batch_size=16", "engine.devices=2",
+             "log.wandb=disabled", "engine.accelerator=cpu")  # fmt: skip
+    env = os.environ | {"PYTHONPATH": str(tiny.TOY.parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", "distill.cli", *words], cwd=tmp_path, env=env, capture_output=True, text=True)
+    said = " ".join((done.stdout + done.stderr).split())
+    assert done.returncode == 0, said
+    assert said.count("Stopping at step 4: energy has not improved") == 1 and said.count("4 of 20 steps done") == 1
 
 
 # -- scripted faults -------------------------------------------------------------------------------------------------
