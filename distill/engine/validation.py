@@ -14,7 +14,7 @@ from distill.engine.callbacks import Every, Record, console
 from distill.engine.home import leads
 from distill.engine.probes import probes
 from distill.engine.sinks import history, replace
-from distill.engine.watch import Alarm, Watchdog
+from distill.engine.watch import Alarm, Watchdog, half_of, rules_of
 from distill.eval.health import signs
 
 STOPPED = "stopped.txt"
@@ -82,10 +82,11 @@ class Validation(Every):
 
     def validate(self, method: Any) -> None:
         if self.lines is None:
-            self.lines, self.dog = self.teacher(method), Watchdog(method.total_steps, method.warm_start)
+            self.lines = self.teacher(method)
+            self.dog = Watchdog(half_of(method), method.warm_start, rules_of(method))
             for row in self.past:
                 self.dog.look(row["step"], row, self.reference)
-        row, alarms = None, []
+        row, alarms, self.dog.half = None, [], half_of(method)
         if leads() or method.place.sharded:
             generator = lambda z: torch.Generator(z.device).manual_seed(0)
             x = batched(lambda z, c: method.sample(z, c, generator=generator(z)), self.z, self.cond, method)

@@ -61,7 +61,7 @@ RULES = (
          "lower optim.student.lr, let the critic lead by more turns, or go back to the best checkpoint"),
     Rule("mode loss", "coverage", 0.6, float("inf"), "samples come near {:.2g} x as much of the data as the teacher's",
          "a divergence that covers modes (divergence: js or kl), a head, or a smaller guidance brings them back", least=0.3),
-    Rule("saturation", "beyond", -float("inf"), 0.05, "a share of {:.2g} more values than the teacher's lie beyond the data",
+    Rule("saturation", "beyond", -float("inf"), 0.1, "a share of {:.2g} more values than the teacher's lie beyond the data",
          "lower guidance or optim.student.lr", against="excess"),
     Rule("contrast", "contrast", 0.5, 1.5, "values spread {:.2g} x as widely as the teacher's",
          "above 1 lower guidance or optim.student.lr; below it samples wash out: look at the critic's lead"),
@@ -75,6 +75,20 @@ RULES = (
 )  # fmt: skip
 
 
+def rules_of(method: Any) -> tuple[Rule, ...]:
+    """All of them; without mode loss where a metric or a reward moves the student's law off the data's on purpose."""
+    moved = getattr(method, "metric", None) is not None
+    return tuple(rule for rule in RULES if not (moved and rule.kind == "mode loss"))
+
+
+def half_of(method: Any) -> float:
+    """Half of the run after its warm start; of a method that starts anew midway half of its last start, never before it."""
+    done, of = method.clock()
+    begin = method.step - done
+    last = begin + 1.5 * of > method.total_steps  # no other start fits in; their lengths are rounded down
+    return (max(begin, method.warm_start) + begin + of) / 2 if last else float("inf")
+
+
 class Watchdog:
     """Holds the student's numbers against a reference, validation by validation.
 
@@ -83,12 +97,12 @@ class Watchdog:
     until the reading has been inside once more.
 
     Args:
-        steps: of the run.
+        half: the step from which a reading must be inside; see `half_of`.
         warm: steps of its warm start, which count for nothing.
     """
 
-    def __init__(self, steps: int, warm: int = 0, rules: Iterable[Rule] = RULES):
-        self.warm, self.half, self.rules = warm, warm + (steps - warm) / 2, tuple(rules)
+    def __init__(self, half: float, warm: int = 0, rules: Iterable[Rule] = RULES):
+        self.half, self.warm, self.rules = half, warm, tuple(rules)
         self.healthy: dict[str, str] = {}  # kind -> when it was last inside, in words
         self.raised: set[str] = set()
 
@@ -151,7 +165,7 @@ class Watch(lightning.Callback):
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer, method, outputs, batch, index):
-        if method.step - 1 == method.warm_start:  # other losses from here on
+        if method.step - 1 == method.warm_start or method.clock()[0] <= 1:  # other losses from here on
             self.norms = {}
         for role in method.trainable:
             norm = method.logs.get(f"{role}/grad_norm")

@@ -41,7 +41,7 @@ def _groups(cond: Mapping[str, Tensor], n: int) -> Tensor:
     return group
 
 
-def limits(y: Tensor, margin: float = 0.05) -> tuple[float, float]:
+def limits(y: Tensor, margin: float = 0.1) -> tuple[float, float]:
     """The range of y's values, wider by `margin` of its width on both sides."""
     low, high = float(y.min()), float(y.max())
     return low - margin * (high - low), high + margin * (high - low)

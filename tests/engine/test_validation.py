@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -166,6 +169,18 @@ def test_a_metric_that_is_not_measured_is_refused_at_the_first_validation(tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
+def test_two_processes_stop_at_the_same_step(tmp_path):
+    """The first decides; were the other not told, it would wait in the next step's collective for ever."""
+    words = ("train", str(tiny.TOY / "dmd2.yaml"), *STOP, "train.min_delta=100", "data.batch_size=16", "engine.devices=2",
+             "log.wandb=disabled", "engine.accelerator=cpu")  # fmt: skip
+    env = os.environ | {"PYTHONPATH": str(tiny.TOY.parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", "distill.cli", *words], cwd=tmp_path, env=env, capture_output=True, text=True)
+    said = " ".join((done.stdout + done.stderr).split())
+    assert done.returncode == 0, said
+    assert said.count("Stopping at step 4: energy has not improved") == 1 and said.count("4 of 20 steps done") == 1
+
+
 # -- scripted faults -------------------------------------------------------------------------------------------------
 # A student whose sampling is exact until step 4, so that nothing but the script can be the fault.
 
@@ -192,7 +207,8 @@ def test_a_scripted_fault_is_flagged_at_the_next_validation(tmp_path, monkeypatc
     scripted(monkeypatch, fault)
     session = tiny.train(tmp_path / "run", *SMALL, "eval.validation_samples=600", name="tdm")
     found = session.validation.alarms
-    assert {a.kind for a in found} == kinds and {a.step for a in found} <= {4}
+    assert {a.kind for a in found} - {"critic lag"} == kinds  # the live student is not scripted
+    assert {a.step for a in found} <= {4}
     said = capsys.readouterr().out.replace("\n", " ")
     assert all(f"ALARM at step 4, {kind}:" in said for kind in kinds)
     path = tmp_path / "run" / "alarms.jsonl"

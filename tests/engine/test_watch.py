@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from distill.engine.watch import LEAST, ROW, RULES, Watch, Watchdog
+from distill.engine.watch import LEAST, ROW, RULES, Watch, Watchdog, half_of, rules_of
 from distill.place import Place
 from distill.schema import Optim
 
@@ -26,7 +26,7 @@ def kinds(alarms) -> list[str]:
     ("critic_lag", 1.6, "critic lag"), ("head_accuracy", 1.0, "head saturated"),
 ])  # fmt: skip
 def test_a_reading_that_leaves_its_range_is_flagged_at_that_validation_and_once(key, value, kind):
-    dog = Watchdog(1000)
+    dog = Watchdog(500)
     assert dog.look(0, HEALTHY, TEACHER) == []
     found = dog.look(100, HEALTHY | {key: value}, TEACHER)
     assert kinds(found) == [kind] and found[0].step == 100 and "\n" not in found[0].said and "step 0" in found[0].said
@@ -37,22 +37,35 @@ def test_a_reading_that_leaves_its_range_is_flagged_at_that_validation_and_once(
 
 
 def test_what_was_never_reached_counts_from_half_of_the_run_on():
-    dog, blur = Watchdog(1000), HEALTHY | {"diversity": 0.1}
+    dog, blur = Watchdog(500), HEALTHY | {"diversity": 0.1}
     assert dog.look(0, blur, TEACHER) == [] and dog.look(400, blur, TEACHER) == []
     assert kinds(dog.look(500, blur, TEACHER)) == ["collapse"] and dog.look(600, blur, TEACHER) == []
 
 
 def test_a_warm_start_counts_for_nothing():
-    dog, blur = Watchdog(1000, warm=400), HEALTHY | {"diversity": 0.1}
+    dog, blur = Watchdog(700, warm=400), HEALTHY | {"diversity": 0.1}
     dog.look(0, HEALTHY, TEACHER)
     assert dog.look(300, blur, TEACHER) == dog.look(400, blur, TEACHER) == dog.look(600, blur, TEACHER) == []
     assert kinds(dog.look(700, blur, TEACHER)) == ["collapse"]
 
 
 def test_numbers_without_their_like_are_not_judged():
-    dog = Watchdog(10)
+    dog = Watchdog(5)
     assert dog.look(9, {"diversity": 0.0}, {}) == [] and dog.look(9, {}, TEACHER) == []
     assert dog.look(9, {"coverage": 0.0}, TEACHER | {"coverage": 0.1}) == [], "a teacher without coverage is no measure"
+
+
+@pytest.mark.parametrize("step, clock, warm, half", [
+    (0, (0, 1000), 0, 500), (700, (700, 1000), 0, 500), (0, (0, 1000), 400, 700),
+    (300, (100, 200), 0, float("inf")), (850, (50, 200), 0, 900),  # anew at 200 for 200 steps; at 800 for the last 200
+])  # fmt: skip
+def test_half_of_a_run_that_starts_anew_is_half_of_its_last_start(step, clock, warm, half):
+    assert half_of(SimpleNamespace(step=step, clock=lambda: clock, warm_start=warm, total_steps=1000)) == half
+
+
+def test_a_method_with_a_metric_is_not_held_to_the_datas_modes():
+    plain, moved = (rules_of(SimpleNamespace(metric=m)) for m in (None, print))
+    assert plain == RULES and {r.kind for r in plain} - {r.kind for r in moved} == {"mode loss"}
 
 
 # -- between validations ---------------------------------------------------------------------------------------------
@@ -63,6 +76,7 @@ class Fake:
 
     def __init__(self, lr=1e-3, roles=("student",)):
         self.trainable, self.step, self.warm_start, self.logs, self.place = roles, 0, 0, {}, Place()
+        self.anew = 0
         self.optim = {role: Optim(lr=lr) for role in roles}
         for role in roles:
             setattr(self, role, nn.Linear(4, 4, bias=False))
@@ -70,6 +84,9 @@ class Fake:
 
     def log_value(self, name, value):
         self.logs[name] = value
+
+    def clock(self):
+        return self.step - self.anew, 1000
 
 
 def drive(watch, method, steps, norm=lambda n: 1.0, change=0.01, **logs):
@@ -111,6 +128,14 @@ def test_the_end_of_a_warm_start_is_no_spike(watched):
     watch, method, alarms = watched
     method.warm_start = 2 * LEAST
     drive(watch, method, 2 * LEAST)
+    drive(watch, method, 2 * LEAST + 2, norm=lambda n: 500.0)
+    assert alarms == []
+
+
+def test_a_new_start_midway_is_no_spike(watched):
+    watch, method, alarms = watched
+    drive(watch, method, 2 * LEAST)
+    method.anew = 2 * LEAST
     drive(watch, method, 2 * LEAST + 2, norm=lambda n: 500.0)
     assert alarms == []
 
