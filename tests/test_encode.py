@@ -384,7 +384,7 @@ def test_latents_are_compared_by_block_means():
     torch.testing.assert_close(blocks(x, (8, 8)), means)
     y = torch.randn(30, 4, 48, 32, generator=torch.Generator().manual_seed(1))  # of another bucket
     score = Latents(x).score(y, {})
-    assert score == {"fd": pytest.approx(frechet(y.reshape(30, 4, 8, 6, 8, 4).mean((3, 5)), means), rel=1e-6)}
+    assert score == {"fd": pytest.approx(frechet(y.reshape(30, 4, 8, 6, 8, 4).mean((3, 5)).flatten(1), means), rel=1e-6)}
     assert Latents(None).score(y, {}) == {"mean": pytest.approx(0, abs=0.01), "std": pytest.approx(1, abs=0.01)}
 
 
