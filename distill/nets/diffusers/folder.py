@@ -49,7 +49,12 @@ def weights(kind: type, folder: Path, **kw):
 
 
 def folder_of(path: str | Path, revision: str | None = None, more: tuple[str, ...] = ()) -> Path:
-    """A local diffusers folder, or the local snapshot of a model of the hub: configs, parts' safetensors and `more`."""
+    """A local diffusers folder, the local snapshot of a model of the hub (configs, parts' safetensors and `more`), or the
+    pipeline that `tiny:FAMILY` stands for."""
+    if str(path).startswith("tiny:"):
+        from distill.nets.diffusers import tiny
+
+        return tiny.folder(str(path).removeprefix("tiny:"))
     folder = Path(path)
     if (folder / "model_index.json").is_file():
         return folder
