@@ -86,7 +86,8 @@ def _twin(node: DictConfig) -> DictConfig:
     if not twin and node.get("model") != "tiny":  # a run that was made so has it merged already
         raise BadInput("model=tiny: the config says under 'tiny' what replaces its networks and data, and has no such "
                        "section; copy the one of configs/sd15/base.yaml.")  # fmt: skip
-    return OmegaConf.create({} if not twin else twin)
+    name = f"{node.get('name', 'run')}-tiny"  # the name is left to the run itself
+    return merge(OmegaConf.create({"name": name}), twin) if twin else OmegaConf.create({})
 
 
 def _override(item: str) -> DictConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from distill import config
+from distill.denoise import Guided
 from distill.errors import BadInput
-from distill.eval import suite
+from distill.eval import baselines, latents, suite
 from distill.methods import Diffusion
 from distill.methods.base import Method
 from distill.nets.lora import lay_out
@@ -32,27 +34,73 @@ class Session:
 
     @property
     def teacher(self) -> Any:
-        """The reference model: the frozen teacher, the averaged student of a run that trains a teacher, else None."""
+        """The reference model: the frozen teacher, the averaged student of a run that trains a teacher, else None.
+
+        One that is told tensors is guided as the method guides it: its samples are what the student is to reach.
+        """
         teacher = getattr(self.method, "teacher", None)
+        if teacher is not None and self.told and self.method.guidance != 1:
+            return Guided(teacher, self.method.guidance)
         return self.method.ema if teacher is None and isinstance(self.method, Diffusion) else teacher
 
+    @cached_property
+    def told(self) -> bool:
+        """Whether the data brings conditions that are tensors, such as text, besides samples and labels."""
+        return not self.data.info.classes and bool(self._rows(1))
+
+    @property
+    def rows(self) -> int:
+        """Samples that are made in one call."""
+        return self.data.batch_size if self.told else 1000
+
     def noise(self, n: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """n fixed noises and balanced labels."""
+        """n fixed noises and conditions: balanced labels, or those of the data's first rows, over again if they are few."""
         z = torch.randn(n, *self.method.shape, generator=torch.Generator().manual_seed(seed))
         classes = self.data.info.classes
-        return z, {"label": torch.arange(n) % classes} if classes else {}
+        return z, {"label": torch.arange(n) % classes} if classes else self._rows(n)
 
-    def suite(self) -> Any:
-        """What to measure: an exact law where the data comes from an oracle, else the data's own split."""
+    def _rows(self, n: int) -> dict[str, Tensor]:
+        batch = self.data.all(n)
+        told = {k: v for k, v in batch.items() if isinstance(v, Tensor) and k not in ("x", "z", "label")}
+        return {k: v[torch.arange(n) % len(v)] for k, v in told.items()}
+
+    def suite(self, folder: Path | None = None) -> Any:
+        """What to measure: an exact law where the data comes from an oracle, else the data's own split; latents that are
+        made under tensors against the data's, or where it has none, against the teacher's, which `folder` keeps."""
         if hasattr(self.data, "source") and hasattr(self.data.source, "log_prob"):
             return suite.Toy(self.data.source)
-        real, held_out = self.data.all(), None
-        if self.cfg.eval.reference:
-            _check_path(self.cfg.eval.reference, "eval.reference")
-            held_out = config.build(self.cfg.eval.reference, self.allow, "eval.reference").all()["x"]
+        if self.told:
+            return self._latents(folder)
+        real, held_out = self.data.all(), self._held_out()
         if "x" not in real:
             raise BadInput("data holds conditions alone, to which no sample compares; use distill.data.shards.Shards.")
         return suite.Images(real["x"], real.get("label"), held_out)
+
+    def _held_out(self, *most: int) -> Tensor | None:
+        if not self.cfg.eval.reference:
+            return None
+        _check_path(self.cfg.eval.reference, "eval.reference")
+        return config.build(self.cfg.eval.reference, self.allow, "eval.reference").all(*most)["x"]
+
+    def _latents(self, folder: Path | None) -> latents.Latents:
+        settings, decode = self.cfg.roles.get("teacher") or {}, None
+        if str(settings.get(config.TARGET, "")).endswith("diffusers.load"):
+            decode = latents.decoder(settings["path"], lambda: next(self.method.student.parameters()).device)
+        count, seed, steps = self.cfg.eval.samples, self.cfg.eval.seed + 1, max(self.cfg.eval.evaluations)
+        if getattr(self.data, "samples", True):
+            return latents.Latents(self.data.all(count)["x"], decode=decode, held_out=self._held_out(count))
+        if self.teacher is None:
+            raise BadInput("data holds conditions alone, and without a teacher no sample compares to them; use "
+                           "distill.data.shards.Shards.")  # fmt: skip
+        price = 2 if isinstance(self.teacher, Guided) else 1
+
+        def reference() -> Tensor:
+            z, cond = self.noise(count, seed)
+            made = baselines.baseline(self.teacher, z, cond, (steps * price,), ("ddim",), ("uniform",), batch=self.rows)
+            return made[steps * price]["ddim/uniform"]
+
+        key = f"{settings.get('path')}, {count} samples of seed {seed}, {steps} steps, w = {self.method.guidance:g}"
+        return latents.Latents(reference, folder and Path(folder) / "reference.safetensors", key, decode)
 
 
 def assemble(cfg: DictConfig, allow: tuple[str, ...] = ()) -> Session:
@@ -63,7 +111,7 @@ def assemble(cfg: DictConfig, allow: tuple[str, ...] = ()) -> Session:
     for key in ("method", "data"):
         if not cfg[key].get(config.TARGET):
             raise BadInput(f"{key}._target_ is missing; name a class, for example distill.{key}s.TDM for a method.")
-    _check_path(cfg.data, "data")
+    _check_path(cfg.data, "data", cfg.roles)
     torch.manual_seed(cfg.seed)
     if cfg.train.threads:
         torch.set_num_threads(cfg.train.threads)
@@ -105,7 +153,7 @@ def _roles(cfg: DictConfig, allow: tuple[str, ...]) -> dict[str, Any]:
     return roles
 
 
-def _check_path(settings: DictConfig, key: str) -> None:
+def _check_path(settings: DictConfig, key: str, roles: Any = None) -> None:
     """Refuse a source whose files are not there, and name the command that makes them."""
     path = settings.get("path")
     if not isinstance(path, str) or any(c in path for c in "{*?[") or Path(path).expanduser().exists():
@@ -113,6 +161,9 @@ def _check_path(settings: DictConfig, key: str) -> None:
     out = Path(path).parent if Path(path).name in ("train", "test") else Path(path)
     kind = "digits" if "digits" in out.parts else "images PHOTOS"
     kind = "pairs CONFIG" if settings[config.TARGET].endswith("Pairs") else kind
+    teacher = (roles or {}).get("teacher") or {}
+    if kind == "images PHOTOS" and str(teacher.get(config.TARGET, "")).endswith("diffusers.load"):
+        kind, out = "prompts FILE" if out.name.endswith("prompts") else "encode SOURCE", f"{out} --pipeline {teacher['path']}"
     raise BadInput(f"{key}.path: {path} does not exist; make it by `distill data {kind} {out}`, or correct the path.")
 
 

@@ -118,7 +118,8 @@ def sd(prediction="epsilon"):
 
 def sdxl(zeros=True):
     network = unet(16 + 24, addition_embed_type="text_time", addition_time_embed_dim=4,
-                   projection_class_embeddings_input_dim=24 + 6 * 4, transformer_layers_per_block=1)
+                   projection_class_embeddings_input_dim=24 + 6 * 4, transformer_layers_per_block=1,
+                   use_linear_projection=True)
     return diffusers.StableDiffusionXLPipeline(
         vae=vae(), text_encoder=clip(16), text_encoder_2=clip(24, projection=24), tokenizer=clip_tokenizer(),
         tokenizer_2=clip_tokenizer(), unet=network, scheduler=scaled(), force_zeros_for_empty_prompt=zeros,
