@@ -85,7 +85,7 @@ class Latents:
     def _seen(self, x: Tensor) -> Tensor:
         """Pixels (n, 1 or 3, H, W); of video the middle frame."""
         if self.decode is not None and x.ndim > 3:
-            pixels = torch.cat([self.decode(row).cpu().float() for row in x.split(1)])
+            pixels = self.decode(x).cpu().float()
             return pixels[:, :, pixels.shape[2] // 2] if pixels.ndim == 5 else pixels
         x = x.cpu()
         x = x[:, :, x.shape[2] // 2] if x.ndim == 5 else x[:, None] if x.ndim == 3 else x
@@ -94,10 +94,15 @@ class Latents:
 
 
 def decoder(path: str, device: Any) -> Callable[[Tensor], Tensor] | None:
-    """Latents to pixels by the autoencoder of a diffusers folder, if it has one; it is let go when a call is done."""
+    """Latents to pixels by the autoencoder of a diffusers folder, if it has one: one by one, and let go when it is done."""
     from distill.nets.diffusers import Latent
     from distill.nets.diffusers.folder import folder_of
 
     if not (folder_of(path) / "vae").is_dir():
         return None
-    return lambda x: Latent(path, device=str(device())).decode(x)
+
+    def decode(x: Tensor) -> Tensor:
+        latent = Latent(path, device=str(device()))
+        return torch.cat([latent.decode(row).cpu() for row in x.split(1)])
+
+    return decode
