@@ -53,7 +53,7 @@ def train(
             _restore(session, state, folder)
             see.console.print(f"{folder} has its {state['step']} steps already; raise train.steps to go on.")
             return session
-        tests = session.suite()
+        tests = session.suite(folder)
         if look and state is None:
             look(session, folder)
         if state and (why := plateau(sinks.history(folder, state["step"]), best(cfg, tests), cfg.train)):
@@ -93,7 +93,7 @@ def _callbacks(session: Session, folder: Path, opened: list[Any], tests: Any, be
     record = see.Record(opened, train.log_every)
     writer = checkpoint.Writer(folder / CHECKPOINTS, train.keep, train.keep_best, home.mark) if home.leads() else None
     fixed = session.noise(cfg.eval.validation_samples, cfg.eval.seed)
-    validation = Validation(cfg, folder, tests, fixed, record, writer, _teacher_name(session, fixed, tests))
+    validation = Validation(cfg, folder, tests, fixed, record, writer, _teacher_name(session, fixed, tests), session.rows)
     beats = (train.save_every, train.validate_every if train.keep_best else 0)
 
     def undone(step):
@@ -175,9 +175,9 @@ def evaluate(folder: Path, samples: int | None = None, allow: tuple[str, ...] = 
     """Teacher, training-free solvers and student at each NFE from the same noise: metrics.json and samples.png."""
     folder = Path(folder)
     session = open_run(folder, allow)
-    result, panels = measure(session, samples)
+    result, panels = measure(session, samples, folder=folder)
     table.write(result, folder / METRICS)
-    session.suite().picture(panels, folder / "samples.png")
+    session.suite(folder).picture(panels, folder / "samples.png")
     return result
 
 
@@ -186,14 +186,16 @@ def measure(
     samples: int | None = None,
     evaluations: tuple[int, ...] | None = None,
     training_free: tuple[int, ...] | None = None,
+    folder: Path | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The nested metrics and the panels (teacher at K and at the most evaluations, student at K), all from one noise.
 
     Args:
         evaluations: NFEs of teacher and student; the config's `eval.evaluations` and K by default.
         training_free: NFEs at which every training-free solver is tried on the teacher; all up to 16 by default.
+        folder: the run's, for what is kept there.
     """
-    method, cfg, tests = session.method, session.cfg, session.suite()
+    method, cfg, tests = session.method, session.cfg, session.suite(folder)
     z, cond = session.noise(samples or cfg.eval.samples, cfg.eval.seed)
     steps = method.grid.steps
     nfes = sorted({*(evaluations or cfg.eval.evaluations), steps})
@@ -201,7 +203,9 @@ def measure(
     teacher, free, student, panels = {}, {}, {}, {}
     for nfe in nfes if session.teacher else ():
         all_of_them = {} if nfe in tried else {"solvers": ("ddim",), "grids": ("uniform",)}
-        made = _on(session, lambda z, c: baselines.baseline(session.teacher, z, c, (nfe,), batch=1000, **all_of_them), z, cond)  # noqa: B023, E501
+        made = _on(session, lambda z, c: baselines.baseline(session.teacher, z, c, (nfe,), batch=session.rows, **all_of_them), z, cond)  # noqa: B023, E501
+        if PLAIN not in made[nfe]:
+            continue  # a guided teacher cannot be asked once
         scores = {name: tests.score(x.cpu(), cond, quick=name != PLAIN) for name, x in made[nfe].items()}
         teacher[nfe] = scores[PLAIN]
         if nfe in tried:
@@ -212,7 +216,7 @@ def measure(
     if session.teacher is not method.ema:
         for nfe in nfes:
             grid, generator = method.grid if nfe == steps else nfe, torch.Generator().manual_seed(cfg.eval.seed)
-            x = batched(lambda z, c: method.sample(z, c, generator=generator, grid=grid), z, cond, method)  # noqa: B023
+            x = batched(lambda z, c: method.sample(z, c, generator=generator, grid=grid), z, cond, method, session.rows)  # noqa: B023, E501
             student[nfe] = tests.score(x, cond)
             if nfe == steps:
                 panels[f"student, {steps} evaluations"] = shown(x)

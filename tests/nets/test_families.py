@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import families
 import pytest
 import torch
 
@@ -22,6 +21,7 @@ from distill.grid import Grid
 from distill.methods.consistency import Consistency
 from distill.methods.tdm import TDM
 from distill.nets.diffusers import grid_of, load
+from distill.nets.diffusers import tiny as families
 from distill.nets.diffusers.prompts import Latent, decode, encode
 from distill.noise import TrigFlow
 from distill.solvers import DDIM, Ancestral, solve

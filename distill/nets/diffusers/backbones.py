@@ -59,8 +59,8 @@ class Stock(nn.Module):
         return getattr(self, self.part)
 
     def call(self, x: Tensor, n: Tensor, label: Tensor | None) -> Tensor:
-        """The stock network's answer at timesteps n (B,)."""
-        return self.stock(x, n, self.rows(label, n)).sample
+        """The stock network's answer at timesteps n (B,); of one that predicts a variance too, the mean."""
+        return self.stock(x, n, self.rows(label, n)).sample[:, : x.shape[1]]
 
     def timestep(self, t: Tensor) -> Tensor:
         """What the stock network is told for our t, (B,)."""
@@ -149,10 +149,17 @@ class UNet2D(Stock):
              null_class: bool = True, math_attention: bool = False) -> UNet2D:
         """Take an existing `UNet2DModel` as it is. `null_class`: its last class embedding stands for "no class".
 
+        One that predicts a variance too, in as many channels again after the mean, is ADM's
+        (Dhariwal & Nichol 2021, https://arxiv.org/abs/2105.05233): the mean is kept.
+
         Raises:
-            BadInput: for a network that is conditioned on other things than timestep and class number.
+            BadInput: for a network that is conditioned on other things than timestep and class number, or does not
+                predict a sample, with or without its variance.
         """
         stock = unet.config
+        if stock.out_channels not in (stock.in_channels, 2 * stock.in_channels):
+            raise BadInput(f"UNet2DModel from {stock.in_channels} to {stock.out_channels} channels: only a prediction of the "
+                           "sample's own channels is read, alone or with as many of a variance.")
         if stock.time_embedding_type != "positional" or stock.class_embed_type is not None:
             raise BadInput(
                 f"UNet2DModel with time_embedding_type={stock.time_embedding_type!r} and class_embed_type="
@@ -216,9 +223,6 @@ class DiT(Stock):
         super()._adopt(model, *args)
         for block in model.transformer_blocks:
             block.norm1.emb.class_embedder.dropout_prob = 0.0
-
-    def call(self, x: Tensor, n: Tensor, label: Tensor | None) -> Tensor:
-        return super().call(x, n, label)[:, : x.shape[1]]
 
     def rows(self, label: Tensor | None, t: Tensor) -> Tensor:
         return null_index(label, max(self.classes, 1), t)
