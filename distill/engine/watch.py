@@ -67,7 +67,7 @@ RULES = (
          "above 1 lower guidance or optim.student.lr; below it samples wash out: look at the critic's lead"),
     Rule("frequency", "high_frequency", 0.25, 4.0, "energy at high frequencies is {:.2g} x the teacher's",
          "below 1 samples blur: more steps or a head; above it they are noisy: lower the head's weight or the learning rate"),
-    Rule("critic lag", "critic_lag", -float("inf"), 1.25,
+    Rule("critic lag", "critic_lag", -float("inf"), 1.5,
          "the critic's error on the student is {:.2g} x that on its running average, each over the teacher's",
          "raise optim.critic.lr or the critic's turns (student_every), or lower optim.student.lr", against=""),
     Rule("head saturated", "head_accuracy", -float("inf"), 0.98, "the head tells data from samples in a share of {:.3g}",
