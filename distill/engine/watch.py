@@ -59,7 +59,7 @@ class Rule:
 RULES = (
     Rule("collapse", "diversity", 0.5, float("inf"), "seeds under one condition differ {:.2g} x as much as the teacher's",
          "lower optim.student.lr, let the critic lead by more turns, or go back to the best checkpoint"),
-    Rule("mode loss", "coverage", 0.6, float("inf"), "samples come near {:.2g} x as much of the data as the teacher's",
+    Rule("mode loss", "coverage", 0.5, float("inf"), "samples come near {:.2g} x as much of the data as the teacher's",
          "a divergence that covers modes (divergence: js or kl), a head, or a smaller guidance brings them back", least=0.3),
     Rule("saturation", "beyond", -float("inf"), 0.1, "a share of {:.2g} more values than the teacher's lie beyond the data",
          "lower guidance or optim.student.lr", against="excess"),
