@@ -12,7 +12,6 @@ from itertools import islice
 from pathlib import Path
 
 import diffusers
-import families
 import numpy as np
 import pytest
 import torch
@@ -30,6 +29,7 @@ from distill.data.sources import Settings
 from distill.encode import Task
 from distill.errors import BadInput
 from distill.nets.diffusers import Geometry, Latent, Prompts, fingerprints, load
+from distill.nets.diffusers import tiny as families
 
 PARTI = Path(os.environ.get("DISTILL_DATA", Path(__file__).parents[2] / "shared" / "data")) / "prompts/PartiPrompts.tsv"
 SIZES = [(16, 16), (16, 26), (24, 16)]  # (H, W)
