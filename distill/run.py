@@ -25,6 +25,7 @@ from distill.errors import BadInput
 from distill.eval import baselines, table
 from distill.grid import Grid
 from distill.methods.base import Method
+from distill.place import let_go, shared_copies
 from distill.session import Session, assemble
 from distill.solvers import DDIM, solve
 
@@ -131,13 +132,22 @@ def batched(call: Any, z: Tensor, cond: dict[str, Tensor], method: Method, batch
 # -- after training ----------------------------------------------------------------------------------------------
 
 
-def open_run(folder: Path, allow: tuple[str, ...] = ()) -> Session:
-    """A run's objects with the weights of its newest checkpoint."""
+def open_run(folder: Path, allow: tuple[str, ...] = (), alone: bool = False) -> Session:
+    """A run's objects with the weights of its newest checkpoint, read where they lie: for reading, not for training.
+
+    `alone`: only the averaged student keeps its weights, with the base that it is an adapter on; at no time are there
+    more weights in memory than one network's.
+    """
     folder = Path(folder)
     cfg, state = home.config_of(folder), home.newest(folder)
-    session = assemble(cfg, allow)
+    with shared_copies():
+        session = assemble(cfg, allow)
+    if alone:
+        state["networks"] = {"ema": state["networks"]["ema"]}
     _restore(session, state, folder)
     session.method.eval()
+    if alone:
+        let_go(session.method, session.method.ema)
     return session
 
 
@@ -273,7 +283,7 @@ def export(folder: Path, out: Path, allow: tuple[str, ...] = ()) -> Path:
     folder, out = Path(folder), Path(out)
     if out.exists():
         raise BadInput(f"{out} exists; name another folder so nothing is overwritten.")
-    session, metrics = open_run(folder, allow), folder / METRICS
+    session, metrics = open_run(folder, allow, alone=True), folder / METRICS
     try:
         return write_export(session, out, json.loads(metrics.read_text()) if metrics.exists() else None)
     except json.JSONDecodeError:
