@@ -55,7 +55,7 @@ def bench(cfg: DictConfig, steps: int = 30, warm: int = 5, allow: tuple[str, ...
         BadInput: several processes are asked for and nothing started them.
     """
     ranks = launch.join(cfg.engine)
-    with shared_copies() if cfg.engine.strategy in ("fsdp", "zero3") else nullcontext():
+    with shared_copies() if cfg.engine.strategy in ("fsdp", "zero3") else nullcontext():  # they are cut to shards at once
         session = assemble(cfg, allow)
     method = session.method
     watch = Watch(method, warm, steps)

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,9 @@ def train(
     see.console.quiet = not home.leads()
     with Signals() as signals:
         state, before = home.enter(folder, resume)
-        session = assemble(cfg, allow)
+        trial = look and state is None  # it trains a step, so every network needs weights of its own
+        with nullcontext() if trial or cfg.engine.strategy not in ("fsdp", "zero3") else shared_copies():
+            session = assemble(cfg, allow)
         if resume:
             home.same_recipe(cfg, home.config_of(folder))
         if state and state["step"] >= cfg.train.steps:
@@ -54,7 +57,7 @@ def train(
             see.console.print(f"{folder} has its {state['step']} steps already; raise train.steps to go on.")
             return session
         tests = session.suite()
-        if look and state is None:
+        if trial:
             look(session, folder)
         with home.written(folder, cfg, session.method) as sinks:
             if home.leads():

@@ -94,7 +94,7 @@ class Method(lightning.LightningModule):
         raise NotImplementedError
 
     def draw(self, x: Tensor | None, z: Tensor, cond: dict[str, Tensor]) -> tuple:
-        """What all turns of one step share; its items are the losses' arguments.
+        """What all turns of one step share, without gradient; its items are the losses' arguments.
 
         Called for each micro-batch, so what one turn leaves for a later one belongs into a dictionary among them.
         """
@@ -157,6 +157,7 @@ class Method(lightning.LightningModule):
         self.logs, warm = {}, self.step < self.warm_start
         turns = list(self.imitation() if warm else self.turns(self.step - self.warm_start))
         self.place.agree(self.step, [role for role, _ in turns], self.shared)
+        self._only(None)  # else what is drawn after a resume differs in its last digit: kernels are chosen by who needs one
         parts = [self._part(part, warm) for part in micro_batches(batch, self.place.accumulate)]
         for role, loss in turns:
             self._only(role)
@@ -194,7 +195,8 @@ class Method(lightning.LightningModule):
             if hasattr(getattr(self, role), "schedule"):
                 yield role, lambda x, z, cond, role=role: loss(role, x, z, cond)
 
-    def _only(self, role: str) -> None:
+    def _only(self, role: str | None) -> None:
+        """Only this role's parameters require gradient."""
         for name, parameters in self._parameters_of.items():
             for p in parameters:
                 p.requires_grad_(name == role)
