@@ -108,6 +108,10 @@ class Method(lightning.LightningModule):
         """(step, of how many) for learning rates and averages; a method that starts anew midway counts from there."""
         return self.step, self.total_steps
 
+    def unsharded(self) -> str:
+        """Why no network of this method may be cut to shards; empty where they may."""
+        return ""
+
     # -- sampling ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import os
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -35,6 +36,7 @@ def turn(strategy: str, rank: int) -> dict[str, Any]:
 def spell(folder: Path, strategy: str, rank: int, *bad: int) -> dict[str, Any]:
     """A run in which these batches of rank 1 are NaN: what it said, where it ended."""
     out: dict[str, Any] = {"error": ""}
+    os.environ["WORLD_SIZE"] = str(places.WORLD)  # lightning takes it away at the end of a run
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as said:
         if rank == 1:
             tiny.poison(patch, *bad)

@@ -13,9 +13,12 @@ import pytest
 import torch
 from reference import Reference, distance, launch
 
+from distill import methods
 from distill.engine.ranks import blocks, recompute
 from distill.engine.strategy import place_of
+from distill.engine.trainer import equip
 from distill.errors import BadInput
+from distill.schema import Engine
 
 CASES = [(name, strategy) for strategy in places.STRATEGIES for name in places.METHODS]
 
@@ -111,6 +114,14 @@ def test_ranks_that_would_go_different_ways_stop_together(strategy, found):
 def test_settings_that_do_not_go_together_are_one_sentence(settings, says):
     with pytest.raises(BadInput, match=says):
         place_of(places.engine(**settings), 2)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
+def test_a_method_that_needs_whole_networks_is_refused_where_they_are_cut(strategy):
+    method = methods.CTM({"teacher": places.mlp(), "student": places.mlp(flow_map=True)})
+    with pytest.raises(BadInput, match=f"{strategy} cuts networks to shards, and CTM .* its balance .*; take ddp"):
+        equip(method, Engine(strategy=strategy))
+    equip(method, Engine(strategy="zero2"))
 
 
 @pytest.mark.parametrize("content, says", [
