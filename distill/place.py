@@ -30,6 +30,7 @@ class Place:
 
     rank, world = 0, 1
     sharded = False  # True: no rank holds a whole role, so all ranks call it together
+    forward_mode = True  # False: networks have hooks without forward-mode derivative
     fresh = False  # True: `weights` and `moments` are copies that nothing else writes to
 
     def __init__(self, accumulate: int = 1, scale: bool = False):

@@ -59,6 +59,7 @@ class Zero(Ranks):
                  offload_optimizer: bool = False, offload_parameters: bool = False):  # fmt: skip
         super().__init__(accumulate)
         self.stage, self.sharded, self.fresh, self.settings = stage, stage == 3, True, settings or {}
+        self.forward_mode = stage < 3
         self.offload = {"offload_optimizer": offload_optimizer, "offload_param": offload_parameters}
         self.deepspeed = _deepspeed()
 

@@ -43,6 +43,12 @@ def small() -> Method:
                                optim={"student": ADAM}, ema=0.9)  # fmt: skip
 
 
+def scm(jvp: str) -> Method:
+    """Its loss differentiates the student along a direction."""
+    return methods.SCM({"teacher": places.mlp(), "student": places.mlp()}, warm_up=2, ema=0.9, jvp=jvp,
+                       optim={"student": ADAM, "balance": ADAM})  # fmt: skip
+
+
 BOTH = {"student": ADAM, "critic": ADAM}
 METHODS = {
     "plain": functools.partial(tdm, BOTH),
@@ -51,10 +57,13 @@ METHODS = {
                                     "critic": {"name": "SGD", "lr": 0.01, "clip": 0.0}}),
     "lora": functools.partial(tdm, BOTH, "shared_base"),
     "small": small,
+    "scm": functools.partial(scm, "forward"),
+    "scm, difference": functools.partial(scm, "difference"),
 }  # fmt: skip
 REFERENCES = {  # what one process trains: method, micro-batches, precision
     "plain": ("plain", 1, "32"), "clip": ("clip", 1, "32"), "lora": ("lora", 1, "32"), "two": ("plain", 2, "32"),
     "bf16": ("plain", 1, "bf16"), "16": ("plain", 1, "16"), "small": ("small", 1, "32"),
+    "scm": ("scm", 1, "32"), "scm, difference": ("scm, difference", 1, "32"),
 }  # fmt: skip
 EVERY = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 CASES = {  # feature: strategies, settings of the engine, method, reference
@@ -63,6 +72,8 @@ CASES = {  # feature: strategies, settings of the engine, method, reference
     "recompute, accumulate": (EVERY[:-1], {"checkpoint_activations": True, "accumulate": 2}, "plain", "two"),
     "bf16": (EVERY, {"precision": "bf16"}, "plain", "bf16"),
     "16": (("ddp", "fsdp"), {"precision": "16"}, "plain", "16"),
+    "forward mode": (("ddp", "fsdp", "zero2"), {}, "scm", "scm"),
+    "difference": (("zero3",), {}, "scm, difference", "scm, difference"),
     "offload optimizer": (("zero1", "zero2"), {"offload_optimizer": True}, "plain", "plain"),
     "offload parameters": (("fsdp",), {"offload_parameters": True}, "plain", "plain"),
     "all but precision": (("zero3",), {"checkpoint_activations": True, "accumulate": 2, "offload_parameters": True,

@@ -124,6 +124,13 @@ def test_a_method_that_needs_whole_networks_is_refused_where_they_are_cut(strate
     equip(method, Engine(strategy="zero2"))
 
 
+def test_forward_mode_is_refused_where_hooks_have_none():
+    roles = lambda: {"teacher": places.mlp(), "student": places.mlp()}  # noqa: E731
+    with pytest.raises(BadInput, match="method.jvp: zero3 has no forward-mode derivative; set method.jvp=difference"):
+        equip(methods.SCM(roles()), Engine(strategy="zero3"))
+    equip(methods.SCM(roles(), jvp="difference"), Engine(strategy="zero3"))
+
+
 @pytest.mark.parametrize("content, says", [
     ({"fp16": {"enabled": True}}, "sets fp16, which engine.precision decides"),
     ({"zero_optimization": {"stage": 3}}, "asks for stage 3; take engine.strategy=zero3"),
