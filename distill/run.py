@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from distill.engine.watch import Watch
 from distill.errors import BadInput
 from distill.eval import baselines, table
 from distill.grid import Grid
+from distill.place import let_go, shared_copies
 from distill.session import Session, assemble
 from distill.solvers import DDIM, solve
 
@@ -46,7 +48,9 @@ def train(
     see.console.quiet = not home.leads()
     with Signals() as signals:
         state, before = home.enter(folder, resume)
-        session = assemble(cfg, allow)
+        trial = look and state is None  # it trains a step, so every network needs weights of its own
+        with nullcontext() if trial or cfg.engine.strategy not in ("fsdp", "zero3") else shared_copies():
+            session = assemble(cfg, allow)
         if resume:
             home.same_recipe(cfg, home.config_of(folder))
         if state and state["step"] >= cfg.train.steps:
@@ -54,7 +58,7 @@ def train(
             see.console.print(f"{folder} has its {state['step']} steps already; raise train.steps to go on.")
             return session
         tests = session.suite(folder)
-        if look and state is None:
+        if trial:
             look(session, folder)
         if state and (why := plateau(sinks.history(folder, state["step"]), best(cfg, tests), cfg.train)):
             _restore(session, state, folder)
@@ -125,13 +129,22 @@ def _teacher_name(session: Session, fixed: tuple[Tensor, dict[str, Tensor]], tes
 # -- after training ----------------------------------------------------------------------------------------------
 
 
-def open_run(folder: Path, allow: tuple[str, ...] = ()) -> Session:
-    """A run's objects with the weights of its newest checkpoint."""
+def open_run(folder: Path, allow: tuple[str, ...] = (), alone: bool = False) -> Session:
+    """A run's objects with the weights of its newest checkpoint, read where they lie: for reading, not for training.
+
+    `alone`: only the averaged student keeps its weights, with the base that it is an adapter on; at no time are there
+    more weights in memory than one network's.
+    """
     folder = Path(folder)
     cfg, state = home.config_of(folder), home.newest(folder)
-    session = assemble(cfg, allow)
+    with shared_copies():
+        session = assemble(cfg, allow)
+    if alone:
+        state["networks"] = {"ema": state["networks"]["ema"]}
     _restore(session, state, folder)
     session.method.eval()
+    if alone:
+        let_go(session.method, session.method.ema)
     return session
 
 
@@ -277,7 +290,7 @@ def export(folder: Path, out: Path, allow: tuple[str, ...] = ()) -> Path:
     folder, out = Path(folder), Path(out)
     if out.exists():
         raise BadInput(f"{out} exists; name another folder so nothing is overwritten.")
-    session, metrics = open_run(folder, allow), folder / METRICS
+    session, metrics = open_run(folder, allow, alone=True), folder / METRICS
     try:
         return write_export(session, out, json.loads(metrics.read_text()) if metrics.exists() else None)
     except json.JSONDecodeError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from contextlib import ExitStack
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from distill.errors import BadInput
 from distill.nets.small import Scalar, extra_inputs, null_index
+from distill.place import copy_of, shared_copies
 
 
 class MathAttention(AttnProcessor):
@@ -88,7 +88,7 @@ class Stock(nn.Module):
 
     @torch.no_grad()
     def fold(self, w: float | None = None, gap: float | None = None) -> Any:
-        r"""A plain copy of the stock network that is always told the same w and the same t - s = gap.
+        r"""The stock network, always told the same w and the same t - s = gap; it shares the memory of the other weights.
 
         b <- b + e_w(w) + e_gap(gap) for the bias b of each time embedding's `linear_2`, to whose output both are added:
         exact.
@@ -100,10 +100,12 @@ class Stock(nn.Module):
             if (value is not None) != has:
                 raise BadInput(f"The network {'needs a fixed' if has else 'has no input'} {name}: "
                                f"{'give it to be folded in' if has else 'leave it out'}.")
-        model, t = copy.deepcopy(self.stock), torch.tensor([gap or 0.0], device=next(self.parameters()).device)
+        with shared_copies():
+            model = copy_of(self.stock)
+        t = torch.tensor([gap or 0.0], device=next(self.parameters()).device)
         extra = extra_inputs(self.guidance, self.gap, t, w, torch.zeros_like(t))
         for module in self.embeddings(model) if extra is not None else ():
-            module.linear_2.bias += extra[0]
+            module.linear_2.bias = nn.Parameter(module.linear_2.bias + extra[0])
         return model
 
 
