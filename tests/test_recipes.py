@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -37,11 +38,14 @@ def cheap(tmp_path_factory):
 def test_each_is_a_small_difference_and_says_what_it_follows():
     assert sorted(f"{p.parent.name}/{p.stem}" for f in FAMILIES for p in (CONFIGS / f).glob("*.yaml")
                   if p.stem != "base") == sorted(RECIPES)
+    page = (CONFIGS.parent / "docs" / "recipes.md").read_text()
     for name in RECIPES:
         lines = (CONFIGS / f"{name}.yaml").read_text().splitlines()
         said = " ".join(line for line in lines if line.startswith("#"))
         assert len([line for line in lines if not line.startswith("#")]) <= 25, name
         assert "Not reproduced here." in said and "Expected cost: about" in said, name
+        hours = said.split("Expected cost: about ")[1].split(" A100")[0]
+        assert re.search(rf"\[{name}\].* \| {hours} \| [0-9,]* \|", page), (name, hours)
         assert "https://" in said or "No published row" in said, name
 
 

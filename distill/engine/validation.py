@@ -61,6 +61,7 @@ class Validation(Every):
         self.cfg, self.folder, self.tests, self.record, self.writer = cfg, folder, tests, record, writer
         (self.z, self.cond), self.path, self.draw = fixed, lines.at(folder, name), partial(batched, batch=rows)
         self.lines: lines.Scores | None = None
+        self.fresh: lines.Scores | None = None  # measured here, and kept once the run has made a step
         self.alarms: list[Alarm] = []
         self.stopped, self.past, self.dog = "", [], None
 
@@ -70,6 +71,9 @@ class Validation(Every):
 
     def on_train_batch_end(self, trainer, method, outputs, batch, index):
         super().on_train_batch_end(trainer, method, outputs, batch, index)
+        if self.fresh and leads():
+            lines.keep(self.path, self.fresh)
+        self.fresh = None
         if self.stopped:
             trainer.should_stop = True
 
@@ -121,8 +125,7 @@ class Validation(Every):
         if found is None and (leads() or method.place.sharded):
             most = max(self.cfg.eval.evaluations)
             found = lines.measured(method, self.tests, self.z, self.cond, most, self.draw, scores=leads())
-            if leads():
-                lines.keep(self.path, found)
+            self.fresh = found
         return found or {}
 
     @property

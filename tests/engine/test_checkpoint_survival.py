@@ -102,7 +102,7 @@ def test_training_waits_for_the_copy_only(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", slow)
     monkeypatch.setattr(
-        checkpoint.Writer, "submit", lambda self, s, **m: (inner(self, s, **m), order.append(("submitted", s["step"])))[0]
+        checkpoint.Writer, "submit", lambda self, s, *a, **m: (inner(self, s, *a, **m), order.append(("submitted", s["step"])))[0]
     )
     for n in range(1, 7):
         tiny.after(monkeypatch, n, lambda n=n: order.append(("step", n)))
