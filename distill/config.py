@@ -72,11 +72,12 @@ def load(paths: list[str | Path], overrides: list[str] = ()) -> DictConfig:
     for path in paths:
         node = merge(node, read(path))
     for item in overrides:
-        node = merge(node, _override(item))
+        node = merge(node, override(item))
     return checked(node)
 
 
-def _override(item: str) -> DictConfig:
+def override(item: str) -> DictConfig:
+    """The mapping that `key=value` stands for."""
     key, equals, _ = item.partition("=")
     if not equals or not all(key.split(".")):
         raise BadInput(f"Override '{item}' must have the form key=value, for example train.steps=100.")

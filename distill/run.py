@@ -23,6 +23,7 @@ from distill.engine.rollback import Rollback
 from distill.engine.trainer import fit
 from distill.errors import BadInput
 from distill.eval import baselines, table
+from distill.eval.ranks import here
 from distill.grid import Grid
 from distill.methods.base import Method
 from distill.session import Session, assemble
@@ -92,7 +93,8 @@ def _callbacks(session: Session, folder: Path, sinks: list[Any], tests: Any, bef
         scores = tests.score(x, cond, quick=True)
         record.write({f"validation/{k}": v for k, v in scores.items()}, method.step)
         if train.keep_best and writer:
-            writer.score(method.step, checkpoint.rank(scores, train.best or f"min {tests.headline}"))
+            side = "max" if table.higher(tests.headline) else "min"
+            writer.score(method.step, checkpoint.rank(scores, train.best or f"{side} {tests.headline}"))
         path = folder / "samples" / f"step-{method.step:08d}.png"
         path.parent.mkdir(exist_ok=True)
         tests.picture({f"step {method.step}, {method.grid.steps} evaluations": _shown(x)}, path)
@@ -174,10 +176,14 @@ def pairs(cfg: DictConfig, out: Path, count: int, seed: int = 0, allow: tuple[st
 def evaluate(folder: Path, samples: int | None = None, allow: tuple[str, ...] = ()) -> dict[str, Any]:
     """Teacher, training-free solvers and student at each NFE from the same noise: metrics.json and samples.png."""
     folder = Path(folder)
+    if launch.given():  # by torchrun or srun: each rank draws and looks at its share of the samples
+        launch.join(home.config_of(folder).engine)
     session = open_run(folder, allow)
+    session.method.to("cuda" if torch.cuda.is_available() else "cpu")
     result, panels = measure(session, samples)
-    table.write(result, folder / METRICS)
-    session.suite().picture(panels, folder / "samples.png")
+    if home.leads():
+        table.write(result, folder / METRICS)
+        session.suite().picture(panels, folder / "samples.png")
     return result
 
 
@@ -195,6 +201,8 @@ def measure(
     """
     method, cfg, tests = session.method, session.cfg, session.suite()
     z, cond = session.noise(samples or cfg.eval.samples, cfg.eval.seed)
+    ranks, count = here(), len(z)
+    z, cond = z[ranks.share(count)], {k: v[ranks.share(count)] for k, v in cond.items()}
     steps = method.grid.steps
     nfes = sorted({*(evaluations or cfg.eval.evaluations), steps})
     tried = [n for n in nfes if n <= 16] if training_free is None else training_free
@@ -202,7 +210,7 @@ def measure(
     for nfe in nfes if session.teacher else ():
         all_of_them = {} if nfe in tried else {"solvers": ("ddim",), "grids": ("uniform",)}
         made = _on(session, lambda z, c: baselines.baseline(session.teacher, z, c, (nfe,), batch=1000, **all_of_them), z, cond)  # noqa: B023, E501
-        scores = {name: tests.score(x.cpu(), cond, quick=name != PLAIN) for name, x in made[nfe].items()}
+        scores = {name: tests.score(x.cpu(), cond, quick=name != PLAIN, ranks=ranks) for name, x in made[nfe].items()}
         teacher[nfe] = scores[PLAIN]
         if nfe in tried:
             shared = set.intersection(*map(set, scores.values()))  # a best of all solvers needs the scores of all
@@ -211,13 +219,14 @@ def measure(
             panels[f"teacher, {nfe} evaluations"] = _shown(made[nfe][PLAIN].cpu())
     if session.teacher is not method.ema:
         for nfe in nfes:
-            grid, generator = method.grid if nfe == steps else nfe, torch.Generator().manual_seed(cfg.eval.seed)
+            grid = method.grid if nfe == steps else nfe
+            generator = torch.Generator().manual_seed(cfg.eval.seed + 1_000_003 * ranks.rank)
             x = batched(lambda z, c: method.sample(z, c, generator=generator, grid=grid), z, cond, method)  # noqa: B023
-            student[nfe] = tests.score(x, cond)
+            student[nfe] = tests.score(x, cond, ranks=ranks)
             if nfe == steps:
                 panels[f"student, {steps} evaluations"] = _shown(x)
     result = table.build(teacher, free, student)
-    result["floor"], result["about"] = tests.floor(), _about(session, len(z))
+    result["floor"], result["about"] = tests.floor(ranks), _about(session, count)
     return result, dict(sorted(panels.items(), key=lambda item: item[0].startswith("student")))
 
 

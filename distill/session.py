@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from distill import config
@@ -16,6 +16,7 @@ from distill.eval import suite
 from distill.methods import Diffusion
 from distill.methods.base import Method
 from distill.nets.lora import lay_out
+from distill.nets.rewards import decoder
 from distill.place import optimizer_of
 from distill.schema import Optim
 
@@ -52,7 +53,10 @@ class Session:
             held_out = config.build(self.cfg.eval.reference, self.allow, "eval.reference").all()["x"]
         if "x" not in real:
             raise BadInput("data holds conditions alone, to which no sample compares; use distill.data.shards.Shards.")
-        return suite.Images(real["x"], real.get("label"), held_out)
+        asked, decode = OmegaConf.to_container(self.cfg.eval).get("metrics"), None
+        if self.cfg.eval.decode:
+            decode = decoder(self.cfg.eval.decode, "cuda" if torch.cuda.is_available() else "cpu")
+        return suite.Images(real["x"], real.get("label"), held_out, asked, decode, self.allow)
 
 
 def assemble(cfg: DictConfig, allow: tuple[str, ...] = ()) -> Session:

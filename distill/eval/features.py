@@ -19,23 +19,20 @@ from distill import config
 from distill.errors import BadInput, suggest
 from distill.eval.metrics import moments
 from distill.eval.ranks import ALONE, Ranks
-from distill.nets.vision import Clip, Dinov2, Inception, Network, cache, to_bytes
+from distill.nets.vision import Clip, Dinov2, Inception, Network, cache
 
 NETWORKS: dict[str, type] = {"inception": Inception, "dinov2": Dinov2, "clip": Clip}
 BATCH = 64
 Pixels = Iterator[Tensor]  # batches (B, C, H, W) in [-1, 1]
 
 
-@functools.lru_cache(maxsize=4)
-def _built(text: str, allow: tuple[str, ...], where: str) -> Any:
-    node = json.loads(text)
-    return config.build(node, allow, where)
+_built: dict[str, Any] = {}  # of one run: a network that two metrics ask for is one
 
 
 def network(name: Any, settings: dict[str, Any] | None = None, allow: tuple[str, ...] = (), where: str = "") -> Any:
-    """A feature network by name (inception, dinov2, clip) with settings, or any callable by `_target_`, built once.
+    """A feature network by name (inception, dinov2, clip) with settings, or any object by `_target_`, built once.
 
-    A callable takes pixels (B, C, H, W) in [-1, 1] and gives features (B, d).
+    A network of your own takes pixels (B, C, H, W) in [-1, 1] and gives features (B, d).
 
     Raises:
         BadInput: no such network or setting, or weights that cannot be loaded.
@@ -46,7 +43,10 @@ def network(name: Any, settings: dict[str, Any] | None = None, allow: tuple[str,
         node = {config.TARGET: f"distill.nets.vision.{NETWORKS[name].__name__}"} | (settings or {})
     else:
         raise BadInput(f"{where}.features: '{name}' is none of {', '.join(NETWORKS)}.{suggest(str(name), NETWORKS)}")
-    return _built(json.dumps(node, sort_keys=True, default=str), tuple(allow), where)
+    key = json.dumps([node, *allow], sort_keys=True, default=str)
+    if key not in _built:
+        _built[key] = config.build(node, allow, where)
+    return _built[key]
 
 
 def extract(net: Callable[[Tensor], Tensor], pixels: Pixels, device: torch.device | str = "cpu") -> Tensor:
@@ -79,18 +79,23 @@ def batches(x: Tensor, size: int = BATCH, decode: Callable[[Tensor], Tensor] | N
 
 @dataclass
 class Reference:
-    """Of the real images: features (n, d), or their mean and covariance alone as published."""
+    """Of the real images: features (n, d), or their mean and covariance alone, as published."""
 
-    features: Tensor | None
-    mean: Tensor
-    cov: Tensor
     name: str
+    features: Tensor | None = None
+    published: tuple[Tensor, Tensor] | None = None
 
     def rows(self, metric: str) -> Tensor:
         if self.features is None:
             raise BadInput(f"{metric} compares features one by one, and {self.name} holds their mean and covariance alone; "
                            "give images, or a file with `features`.")  # fmt: skip
         return self.features
+
+    def moments(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """Mean and covariance, computed once."""
+        if self.published is None:
+            self.published = moments(self.features.to(device))
+        return self.published
 
 
 def stored(path: Path, width: int) -> Reference:
@@ -111,57 +116,44 @@ def stored(path: Path, width: int) -> Reference:
         text = (str(error) or repr(error)).splitlines()[0]
         raise BadInput(f"reference: {path} cannot be read as statistics ({text}); copy it again.") from error
     if "features" in found:
-        features = found["features"].float()
-        mean, cov = moments(features)
+        real, size = Reference(str(path), found["features"].float()), found["features"].shape[1:]
     elif {"mu", "sigma"} <= found.keys():
-        features, mean, cov = None, found["mu"].double(), found["sigma"].double()
+        size = found["mu"].shape
+        real = Reference(str(path), None, (found["mu"].double(), found["sigma"].double()))
     else:
         raise BadInput(f"reference: {path} holds {', '.join(found) or 'nothing'}; it needs mu and sigma, or features.")
-    if mean.shape != (width,) or cov.shape != (width, width):
-        raise BadInput(f"reference: {path} holds statistics of {tuple(mean.shape)} features and the network gives {width}; "
+    if size != (width,) or real.published and real.published[1].shape != (width, width):
+        raise BadInput(f"reference: {path} holds statistics of {tuple(size)} features and the network gives {width}; "
                        "take those of this network.")  # fmt: skip
-    return Reference(features, mean, cov, str(path))
+    return real
 
 
-def reference(
-    net: Any, images: Images, device: torch.device | str = "cpu", ranks: Ranks = ALONE
-) -> Reference | None:
-    """Features of real images on the first rank, None on the others; from the cache where the same network saw the same
-    images before. All ranks call it, and each looks at its share."""
-    key = getattr(net, "key", None)
-    file = cache() / "features" / f"{key}-{images.key}.safetensors" if key else None
-    known = ranks.tell(lambda: _cached(file))
-    if known:
-        return _of(file, images) if ranks.rank == 0 else None
-    own = ranks.all_well(lambda: extract(net, images.pixels(ranks.share(len(images))), device))
-    features = ranks.gather(own)
-    if features is None:
-        return None
-    if file:
-        _save(features, file)
-    mean, cov = moments(features)
-    return Reference(features, mean, cov, images.name)
+def reference(net: Any, images: Images, device: torch.device | str = "cpu", ranks: Ranks = ALONE) -> Reference | None:
+    """Features of real images on the first rank, None on the others; all ranks call it.
+
+    They come from the cache where the same network saw the same images before, else each rank looks at its share.
+    """
+    file = cache() / "features" / f"{net.key}-{images.key}.safetensors" if hasattr(net, "key") else None
+    features = _read(file) if ranks.rank == 0 else None
+    if not ranks.tell(lambda: features is not None):
+        own = ranks.all_well(lambda: extract(net, images.pixels(ranks.share(len(images))), device))
+        features = ranks.gather(own)
+        if features is not None and file:
+            _save(features, file)
+    return None if features is None else Reference(images.name, features)
 
 
-def _cached(file: Path | None) -> bool:
-    """Whether the file is there and whole; a broken one is written anew."""
-    from safetensors import SafetensorError, safe_open
-
-    if not file or not file.is_file():
-        return False
-    try:
-        with safe_open(file, "pt") as inside:
-            return "features" in inside.keys()  # noqa: SIM118, it is no mapping
-    except (SafetensorError, OSError):
-        return False
-
-
-def _of(file: Path, images: Images) -> Reference:
+def _read(file: Path | None) -> Tensor | None:
+    """What a file of the cache holds; a broken one is written anew."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    features = load_file(file)["features"]
-    mean, cov = moments(features)
-    return Reference(features, mean, cov, images.name)
+    if not file or not file.is_file():
+        return None
+    try:
+        return load_file(file).get("features")
+    except (SafetensorError, OSError):
+        return None
 
 
 def _save(features: Tensor, file: Path) -> None:
@@ -185,10 +177,12 @@ class Images:
 
     Attributes:
         key: names their content.
+        captions: one an image, or None.
     """
 
-    def __init__(self, x: Tensor, decode: Callable[[Tensor], Tensor] | None = None, name: str = "the data"):
-        self.x, self.decode, self.name = x, decode, name
+    def __init__(self, x: Tensor, decode: Callable[[Tensor], Tensor] | None = None, name: str = "the data",
+                 captions: list[str] | None = None):
+        self.x, self.decode, self.name, self.captions = x, decode, name, captions
 
     def __len__(self) -> int:
         return len(self.x)
@@ -210,10 +204,12 @@ class Folder(Images):
     """Image files of a folder, of any sizes, read batch by batch."""
 
     def __init__(self, path: str | Path):
-        from distill.data.folder import splits
+        from distill.data.folder import captions, splits
 
         self.name, found = str(path), splits(Path(path))
         self.files = [file for files in found.values() for file, _ in files]
+        texts = captions(self.files)
+        self.captions = texts and [texts[file] for file in self.files]
 
     def __len__(self) -> int:
         return len(self.files)

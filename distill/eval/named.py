@@ -63,7 +63,8 @@ def _known(name: str, own: Mapping[str, Any], where: str) -> None:
                            "of inception, dinov2, clip.")  # fmt: skip
     elif name.endswith(SCORES):
         if config.TARGET not in own:
-            raise BadInput(f"{where}.{name}._target_ is missing; name a metric(x, data=None, **cond) -> (B,).{suggest(name, KNOWN)}")
+            near = suggest(name, KNOWN)
+            raise BadInput(f"{where}.{name}._target_ is missing; name a metric(x, data=None, **cond) -> (B,).{near}")
     elif not (name.startswith(("fd_", "kd_")) and "features" in own):
         more = " A callable's name ends in _score or _reward, more being better." if config.TARGET in own else ""
         raise BadInput(f"{where}: '{name}' is none of {', '.join(KNOWN)}.{suggest(name, KNOWN)}{more}")
@@ -86,11 +87,11 @@ class Metric:
             return both[self.name == "recall"]
         if self.name.startswith("k"):
             return measure.mmd(x, real.rows(self.name).to(x.device))
-        n = min(len(x), *(() if real.features is None else (len(real.features),)))
+        n = min(len(x), len(x if real.features is None else real.features))
         if n <= x.shape[1]:
             warnings.warn(f"{self.name} of {n} samples with {x.shape[1]} features: their covariance is singular and the "
                           "distance far too large; compare it with rows of as many samples only.", stacklevel=2)  # fmt: skip
-        return measure.frechet_moments(*measure.moments(x), real.mean.to(x.device), real.cov)
+        return measure.frechet_moments(*measure.moments(x), *real.moments(x.device))
 
 
 class Measures:
@@ -171,7 +172,7 @@ class Measures:
         path = Path(m.source).expanduser() if m.source else None
         if key not in self._references:
             if path and path.is_file():
-                self._references[key] = stored(path, x.shape[1]) if ranks.rank == 0 else None
+                self._references[key] = ranks.all_well(lambda: stored(path, x.shape[1]) if x is not None else None)
             else:
                 images = ranks.all_well(lambda: self.real if path is None else images_of(path))
                 if images is None:
@@ -203,4 +204,4 @@ def images_of(path: str | Path, limit: int | None = None) -> Images:
     batch = Shards(path, BATCH, labels=False).all(limit)
     if "x" not in batch:
         raise BadInput(f"{path} holds conditions alone, to which no sample compares; name shards of images.")
-    return Images(batch["x"], name=str(path))
+    return Images(batch["x"], name=str(path), captions=batch.get("caption"))

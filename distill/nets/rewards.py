@@ -150,17 +150,18 @@ def linear_layers(file: Path, width: int) -> list[tuple[Tensor, Tensor]]:
     return layers
 
 
-def decoder(folder: str | None) -> Callable[[Tensor], Tensor]:
-    """Latents to pixels by a diffusers folder's autoencoder, on the latents' device; without one, x as it is."""
-    if folder is None:
+def decoder(folder: str | None, device: str | None = None) -> Callable[[Tensor], Tensor]:
+    """Latents to pixels by a diffusers folder's autoencoder, on `device` or that of x; without a folder, x as it is."""
+    if not folder:
         return lambda x: x
     from distill.nets.diffusers import Latent
 
     latent = Latent(folder)
 
     def decode(x: Tensor) -> Tensor:
-        latent.device = x.device
-        latent.vae.to(x.device)
+        latent.device = device or x.device
+        latent.vae.to(latent.device)
         return latent.decode(x)
 
+    decode.key = str(folder)
     return decode
