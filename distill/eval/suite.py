@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.errors import BadInput
 from distill.eval import features, metrics, named, pictures, table
 from distill.eval.ranks import ALONE, Ranks
+
+WIDE = 4096  # values of a sample up to which the covariance of the samples themselves has a root in seconds
 
 
 class Images:
@@ -20,8 +23,8 @@ class Images:
     Args:
         x, label: the reference split (n, C, H, W) in [-1, 1], or latents, and its classes (n,) or None.
         held_out: the other split, for the finite-sample floor: the distance of two sets of real images.
-        metrics: what to measure, a list of names or names with settings (`distill.eval.named`); fd, accuracy, mmd,
-            precision and recall of the samples as they are without it.
+        metrics: what to measure, a list of names or names with settings (`distill.eval.named`); without it fd (of up to
+            4,096 values), mmd, accuracy, precision and recall of the samples as they are.
         decode: latents to pixels, for networks and pictures.
         allow: packages that a metric's `_target_` may name.
     """
@@ -29,8 +32,12 @@ class Images:
     def __init__(self, x: Tensor, label: Tensor | None = None, held_out: Tensor | None = None, metrics: Any = None,
                  decode: Callable[[Tensor], Tensor] | None = None, allow: tuple[str, ...] = ()):
         self.x, self.label, self.held_out, self.decode = x, label, held_out, decode
-        asked = named.settings(metrics) if metrics else dict.fromkeys(named.PLAIN, {})
+        wide = x[0].numel() > WIDE
+        asked = named.settings(metrics) if metrics else dict.fromkeys(named.PLAIN[wide:], {})
         self.plain = [name for name in asked if name in named.PLAIN and "features" not in asked[name]]
+        if wide and "fd" in self.plain:
+            raise BadInput(f"eval.metrics: samples of {x[0].numel():,} values are too many for fd, which roots their covariance; "
+                           "name a distance of features, such as kid or fd_dinov2.")  # fmt: skip
         self.k = {name: asked[name].get("k", 3) for name in self.plain}
         self.seen = named.Measures(asked, features.Images(x, decode), allow)
         self.names = list(asked)
@@ -60,7 +67,7 @@ class Images:
         return features.batches(x, decode=self.decode)
 
     def _plain(self, x: Tensor, label: Tensor | None, quick: bool) -> dict[str, float]:
-        out = {}
+        out, quick = {}, quick and self.headline not in named.SLOW  # a headline is never left out
         for name in self.plain:
             if name == "fd":
                 out[name] = metrics.frechet(x, self.x)

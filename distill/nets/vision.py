@@ -209,10 +209,17 @@ def _loaded(kind: Any, weights: str, **kw) -> Any:
     path = Path(weights).expanduser()
     if path.is_file() or not path.exists() and (path.is_absolute() or weights.count("/") != 1):
         raise BadInput(f"weights: {weights} is neither a folder here nor an 'owner/name' of the hub.")
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         return kind.from_pretrained(path if path.exists() else weights, **kw)
     except Exception as error:  # transformers, safetensors and the hub each raise their own
         raise BadInput(f"weights: {weights} holds no {kind.__name__} that can be loaded ({_line(error)}).") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _line(error: Exception) -> str:

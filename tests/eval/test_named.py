@@ -215,6 +215,15 @@ def _tiny(folder):
     return str(folder / "tiny.pt")
 
 
+def test_the_covariance_of_large_samples_is_not_rooted():
+    large = torch.randn(6, 3, 40, 40)
+    tests = suite.Images(large)
+    assert tests.names == ["accuracy", "mmd", "precision", "recall"] and tests.headline == "mmd"
+    assert list(tests.score(large, {}, quick=True)) == ["mmd"] and tests.floor() == {}
+    with pytest.raises(BadInput, match="eval.metrics: samples of 4,800 values are too many for fd"):
+        suite.Images(large, metrics=["fd"])
+
+
 def test_more_of_a_score_is_better():
     assert table.better("clip_score", 2, 1) and table.better("my_reward", 2, 1) and not table.better("fid", 2, 1)
     text = table.markdown(table.build({4: {"pick_score": 1.0}}, {}, {4: {"pick_score": 2.0}}))
