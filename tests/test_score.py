@@ -109,6 +109,13 @@ def test_bad_input_is_one_sentence(folders, monkeypatch, given, says):
     assert says in said and len(said.splitlines()) == 1
 
 
+def test_too_few_samples_are_said_in_one_sentence(folders, tmp_path):
+    few = looks.save(tmp_path / "few", looks.pictures(9, 0, 8))
+    said = distill("score", few, folders / "real", f"fd_dinov2.weights={folders / 'dino'}", "fd_dinov2.side=28")
+    lines = [line for line in said.splitlines() if "singular" in line]
+    assert len(lines) == 1 and lines[0].startswith("distill: fd_dinov2 of 9 samples with 12 features: ") and ".py" not in said
+
+
 def test_published_statistics_are_a_reference_on_the_command_line(folders, tmp_path):
     from distill.nets.vision import Dinov2
 

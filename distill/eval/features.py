@@ -164,6 +164,7 @@ def _save(features: Tensor, file: Path) -> None:
         handle, name = tempfile.mkstemp(dir=file.parent, suffix=".writing")
         os.close(handle)
         save_file({"features": features.contiguous()}, name)
+        os.chmod(name, 0o644)  # mkstemp makes files that only their owner reads
         os.replace(name, file)
     except OSError:
         return  # it is a convenience: a full or read-only disk costs the time of computing it again

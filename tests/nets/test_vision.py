@@ -34,15 +34,16 @@ def test_pixels_are_rounded_clipped_and_grey_is_three_equal_channels():
         vision.to_bytes(torch.full((1, 3, 2, 2), torch.nan))
 
 
-def test_dinov2_sees_the_whole_image_at_224_as_the_metric_is_defined(tmp_path):
+@pytest.mark.parametrize("side", [224, 56])
+def test_dinov2_sees_the_whole_image_as_the_metric_is_defined(tmp_path, side):
     folder, x = looks.dinov2(tmp_path / "dino"), looks.pictures(3, 0, side=40)[:, :, :30]
     model = transformers.Dinov2Model.from_pretrained(folder).eval()
-    arrays = [np.asarray(p.resize((224, 224), Image.Resampling.BICUBIC)) / 255 for p in photos(x)]
+    arrays = [np.asarray(p.resize((side, side), Image.Resampling.BICUBIC)) / 255 for p in photos(x)]
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     batch = torch.tensor(np.stack([(a - mean) / std for a in arrays]), dtype=torch.float32).permute(0, 3, 1, 2)
     with torch.no_grad():
         theirs = model.layernorm(model.encoder(model.embeddings(batch)).last_hidden_state)[:, 0]
-    ours = vision.Dinov2(folder)(x)
+    ours = vision.Dinov2(folder, **{} if side == 224 else {"side": side})(x)
     assert ours.shape == (3, 12) and float(theirs.std(0).max()) > 0.01
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
