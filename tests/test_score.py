@@ -52,7 +52,7 @@ def pair(*arguments: object, cache: Path) -> str:
     ranks = [subprocess.Popen([sys.executable, "-m", "distill.cli", *map(str, arguments)], text=True,
                               env=os.environ | shared | {"RANK": str(r), "LOCAL_RANK": str(r)},
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for r in range(2)]  # fmt: skip
-    said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    said = [rank.communicate(timeout=300)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(said)
     return said[0]
 
