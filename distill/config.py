@@ -24,7 +24,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distill.errors import BadInput, suggest
-from distill.schema import CHOICES, LEAST, MOVED, Run
+from distill.schema import CHOICES, DASHBOARDS, LEAST, MOVED, Run
 
 TARGET = "_target_"
 
@@ -40,7 +40,8 @@ def read(path: str | Path, above: tuple[Path, ...] = ()) -> DictConfig:
     try:
         node = OmegaConf.load(path)
     except Exception as error:  # yaml's own errors come in several classes
-        raise BadInput(f"Config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        quote = ' Write a key called null in quotes, "null".' if "key type 'NoneType'" in str(error) else ""
+        raise BadInput(f"Config file {path} is not valid YAML: {' '.join(str(error).split())}{quote}") from None
     if not isinstance(node, DictConfig):
         raise BadInput(f"Config file {path} must hold a mapping of keys, not a list or a scalar.")
     bases = node.pop("base", None) or []
@@ -110,6 +111,9 @@ def _check_values(full: DictConfig) -> None:
         for key, value in _matching(full, pattern):
             if value not in known:
                 raise BadInput(f"{key}: '{value}' must be one of {', '.join(known)}.{suggest(str(value), known)}")
+    for name in full.log.to:
+        if name not in DASHBOARDS:
+            raise BadInput(f"log.to: '{name}' must be one of {', '.join(DASHBOARDS)}.{suggest(name, DASHBOARDS)}")
     if not full.name or not full.eval.evaluations or min(full.eval.evaluations) < 1:
         what = "eval.evaluations: give a list of numbers from 1 on" if full.name else "name: give the run a name"
         raise BadInput(f"{what}.")

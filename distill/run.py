@@ -16,16 +16,17 @@ from torch import Tensor
 from distill import config
 from distill.denoise import Guided
 from distill.engine import callbacks as see
-from distill.engine import checkpoint, home, launch
+from distill.engine import checkpoint, code, dashboards, home, launch, lines, sinks
 from distill.engine.home import CHECKPOINTS, CONFIG, METRICS
 from distill.engine.preempt import Signals
 from distill.engine.rollback import Rollback
 from distill.engine.trainer import fit
+from distill.engine.validation import STOPPED, Validation, batched, best, plateau, shown
+from distill.engine.watch import Watch
 from distill.errors import BadInput
 from distill.eval import baselines, table
 from distill.eval.ranks import here
 from distill.grid import Grid
-from distill.methods.base import Method
 from distill.session import Session, assemble
 from distill.solvers import DDIM, solve
 
@@ -56,13 +57,25 @@ def train(
         tests = session.suite()
         if look and state is None:
             look(session, folder)
-        with home.written(folder, cfg, session.method) as sinks:
+        if state and (why := plateau(sinks.history(folder, state["step"]), best(cfg, tests), cfg.train)):
+            _restore(session, state, folder)
+            session.stopped = why
+            see.console.print(f"{folder} has stopped at step {state['step']}: {why}", highlight=False)
+            return session
+        with home.written(folder, cfg, session.method) as opened:
             if home.leads():
-                see.open_sinks(sinks, folder, cfg.log, cfg.name, OmegaConf.to_container(cfg), state["step"] if state else -1)
-            called = [signals, *_callbacks(session, folder, sinks, tests, before)]
+                _open(opened, cfg, folder, state["step"] if state else -1)
+            called = [signals, *_callbacks(session, folder, opened, tests, before)]
             fit(session.method, session.data, cfg.train.steps, called, engine=cfg.engine, resume=state)
-    session.preempted = signals.preempted
+    session.preempted, session.stopped = signals.preempted, session.validation.stopped
     return session
+
+
+def _open(opened: list[Any], cfg: DictConfig, folder: Path, until: int) -> None:
+    (folder / STOPPED).unlink(missing_ok=True)
+    about, files = code.note(folder, max(until, 0))
+    told = OmegaConf.to_container(cfg) | {"code": about}
+    dashboards.open_sinks(opened, folder, cfg.log, cfg.name, told, until, files)
 
 
 def _restore(session: Session, state: dict[str, Any], folder: Path) -> None:
@@ -76,58 +89,38 @@ def _restore(session: Session, state: dict[str, Any], folder: Path) -> None:
         ) from error
 
 
-def _callbacks(session: Session, folder: Path, sinks: list[Any], tests: Any, before: dict[str, Any]) -> list[Any]:
+def _callbacks(session: Session, folder: Path, opened: list[Any], tests: Any, before: dict[str, Any]) -> list[Any]:
     cfg, train, facts = session.cfg, session.cfg.train, lambda: home.facts(session.cfg, session.data, folder)
-    record = see.Record(sinks, train.log_every)
-    z, cond = session.noise(cfg.eval.validation_samples, cfg.eval.seed)
+    record = see.Record(opened, train.log_every)
     writer = checkpoint.Writer(folder / CHECKPOINTS, train.keep, train.keep_best, home.mark) if home.leads() else None
+    fixed = session.noise(cfg.eval.validation_samples, cfg.eval.seed)
+    validation = Validation(cfg, folder, tests, fixed, record, writer, _teacher_name(session, fixed, tests))
     beats = (train.save_every, train.validate_every if train.keep_best else 0)
 
-    def validate(method):
-        if not (home.leads() or method.place.sharded):
-            return
-        seeded = lambda z: torch.Generator(z.device).manual_seed(0)
-        x = batched(lambda z, c: method.sample(z, c, generator=seeded(z)), z, cond, method)
-        if not home.leads():
-            return  # it was only needed for its shards
-        scores = tests.score(x, cond, quick=True)
-        record.write({f"validation/{k}": v for k, v in scores.items()}, method.step)
-        if train.keep_best and writer:
-            side = "max" if table.higher(tests.headline) else "min"
-            writer.score(method.step, checkpoint.rank(scores, train.best or f"{side} {tests.headline}"))
-        path = folder / "samples" / f"step-{method.step:08d}.png"
-        path.parent.mkdir(exist_ok=True)
-        tests.picture({f"step {method.step}, {method.grid.steps} evaluations": _shown(x)}, path)
-        for sink in sinks:
-            if hasattr(sink, "picture"):
-                sink.picture("samples", path, method.step)
-        values = "  ".join(f"{k} {v:.4g}" for k, v in scores.items())
-        see.console.print(f"validation at step {method.step}: {values}", highlight=False)
+    def undone(step):
+        record.back(step)
+        validation.recall()
 
-    session.method.skips.limit = train.skips
+    session.method.skips.limit, session.validation = train.skips, validation
     saves = see.Saves(beats, writer, facts)
     return [
+        Watch(train.log_every, validation.alarm),
         see.Bar(train.steps, train.log_every),
         record,
         home.Exactness(facts, before),
-        Rollback(folder / CHECKPOINTS, saves, record.back),
-        see.Every(train.validate_every, validate, start=True, finished=True),
+        Rollback(folder / CHECKPOINTS, saves, undone),
+        validation,
         saves,  # last: a process killed after it has lost no row of the step
     ]
 
 
-def _shown(x: Tensor, images: int = 100) -> Tensor:
-    return x[:images] if x.ndim == 4 else x
-
-
-def batched(call: Any, z: Tensor, cond: dict[str, Tensor], method: Method, batch: int = 1000) -> Tensor:
-    """`call` on slices, on the method's device, in eval mode and without gradient; the result on the CPU."""
-    device, out = next(method.student.parameters()).device, []
-    with torch.no_grad():
-        for i in range(0, len(z), batch):
-            some = {k: v[i : i + batch].to(device) for k, v in cond.items()}
-            out.append(call(z[i : i + batch].to(device), some).cpu())
-    return torch.cat(out)
+def _teacher_name(session: Session, fixed: tuple[Tensor, dict[str, Tensor]], tests: Any) -> str:
+    """What the teacher's lines on the charts are kept under."""
+    cfg, method = session.cfg, session.method
+    teacher = cfg.roles.get("teacher")
+    recipe = OmegaConf.to_container(OmegaConf.create({"eval": cfg.eval, "teacher": teacher}))
+    about = [recipe, method.guidance, method.grid.steps, cfg.engine.precision]
+    return lines.fingerprint(getattr(method, "teacher", torch.nn.Identity()), *fixed, tests, about)
 
 
 # -- after training ----------------------------------------------------------------------------------------------
@@ -161,16 +154,22 @@ def sample(folder: Path, out: Path, n: int = 100, seed: int = 0, allow: tuple[st
 
 
 def pairs(cfg: DictConfig, out: Path, count: int, seed: int = 0, allow: tuple[str, ...] = ()) -> None:
-    """Shards of noise and where the teacher's ODE takes it, solved as the config's method would in its loop."""
+    """Shards of noise and where the teacher's ODE takes it, solved as the config's method would in its loop.
+
+    The ranks that a launcher started share the work.
+    """
     from distill.data import pairs as stored
 
+    world = launch.join(cfg.engine)
     method = (session := assemble(cfg, allow)).method
-    if not hasattr(method, "endpoint"):
-        raise BadInput(f"{type(method).__name__} does not train on pairs: give a recipe of distill.methods.Reflow.")
+    if not hasattr(method, "path"):
+        raise BadInput(f"{type(method).__name__} does not train on pairs: give a recipe of distill.methods.Reflow "
+                       "or distill.methods.Knowledge.")
     method.to("cuda" if torch.cuda.is_available() else "cpu")
     about = f"{type(method.solver).__name__} in {len(method.times) - 1} steps, w = {method.guidance:g}"
-    classes = session.data.info.classes
-    stored.write(out, method.endpoint, method.teacher, count, method.shape, classes=classes, about=about, seed=seed)
+    shared = {"rank": torch.distributed.get_rank(), "world": world, "meet": torch.distributed.barrier} if world > 1 else {}
+    stored.write(out, method.path, method.teacher, count, method.shape, times=method.path_times,
+                 classes=session.data.info.classes, about=about, seed=seed, **shared)
 
 
 def evaluate(folder: Path, samples: int | None = None, allow: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -216,7 +215,7 @@ def measure(
             shared = set.intersection(*map(set, scores.values()))  # a best of all solvers needs the scores of all
             free[nfe] = {name: {k: v for k, v in found.items() if k in shared} for name, found in scores.items()}
         if nfe in (steps, nfes[-1]):
-            panels[f"teacher, {nfe} evaluations"] = _shown(made[nfe][PLAIN].cpu())
+            panels[f"teacher, {nfe} evaluations"] = shown(made[nfe][PLAIN].cpu())
     if session.teacher is not method.ema:
         for nfe in nfes:
             grid = method.grid if nfe == steps else nfe
@@ -224,7 +223,7 @@ def measure(
             x = batched(lambda z, c: method.sample(z, c, generator=generator, grid=grid), z, cond, method)  # noqa: B023
             student[nfe] = tests.score(x, cond, ranks=ranks)
             if nfe == steps:
-                panels[f"student, {steps} evaluations"] = _shown(x)
+                panels[f"student, {steps} evaluations"] = shown(x)
     result = table.build(teacher, free, student)
     result["floor"], result["about"] = tests.floor(ranks), _about(session, count)
     return result, dict(sorted(panels.items(), key=lambda item: item[0].startswith("student")))

@@ -31,6 +31,8 @@ class Train:
     keep: int = 2  # newest checkpoints kept; 0: all
     keep_best: int = 0  # and this many of the best by `best`; saves at every validation then
     best: str = ""  # "min fd", "max accuracy"; empty: the lowest of what validation mainly measures
+    patience: int = 0  # validations in a row that do not improve `best`, before the run ends; 0: it never ends early
+    min_delta: float = 0.0  # what counts as an improvement of `best`
     skips: int = 10  # turns of a role in a row without a finite loss or gradient, before the run goes back
     threads: int = 0  # torch threads; 0: torch's own choice
 
@@ -53,8 +55,9 @@ class Engine:
 
 @dataclasses.dataclass
 class Log:
-    """Where the numbers go besides the console: `metrics.csv` always, wandb by mode."""
+    """Where the numbers go besides the console and `metrics.csv`, which has them always."""
 
+    to: list[str] = dataclasses.field(default_factory=lambda: ["wandb"])  # wandb, tensorboard, csv (alone: nothing else)
     wandb: str = "auto"  # auto: online when a key is at hand, else offline; online, offline, disabled
     project: str = "distill"
 
@@ -94,6 +97,7 @@ LEAST = {
     "engine.devices": 1, "engine.accumulate": 1,
     "seed": 0, "train.steps": 1, "train.validate_every": 0, "train.save_every": 0, "train.log_every": 1,
     "train.keep": 0, "train.keep_best": 0, "train.skips": 1, "train.threads": 0,
+    "train.patience": 0, "train.min_delta": 0,
     "eval.samples": 2, "eval.validation_samples": 2, "eval.seed": 0,
     "optim.*.lr": 0, "optim.*.warmup": 0, "optim.*.clip": 0, "optim.*.weight_decay": 0,
 }  # fmt: skip
@@ -105,3 +109,4 @@ CHOICES = {
     "engine.precision": ("32", "bf16", "16"),
     "optim.*.decay": ("constant", "cosine"),
 }  # fmt: skip
+DASHBOARDS = ("wandb", "tensorboard", "csv")

@@ -13,6 +13,8 @@ from torch import Tensor
 from distill import config
 from distill.errors import BadInput
 from distill.eval import suite
+from distill.eval.latents import Latents
+from distill.match import fits
 from distill.methods import Diffusion
 from distill.methods.base import Method
 from distill.nets.lora import lay_out
@@ -30,6 +32,8 @@ class Session:
     data: Any
     allow: tuple[str, ...] = ()
     preempted: bool = False
+    stopped: str = ""  # why a run that came to a plateau ended before its last step
+    validation: Any = None  # of the run that was trained: its alarms and the teacher's lines
 
     @property
     def teacher(self) -> Any:
@@ -38,8 +42,11 @@ class Session:
         return self.method.ema if teacher is None and isinstance(self.method, Diffusion) else teacher
 
     def noise(self, n: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """n fixed noises and balanced labels."""
+        """n fixed noises, and balanced labels or the first n conditions of the data."""
         z = torch.randn(n, *self.method.shape, generator=torch.Generator().manual_seed(seed))
+        if members := getattr(self.data.info, "members", None):
+            rows = self.data.all(n)
+            return z, {k: rows[k][torch.arange(n) % len(rows[k])] for k in members}
         classes = self.data.info.classes
         return z, {"label": torch.arange(n) % classes} if classes else {}
 
@@ -47,16 +54,38 @@ class Session:
         """What to measure: an exact law where the data comes from an oracle, else the data's own split."""
         if hasattr(self.data, "source") and hasattr(self.data.source, "log_prob"):
             return suite.Toy(self.data.source)
+        if getattr(self.data.info, "members", None) or getattr(self.data.info, "encoder", None):
+            return self._latents()
         real, held_out = self.data.all(), None
         if self.cfg.eval.reference:
             _check_path(self.cfg.eval.reference, "eval.reference")
             held_out = config.build(self.cfg.eval.reference, self.allow, "eval.reference").all()["x"]
         if "x" not in real:
             raise BadInput("data holds conditions alone, to which no sample compares; use distill.data.shards.Shards.")
-        asked, decode = OmegaConf.to_container(self.cfg.eval).get("metrics"), None
-        if self.cfg.eval.decode:
-            decode = decoder(self.cfg.eval.decode, "cuda" if torch.cuda.is_available() else "cpu")
-        return suite.Images(real["x"], real.get("label"), held_out, asked, decode, self.allow)
+        metric = getattr(self.method, "metric", None)
+        reward = None if getattr(metric, "paired", False) else metric
+        return suite.Images(real["x"], real.get("label"), held_out, reward, metrics=self._metrics(), decode=self._decode(),
+                            allow=self.allow)  # fmt: skip
+
+    def _metrics(self) -> Any:
+        return OmegaConf.to_container(self.cfg.eval)["metrics"]
+
+    def _decode(self, folder: Any = None) -> Any:
+        """Latents to pixels by the autoencoder of `eval.decode`, else of `folder`; None without one."""
+        folder = self.cfg.eval.decode or folder
+        return decoder(str(folder), "cuda" if torch.cuda.is_available() else "cpu") if folder else None
+
+    def _latents(self) -> Latents:
+        """Against the data's latents, or those of `eval.reference`; against nothing where there are conditions alone."""
+        most, held_out, folder = self.cfg.eval.samples, None, getattr(getattr(self.teacher, "net", None), "folder", None)
+        x = self.data.all(most, conditions=False).get("x")
+        if self.cfg.eval.reference:
+            _check_path(self.cfg.eval.reference, "eval.reference")
+            held_out = config.build(self.cfg.eval.reference, self.allow, "eval.reference").all(most, conditions=False)["x"]
+        x, held_out = (held_out, None) if x is None else (x, held_out)
+        folder = folder if folder is not None and (folder / "vae").is_dir() else None
+        captions = (lambda n: self.data.all(n, conditions=False)["caption"]) if self.data.info.captions else None
+        return Latents(x, self._decode(folder), held_out, metrics=self._metrics(), captions=captions, allow=self.allow)
 
 
 def assemble(cfg: DictConfig, allow: tuple[str, ...] = ()) -> Session:
@@ -75,11 +104,14 @@ def assemble(cfg: DictConfig, allow: tuple[str, ...] = ()) -> Session:
     if not (hasattr(data, "info") and hasattr(data, "loader")):
         raise BadInput(f"data._target_: {cfg.data[config.TARGET]} is no source of data; name one of distill.data.")
     roles = _roles(cfg, allow)
+    _remember(roles, data)
+    if hasattr(data, "together"):
+        data.together = cfg.engine.accumulate
     optim = {role: Optim(**settings) for role, settings in cfg.optim.items()}
     method = config.build(cfg.method, allow, "method", roles=roles, optim=optim)
     if not isinstance(method, Method):
         raise BadInput(f"method._target_: {cfg.method['_target_']} is not a Method; name one of distill.methods.")
-    _fits(method, data)
+    fits(method, data)
     _trains(method)
     return Session(cfg, method, data, allow)
 
@@ -97,6 +129,15 @@ def _trains(method: Method) -> None:
         except (TypeError, ValueError, RuntimeError) as error:
             text = str(error).splitlines()[0]
             raise BadInput(f"optim.{role}: torch.optim.{settings.name} refuses its settings: {text}") from error
+
+
+def _remember(roles: dict[str, Any], data: Any) -> None:
+    """Networks that were loaded without a null condition take the one beside the data's index."""
+    for role in roles.values():
+        net = getattr(role, "net", None)
+        if hasattr(net, "remember") and not net.null_zero and not any(n.startswith("null_") for n, _ in net.named_buffers()):
+            if (null := getattr(data, "null", None)) is not None:
+                net.remember(null)
 
 
 def _roles(cfg: DictConfig, allow: tuple[str, ...]) -> dict[str, Any]:
@@ -117,25 +158,5 @@ def _check_path(settings: DictConfig, key: str) -> None:
     out = Path(path).parent if Path(path).name in ("train", "test") else Path(path)
     kind = "digits" if "digits" in out.parts else "images PHOTOS"
     kind = "pairs CONFIG" if settings[config.TARGET].endswith("Pairs") else kind
+    kind = "encode PHOTOS --pipeline P --buckets" if settings[config.TARGET].endswith("Buckets") else kind
     raise BadInput(f"{key}.path: {path} does not exist; make it by `distill data {kind} {out}`, or correct the path.")
-
-
-def _fits(method: Method, data: Any) -> None:
-    """Refuse data that a network of the method cannot take."""
-    info, where = data.info, f"data ({data.info.path or data.info.source})"
-    if method.needs_data and not getattr(data, "samples", True):
-        raise BadInput(f"{where} holds no samples, and {type(method).__name__} trains on them: take a source with data, "
-                       "for example distill.data.shards.Shards.")
-    for role in (*method.trainable, *method.frozen):
-        net = getattr(getattr(method, role), "net", None)
-        shape, classes = tuple(getattr(net, "shape", info.shape)), getattr(net, "classes", 0)
-        if shape != tuple(info.shape):
-            raise BadInput(
-                f"{where} holds samples of shape {tuple(info.shape)}, the network of {role} expects {shape}; "
-                f"change roles.{role}.net or the data."
-            )
-        if info.classes and classes not in (0, info.classes):
-            raise BadInput(
-                f"{where} holds {info.classes} classes, the network of {role} expects {classes}; "
-                "set the network's classes to match."
-            )

@@ -68,6 +68,7 @@ def test_a_missing_file_is_named_with_the_nearest_one(tmp_path):
 
 
 @pytest.mark.parametrize("text, says", [
+    ("a: {null: 1}", 'Write a key called null in quotes, "null"'),
     ("a: [1", "not valid YAML"), ("- 1", "mapping of keys"), ("5", "not valid YAML"), ("a: 1\na: 2", "not valid YAML"),
 ])  # fmt: skip
 def test_a_file_that_is_no_mapping_is_refused_in_one_line(tmp_path, text, says):

@@ -211,7 +211,7 @@ def test_a_second_interrupt_within_the_first_step_leaves_no_folder_and_no_handle
 
 def test_the_sinks_are_closed_whatever_happens(tmp_path, monkeypatch):
     closed = []
-    monkeypatch.setattr(run.see.CSV, "close", lambda self: closed.append(1), raising=False)
+    monkeypatch.setattr(run.sinks.CSV, "close", lambda self: closed.append(1), raising=False)
     tiny.poison(monkeypatch, 2)
     with pytest.raises(BadInput):
         tiny.train(tmp_path / "run", "train.skips=1")

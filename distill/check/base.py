@@ -83,7 +83,10 @@ def first(data: Any, limit: int = SAMPLES) -> dict[str, Tensor]:
     """Up to `limit` samples of the loader's first batches."""
     parts, count, batches = [], 0, data.loader(0, 1, 0)
     for batch in batches:
-        parts.append({k: v for k, v in batch.items() if isinstance(v, Tensor)})
+        tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor)}
+        if parts and any(v.shape[1:] != parts[0][k].shape[1:] for k, v in tensors.items()):
+            continue  # of another bucket
+        parts.append(tensors)
         count += len(next(iter(parts[-1].values())))
         if count >= limit or len(parts) >= 64:
             break

@@ -160,8 +160,9 @@ def settings(p: Probe) -> Said:
     for key in ("validate_every", "save_every"):
         if train[key] > steps:
             found.append(f"train.{key}: {train[key]} is never reached in {steps} steps.")
-    if train.keep_best and not train.validate_every:
-        found.append("train.keep_best: nothing is validated on the way; set train.validate_every.")
+    for key in ("keep_best", "patience"):
+        if train[key] and not train.validate_every:
+            found.append(f"train.{key}: nothing is validated on the way; set train.validate_every.")
     if method.grid.steps > 64 and getattr(method, "teacher", None) is not None:
         found.append(f"method.grid: {method.grid.steps} steps are many for a few-step student.")
     yield from (("WARN", text) for text in found) if found else [("ok", f"all settings come into play in {steps} steps.")]

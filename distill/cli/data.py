@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
 
 from distill.cli.group import allowed, main
+from distill.errors import BadInput
 
 
 @main.group()
@@ -94,14 +96,132 @@ def data_idx(src: Path, out: Path) -> None:
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("-n", "count", type=click.IntRange(1), default=10_000, show_default=True, help="Number of pairs.")
 @click.option("--seed", default=0, show_default=True)
-def data_pairs(config_file: Path, out: Path, count: int, seed: int) -> None:
-    """Noise, and where the teacher's ODE takes it, by the solver and guidance of CONFIG's Reflow, to shards in OUT.
+@click.option("--processes", type=click.IntRange(1), default=1, show_default=True, help="That share the solving.")
+def data_pairs(config_file: Path, out: Path, count: int, seed: int, processes: int) -> None:
+    """Noise, and where the teacher's ODE takes it, to shards in OUT, by the solver and guidance of CONFIG's method.
+
+    Of a Reflow the two ends are stored, of a Knowledge the path at its grid's times. torchrun and srun share the work too.
 
     \b
     Example:
       distill data pairs configs/toy/reflow.yaml data/pairs -n 20000
+      distill data pairs configs/digits/knowledge.yaml data/paths -n 20000 --processes 2
     """
-    from distill import config, run
+    from distill import config
+    from distill.engine import launch
 
-    run.pairs(config.load([config_file]), out, count, seed, allowed())
-    click.echo(f"{out}: {count} pairs.")
+    cfg = config.load([config_file], [f"engine.devices={processes}"])
+    if launch.wanted(cfg.engine):
+        sys.exit(launch.spawn(processes))
+    from distill import run
+    from distill.engine.home import leads
+
+    run.pairs(cfg, out, count, seed, allowed())
+    if leads():
+        click.echo(f"{out}: {count} pairs.")
+
+
+def _pair(ctx: click.Context, option: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    """SIZE or HxW."""
+    if value is None:
+        return None
+    sides = value.lower().split("x")
+    if len(sides) > 2 or not all(s.isdigit() and int(s) for s in sides):
+        raise BadInput(f"--size {value}: give one number, such as 512, or height x width, such as 480x832.")
+    return int(sides[0]), int(sides[-1])
+
+
+def _encoders(command):
+    """Options that `encode` and `prompts` share."""
+    for option in reversed((
+        click.option("--pipeline", required=True, help="The teacher's diffusers folder, or its id on the hub."),
+        click.option("--size", callback=_pair, help="Pixels: SIZE or HxW; the pipeline's own by default."),
+        click.option("--frames", type=click.IntRange(1), help="Of each video, the first so many."),
+        click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", show_default=True,
+                     help="Of stored numbers."),
+        click.option("--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True,
+                     help="Of the encoders' weights."),
+        click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Samples encoded at once."),
+        click.option("--length", type=click.IntRange(1), help="Tokens of a prompt; the pipeline's own by default."),
+        click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes."),
+        click.option("--per-shard", type=click.IntRange(1), default=1000, show_default=True, help="Samples in a shard."),
+        click.option("--test", type=click.FloatRange(0, 1, max_open=True), default=0.0, show_default=True,
+                     help="Share held out as OUT/test."),
+        click.option("--seed", default=0, show_default=True, help="Of the stored order."),
+    )):
+        command = option(command)
+    return command
+
+
+def _encode(src, out, pipeline, workers, size, frames, per_shard, test, seed, buckets=False, caption=None, **task):
+    from distill import encode
+    from distill.data.sources import Settings
+
+    how = Settings(size, 1, frames, buckets, caption, per_shard, test, seed)
+    written = encode.run(encode.Task(src, out, pipeline, how, **task), workers, click.echo)
+    for at, info in (written or {}).items():
+        moments = f", mean {info.mean:.3f}, standard deviation {info.std:.3f}" if info.samples else ""
+        told = ", ".join(f"{k} {m.shape}" for k, m in info.members.items())
+        click.echo(f"{out / at}: {info.count} samples of {info.shape}{moments}" + (f"; {told}" if told else "") + ".")
+
+
+@data.command("encode")
+@click.argument("src", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@_encoders
+@click.option("--buckets", is_flag=True, help="Sort images into a few heights and widths of the area of --size.")
+@click.option("--caption", help="For samples without a .txt; {class} is the name of their folder, '' no prompt.")
+@click.option("--skip-bad", is_flag=True, help="Leave out what cannot be read, and list it in OUT/skipped.txt.")
+def data_encode(src: Path, out: Path, **options) -> None:
+    """Images, video or sound in SRC, with captions, to shards of latents and text embeddings in OUT.
+
+    SRC is a folder of images, of .npy arrays (video uint8 (F, H, W, 3), sound float (C, L)), or of image shards. A caption is
+    the .txt of the same name beside a file. Stopped or killed, the same command goes on. Under torchrun each process does
+    its share.
+
+    \b
+    Example:
+      distill data encode photos/ data/photos-sd15 --pipeline checkpoints/stable-diffusion-v1-5 --workers 4
+      distill data encode photos/ data/photos-sdxl --pipeline checkpoints/sdxl --size 1024 --buckets
+    """
+    if src.is_file():
+        raise BadInput(f"{src} is a file: give a folder, or encode a list of prompts by `distill data prompts`.")
+    _encode(src, out, **options)
+
+
+@data.command("prompts")
+@click.argument("src", metavar="FILE", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@_encoders
+def data_prompts(src: Path, out: Path, **options) -> None:
+    """Prompts in FILE (.txt one a line; .tsv, .csv with a column Prompt) to shards of text embeddings in OUT.
+
+    For methods that need no data. --size is that of the samples to come.
+
+    \b
+    Example:
+      distill data prompts prompts.txt data/prompts --pipeline checkpoints/stable-diffusion-v1-5
+    """
+    if src.is_dir():
+        raise BadInput(f"{src} is a folder: give a file of prompts, or encode the folder by `distill data encode`.")
+    _encode(src, out, **options)
+
+
+@data.command("audit")
+@click.argument("src", metavar="SHARDS", type=click.Path(path_type=Path))
+@click.option("--pipeline", help="The teacher's folder: compare fingerprints, sizes and the spread of latents.")
+def data_audit(src: Path, pipeline: str | None) -> None:
+    """Read every sample of SHARDS, a split or a folder of splits; count, measure, and name what is wrong.
+
+    \b
+    Example:
+      distill data audit data/photos-sd15 --pipeline checkpoints/stable-diffusion-v1-5
+
+    \b
+    Exit codes: 0 nothing wrong, 2 something is.
+    """
+    from distill import audit
+
+    found = audit.audit(src, pipeline)
+    click.echo(audit.words(found))
+    sys.exit(2 if any(f.wrong for f in found) else 0)

@@ -28,7 +28,8 @@ def train(configs: tuple[str, ...], runs: Path, resume: bool, resume_if_exists: 
       distill train configs/digits/tdm.yaml name=fast optim.student.lr=1e-4 train.steps=300
 
     \b
-    Exit codes: 0 all steps done, 2 bad input, 130 Ctrl-C, 85 SIGTERM or SIGUSR1: start it again with --resume.
+    Exit codes: 0 all steps done, or a plateau by train.patience; 2 bad input, 130 Ctrl-C, 85 SIGTERM or SIGUSR1: start it
+    again with --resume.
     """
     from distill import config
     from distill.engine import launch
@@ -50,7 +51,7 @@ def train(configs: tuple[str, ...], runs: Path, resume: bool, resume_if_exists: 
     session = run.train(cfg, runs / cfg.name, resume, allowed(), look=gate)
     done = session.method.step
     click.echo(f"{runs / cfg.name}: {done} of {cfg.train.steps} steps done.") if leads() else None
-    if done < cfg.train.steps:
+    if done < cfg.train.steps and not session.stopped:
         click.echo("Go on with the same command and --resume.") if leads() else None
         sys.exit(REQUEUE if session.preempted else 130)
 

@@ -13,30 +13,30 @@ SPLITS = ("train", "test", "val", "valid", "validation")
 Found = list[tuple[Path, str | None]]
 
 
-def splits(src: Path) -> dict[str, Found]:
+def splits(src: Path, suffixes: tuple[str, ...] = image.SUFFIXES, what: str = "images") -> dict[str, Found]:
     """Split -> (file, class name or None) of its images, sorted; the one split "" when no folder `train` is at the top.
 
     Raises:
         BadInput: no such folder, no images, or some in classes and some not.
     """
     if not src.is_dir():
-        raise BadInput(f"{src} is not a folder: give the folder that holds the images.")
+        raise BadInput(f"{src} is not a folder: give the folder that holds the {what}.")
     tops = sorted(p.name for p in src.iterdir() if p.is_dir() and not p.name.startswith("."))
     if "train" in tops and set(tops) <= set(SPLITS):
-        found = {s: _images(src / s) for s in SPLITS if s in tops}
+        found = {s: _files(src / s, suffixes, what) for s in SPLITS if s in tops}
     else:
-        found = {"": _images(src)}
+        found = {"": _files(src, suffixes, what)}
     classed = {name is not None for files in found.values() for _, name in files}
     if len(classed) > 1:
-        raise BadInput(f"some images of {src} lie in class folders and some do not: move all into class folders.")
+        raise BadInput(f"some {what} of {src} lie in class folders and some do not: move all into class folders.")
     return found
 
 
-def _images(folder: Path) -> Found:
-    inside = (p for p in folder.rglob("*") if p.suffix.lower()[1:] in image.SUFFIXES and p.is_file())
+def _files(folder: Path, suffixes: tuple[str, ...], what: str) -> Found:
+    inside = (p for p in folder.rglob("*") if p.suffix.lower()[1:] in suffixes and p.is_file())
     files = sorted(p for p in inside if not any(q.startswith(".") for q in p.relative_to(folder).parts))
     if not files:
-        raise BadInput(f"{folder} holds no images: give a folder with {', '.join(image.SUFFIXES)} files.")
+        raise BadInput(f"{folder} holds no {what}: give a folder with {', '.join(suffixes)} files.")
     return [(p, p.relative_to(folder).parts[0] if p.parent != folder else None) for p in files]
 
 
@@ -83,15 +83,20 @@ def captions(files: list[Path]) -> dict[Path, str] | None:
     Raises:
         BadInput: only some images have one, or one is not UTF-8.
     """
+    return {file: caption(file) for file in files} if captioned(files) else None
+
+
+def captioned(files: list[Path]) -> bool:
+    """Whether all have a caption; BadInput when only some have."""
     without = [f for f in files if not f.with_suffix(".txt").is_file()]
-    if len(without) == len(files):
-        return None
-    if without:
+    if without and len(without) < len(files):
         raise BadInput(f"{without[0]} has no caption, while others have: write {without[0].with_suffix('.txt').name}.")
-    found = {}
-    for file in files:
-        try:
-            found[file] = file.with_suffix(".txt").read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadInput(f"{file.with_suffix('.txt')} cannot be read ({error}): save it as UTF-8.") from None
-    return found
+    return not without
+
+
+def caption(file: Path) -> str:
+    """The text of the .txt file beside; BadInput when it is not UTF-8."""
+    try:
+        return file.with_suffix(".txt").read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{file.with_suffix('.txt')} cannot be read ({error}): save it as UTF-8.") from None

@@ -23,13 +23,16 @@ def encode(x: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def decode(data: bytes | Path, channels: int | None = None, size: int | None = None) -> np.ndarray:
+def decode(
+    data: bytes | Path, channels: int | None = None, size: int | tuple[int, int] | None = None
+) -> np.ndarray:
     """Pixels of an image file.
 
     Args:
         data: the file's bytes, or its path.
         channels: 1 or 3; None keeps grey images grey and makes all others colour. Transparency is laid on white.
-        size: pixels of a side; the shorter side is resized to it and the middle is cut out. None keeps the size.
+        size: pixels of a side, or (H, W); the image is resized until it covers this and the middle is cut out. None
+            keeps the size.
 
     Returns:
         uint8 (C, H, W), turned as the camera's orientation tag says.
@@ -45,16 +48,17 @@ def decode(data: bytes | Path, channels: int | None = None, size: int | None = N
         image = ImageOps.exif_transpose(file)
         image = _opaque(image).convert(_MODES[channels or _channels(file)])
         if size is not None:
-            image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+            height, width = (size, size) if isinstance(size, int) else size
+            image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
         pixels = np.array(image)
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def probe(path: Path) -> tuple[int, int, int]:
+def probe(data: bytes | Path) -> tuple[int, int, int]:
     """(C, H, W) that `decode` would give, from the header only; the same errors."""
     from PIL import Image
 
-    with Image.open(path, formats=_FORMATS) as file:
+    with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=_FORMATS) as file:
         width, height = file.size
         if file.getexif().get(0x0112, 1) >= 5:  # the orientation tag: turned by a quarter
             width, height = height, width

@@ -13,11 +13,11 @@ from pathlib import Path
 from distill.data import sample as samples
 from distill.data import tar
 from distill.data.damage import Bad, Cut, Damage
-from distill.data.info import Info
+from distill.data.info import Info, Member
 from distill.errors import BadInput
 
 log = logging.getLogger(__name__)
-NAME, FORMAT, VERSION = "index.json", "distill shards", 1
+NAME, FORMAT, VERSION = "index.json", "distill shards", 2
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 
@@ -157,11 +157,12 @@ def _survey(path: str, found: Found) -> None:
 
 def _describe(raw: dict) -> Info | None:
     try:
-        x = samples.values(raw)
+        x, cond = samples.values(raw), samples.named(raw)
     except Bad:
         return None
     low, high = (0.0, 255.0) if x.dtype == "uint8" else (-1.0, 1.0)
-    return Info(x.shape, int("cls" in raw), range=(low, high), dtype=x.dtype.name, captions="txt" in raw)
+    members = {k: Member(v.shape, v.dtype.name) for k, v in cond.items()}
+    return Info(x.shape, int("cls" in raw), range=(low, high), dtype=x.dtype.name, captions="txt" in raw, members=members)
 
 
 def _class(raw: dict) -> int:
@@ -180,6 +181,8 @@ def _agree(infos: dict[str, Info]) -> Info:
             "number of classes": not _same_classes(info, other),
             "range of values": (other.range, other.dtype) != (info.range, info.dtype),
             "presence of captions": other.captions != info.captions,
+            "conditions": (other.members, other.samples) != (info.members, info.samples),
+            "what encoded them": other.encoder != info.encoder,
         }.items():
             if differs:
                 raise BadInput(
@@ -210,14 +213,16 @@ def _same_classes(a: Info, b: Info) -> bool:
 
 def _words(info: Info) -> str:
     captions = "captions" if info.captions else "no captions"
-    return f"{info.classes} classes, {info.dtype} {info.shape} in {info.range}, {captions}"
+    told = "".join(f", {k} {m.dtype} {m.shape}" for k, m in info.members.items())
+    made = f", encoded by {info.encoder}" if info.encoder else ""
+    return f"{info.classes} classes, {info.dtype} {info.shape} in {info.range}, {captions}{told}{made}"
 
 
 def write(folder: Path, info: Info, shards: list[tuple[str, int, int]]) -> None:
     """Write index.json for (name, samples, bytes) of every shard."""
     facts = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION if info.members or not info.samples else 1,
         "source": info.source,
         "count": info.count,
         "shape": list(info.shape),
@@ -228,9 +233,14 @@ def write(folder: Path, info: Info, shards: list[tuple[str, int, int]]) -> None:
         "classes": info.classes,
         "class_names": list(info.names),
         "captions": info.captions,
+        "samples": info.samples,
+        "members": {k: {"shape": list(m.shape), "dtype": m.dtype} for k, m in info.members.items()},
+        "encoder": info.encoder,
         "shards": [{"name": n, "count": c, "bytes": b} for n, c, b in shards],
     }
-    (folder / NAME).write_text(json.dumps(facts, indent=1) + "\n")
+    staging = folder / f".{NAME}.{os.getpid()}"
+    staging.write_text(json.dumps(facts, indent=1) + "\n")
+    os.replace(staging, folder / NAME)
 
 
 def read(path: Path) -> tuple[Info, dict[str, tuple[int, int]]]:
@@ -250,6 +260,8 @@ def read(path: Path) -> tuple[Info, dict[str, tuple[int, int]]]:
         info = Info(
             tuple(facts["shape"]), facts["classes"], facts["count"], tuple(facts["class_names"]), tuple(facts["range"]),
             facts["mean"], facts["std"], facts["dtype"], facts["captions"], facts["source"], str(path),
+            {k: Member(tuple(m["shape"]), m["dtype"]) for k, m in facts.get("members", {}).items()},
+            facts.get("samples", True), facts.get("encoder", {}),
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, BadInput):

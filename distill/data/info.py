@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from distill.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Member:
+    """A named tensor that every sample of a set holds beside x: its shape in one sample, and its stored type."""
+
+    shape: tuple[int, ...]
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -25,6 +35,9 @@ class Info:
         captions: whether every sample has one.
         source: where the samples came from, in words.
         path: what messages name.
+        members: further tensors of every sample by name, such as the conditions `text` and `pooled`.
+        samples: False for conditions alone, without x; `shape` is then that of what the method will make.
+        encoder: what made latents and conditions: fingerprints `vae` and `text`, and `pipeline`, `size`, in words.
     """
 
     shape: tuple[int, ...]
@@ -38,6 +51,15 @@ class Info:
     captions: bool = False
     source: str = ""
     path: str = ""
+    members: dict[str, Member] = field(default_factory=dict)
+    samples: bool = True
+    encoder: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        """Of one decoded sample."""
+        held = [*self.members.values(), *([Member(self.shape, self.dtype)] if self.samples else [])]
+        return sum(math.prod(m.shape) * np.dtype(m.dtype).itemsize for m in held)
 
     def to_x(self, raw: Tensor) -> Tensor:
         """Stored values to float32 x = 2 (raw - low) / (high - low) - 1, (low, high) = `range`."""

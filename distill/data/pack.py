@@ -157,7 +157,7 @@ def _write(folder: Path, part: Part, rows: np.ndarray, info: Info, member: str, 
     finally:
         files.close()
     info = replace(info, shape=x.shape, dtype=x.dtype.name, count=part.count)
-    info = _measured(info, total / size, squares / size)
+    info = measured(info, total / size, squares / size)
     index.write(folder, info, written)
     return info
 
@@ -171,7 +171,7 @@ def _members(i: int, x: np.ndarray, part: Part, member: str) -> dict[str, str | 
     return members
 
 
-def _measured(info: Info, mean: float, square: float) -> Info:
+def measured(info: Info, mean: float, square: float) -> Info:
     """Mean and standard deviation in the scale of x from those of the stored values."""
     low, high = info.range
     scale = 2 / (high - low)

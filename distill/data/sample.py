@@ -1,8 +1,8 @@
-"""Members of a raw sample to pixels, label and caption."""
+"""Members of a raw sample to pixels or latents, conditions, label and caption."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -10,18 +10,19 @@ from torch import Tensor
 
 from distill.data import array, image
 from distill.data.damage import Bad
-from distill.data.info import Info
+from distill.data.info import Info, Member
 
 _CODECS = ("npy", *image.SUFFIXES)
 
 
 @dataclass
 class Sample:
-    """One decoded sample: stored values, label (None without classes), caption (None without captions)."""
+    """One decoded sample: stored values, label (None without classes), caption (None without captions), conditions."""
 
-    x: np.ndarray
+    x: np.ndarray | None
     label: int | None = None
     caption: str | None = None
+    cond: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def suffix(members: dict) -> str:
@@ -43,9 +44,22 @@ def values(members: dict, channels: int | None = None, size: int | None = None) 
     Raises:
         Bad: there is none, or it cannot be decoded.
     """
-    name = suffix(members)
+    return _decoded(members, suffix(members), channels, size)
+
+
+def named(members: dict) -> dict[str, np.ndarray]:
+    """The further tensors: member NAME.npy by NAME.
+
+    Raises:
+        Bad: one cannot be decoded.
+    """
+    found = [k for k in members if k.endswith(".npy")]
+    return {k.removesuffix(".npy"): _decoded(members, k) for k in found}
+
+
+def _decoded(members: dict, name: str, channels: int | None = None, size: int | None = None) -> np.ndarray:
     try:
-        x = array.decode(members[name]) if name == "npy" else image.decode(members[name], channels, size)
+        x = array.decode(members[name]) if name.split(".")[-1] == "npy" else image.decode(members[name], channels, size)
         return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
     except Exception as error:  # whatever the bytes provoke in a decoder, the sample is at fault
         raise Bad(f".{name} member cannot be decoded: {(str(error) or repr(error)).splitlines()[0]}") from None
@@ -88,23 +102,51 @@ def decode(members: dict, info: Info, size: int | None = None) -> Sample:
     Raises:
         Bad: a member is missing, cannot be decoded, is not finite, or is not of the set's shape and type.
     """
-    x = values(members, info.shape[0] if len(info.shape) == 3 and info.shape[0] in (1, 3) else None, size)
-    if x.shape != info.shape or x.dtype.name != info.dtype:
-        raise Bad(f"is {x.dtype.name} {x.shape} where the set is {info.dtype} {info.shape}")
-    if x.dtype.kind == "f" and not np.isfinite(x).all():
-        raise Bad("holds NaN or infinite values")
+    x = None
+    if info.samples:
+        x = values(members, info.shape[0] if len(info.shape) == 3 and info.shape[0] in (1, 3) else None, size)
+        _fits(x, Member(info.shape, info.dtype), "")
     y = label(members, info.classes) if info.classes else None
-    return Sample(x, y, caption(members) if info.captions else None)
+    return Sample(x, y, caption(members) if info.captions else None, _conditions(members, info))
+
+
+def _conditions(members: dict, info: Info) -> dict[str, np.ndarray]:
+    found = {}
+    for name, member in info.members.items():
+        if f"{name}.npy" not in members:
+            raise Bad(f"has no .{name}.npy member")
+        found[name] = _decoded(members, f"{name}.npy")
+        _fits(found[name], member, f".{name}.npy member ")
+    return found
+
+
+def _fits(x: np.ndarray, member: Member, what: str) -> None:
+    if x.shape != member.shape or x.dtype.name != member.dtype:
+        raise Bad(f"{what}is {x.dtype.name} {x.shape} where the set is {member.dtype} {member.shape}")
+    if x.dtype.kind == "f" and not np.isfinite(x).all():
+        raise Bad(f"{what}holds NaN or infinite values")
 
 
 def collate(rows: list[Sample], info: Info) -> dict[str, Tensor | list[str]]:
-    """A batch: "x" float32 (B, ...), "label" int64 (B,) and "caption" as far as the set has them."""
-    batch: dict[str, Tensor | list[str]] = {"x": info.to_x(torch.from_numpy(np.stack([r.x for r in rows])))}
+    """A batch: "x" float32 (B, ...), conditions by name, "label" int64 (B,) and "caption" as far as the set has them.
+
+    Conditions are float32 where they are stored as floats of any size, else as stored.
+    """
+    batch: dict[str, Tensor | list[str]] = {}
+    if info.samples:
+        batch["x"] = info.to_x(torch.from_numpy(np.stack([r.x for r in rows])))
+    for name in info.members:
+        batch[name] = wide(torch.from_numpy(np.stack([r.cond[name] for r in rows])))
     if info.classes:
         batch["label"] = torch.tensor([r.label for r in rows], dtype=torch.int64)
     if info.captions:
         batch["caption"] = [r.caption for r in rows]
     return batch
+
+
+def wide(x: Tensor) -> Tensor:
+    """Floats as float32, all else as it is."""
+    return x.float() if x.is_floating_point() else x
 
 
 def resized(info: Info, size: int | None) -> Info:

@@ -6,6 +6,7 @@ import functools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,19 +21,27 @@ from distill.errors import BadInput
 
 __all__ = ["Shards", "check"]
 Batch = dict[str, Tensor | list[str]]
+NULL = "null.safetensors"
+_WINDOW_BYTES = 2**30
 
 
 @dataclass
 class Cache:
-    """A decoded split in memory: stored values (N, ...), labels (N,) and captions as far as the set has them."""
+    """A decoded split in memory: stored values (N, ...), labels (N,), captions, conditions as far as the set has them."""
 
-    x: np.ndarray
+    count: int
+    x: np.ndarray | None
     label: np.ndarray | None
     caption: list[str] | None
+    cond: dict[str, np.ndarray]
 
-    def batch(self, rows: np.ndarray, info: Info) -> Batch:
+    def batch(self, rows: np.ndarray, info: Info, conditions: bool = True) -> Batch:
         """The samples at `rows` (B,)."""
-        batch: Batch = {"x": info.to_x(torch.from_numpy(self.x[rows]))}
+        batch: Batch = {}
+        if self.x is not None:
+            batch["x"] = info.to_x(torch.from_numpy(self.x[rows]))
+        for name, values in self.cond.items() if conditions else ():
+            batch[name] = samples.wide(torch.from_numpy(values[rows]))
         if self.label is not None:
             batch["label"] = torch.from_numpy(self.label[rows])
         if self.caption is not None:
@@ -43,7 +52,9 @@ class Cache:
 class Shards:
     """A split of webdataset shards.
 
-    Samples hold `.npy` or an image, and as far as the set has them `.cls` (class number) and `.txt` (caption).
+    Samples hold `.npy` or an image, and as far as the set has them `.cls` (class number), `.txt` (caption) and further
+    tensors NAME.npy, such as text embeddings: `batch[NAME]`, float32 (B, ...) where they are floats. A split of
+    conditions alone has no x.
 
     Batch n of a rank depends on `seed`, `batch_size`, rank, world and n, and, where the split is streamed, on `workers`
     and `window`. Batches come without end and are always full, so ranks cannot run apart and no number of shards is too
@@ -62,7 +73,7 @@ class Shards:
         seed: of the order.
         workers: processes that read a streamed split.
         shuffle: False gives stored order.
-        window: samples a lane holds undecoded and shuffles.
+        window: samples a lane holds undecoded and shuffles; of samples with conditions, at most a GiB.
         cache_mb: MiB of decoded values up to which a split is kept in memory, on every rank; 0 never keeps it.
         budget: damaged shards and samples to skip, or the share of the samples to lose (below 1), before it is refused.
         size: resize images to this many pixels a side.
@@ -70,6 +81,8 @@ class Shards:
 
     Attributes:
         info: shape, classes, count and the rest, see `Info`.
+        samples: whether there is an x.
+        null: the null condition, one row by name, that `distill data encode` keeps beside the index; or None.
         ledger: the damage met so far.
 
     Raises:
@@ -94,14 +107,28 @@ class Shards:
             if value < least:
                 raise BadInput(f"{name}={value} must be at least {least}.")
         self.batch_size, self.seed, self.workers, self.shuffle = batch_size, seed, workers, shuffle
-        self.window, self.size = window, size
+        self.size = size
         self.tars, info, damage, stated = index.find(path, size)
         self.info = info if labels else replace(info, classes=0, names=())
+        self.samples = info.samples
+        self.window = min(window, max(1, _WINDOW_BYTES // info.bytes)) if info.members else window
         self.ledger = Ledger(budget, info.path)
         self.ledger.total = stated
         self.ledger.take(damage)
-        decoded = info.count * int(np.prod(info.shape)) * np.dtype(info.dtype).itemsize
-        self.cached = decoded <= cache_mb * 2**20
+        self.cached = info.count * info.bytes <= cache_mb * 2**20
+
+    @functools.cached_property
+    def null(self) -> dict[str, Tensor] | None:
+        found = [f for folder in {os.path.dirname(t.path) for t in self.tars} if (f := Path(folder) / NULL).is_file()]
+        if not found:
+            return None
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return {k: samples.wide(v) for k, v in load_file(found[0]).items()}
+        except SafetensorError as error:
+            raise BadInput(f"{found[0]} cannot be read ({error}): copy it again from where it was written.") from None
 
     def loader(self, rank: int = 0, world: int = 1, start: int = 0) -> Iterator[Batch]:
         """Endless batches of `rank` out of `world`, from batch `start` on; the same as skipping `start` batches.
@@ -124,15 +151,16 @@ class Shards:
         if rows:
             yield samples.collate(rows, self.info)
 
-    def all(self, limit: int | None = None) -> Batch:
-        """The split as one batch in stored order, or its first `limit` samples."""
+    def all(self, limit: int | None = None, conditions: bool = True) -> Batch:
+        """The split as one batch in stored order, or its first `limit` samples; without its conditions if asked."""
         if self.cached:
-            count = len(self._cache.x)
-            return self._cache.batch(np.arange(count if limit is None else min(limit, count)), self.info)
+            count = self._cache.count
+            rows = np.arange(count if limit is None else min(limit, count))
+            return self._cache.batch(rows, self.info, conditions)
         parts, count = [], 0
         for batch in self.once():
-            parts.append(batch)
-            count += len(batch["x"])
+            parts.append({k: v for k, v in batch.items() if conditions or k not in self.info.members})
+            count += len(next(iter(batch.values())))
             if limit is not None and count >= limit:
                 break
         whole = {k: _joined([p[k] for p in parts]) for k in parts[0]}
@@ -141,7 +169,7 @@ class Shards:
     def _drawn(self, rank: int, world: int, start: int) -> Iterator[Batch]:
         cache, step = self._cache, start
         while True:
-            rows = order.batch(step, rank, world, self.batch_size, len(cache.x), self.seed, self.shuffle)
+            rows = order.batch(step, rank, world, self.batch_size, cache.count, self.seed, self.shuffle)
             yield cache.batch(rows, self.info)
             step += 1
 
@@ -168,17 +196,22 @@ class Shards:
     @functools.cached_property
     def _cache(self) -> Cache:
         info = self.info
-        x, label, caption, count = np.empty((info.count, *info.shape), info.dtype), [], [], 0
+        x, label, caption, count = np.empty((info.count, *info.shape) if info.samples else 0, info.dtype), [], [], 0
+        cond = {name: np.empty((info.count, *m.shape), m.dtype) for name, m in info.members.items()}
         for row in self._samples():
-            x[count] = row.x
+            if info.samples:
+                x[count] = row.x
+            for name, values in row.cond.items():
+                cond[name][count] = values
             label.append(row.label)
             caption.append(row.caption)
             count += 1
         if not count:
             raise BadInput(f"no readable sample in {info.path}: {self.ledger.names()}. Write the shards again.")
         return Cache(
-            x[:count], np.array(label, np.int64) if info.classes else None, caption if info.captions else None
-        )
+            count, x[:count] if info.samples else None, np.array(label, np.int64) if info.classes else None,
+            caption if info.captions else None, {k: v[:count] for k, v in cond.items()},
+        )  # fmt: skip
 
 
 def _joined(parts: list) -> Tensor | list[str]:

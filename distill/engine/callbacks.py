@@ -1,21 +1,14 @@
-"""What one sees of a run: progress bar, CSV, wandb; validation and checkpoints on their beats."""
+"""What one sees of a run while it goes: progress bar and records; checkpoints and other actions on their beats."""
 
 from __future__ import annotations
 
-import csv
-import netrc
-import os
-import secrets
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import lightning
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-from distill.errors import BadInput
 
 console = Console()
 
@@ -56,115 +49,6 @@ class Bar(lightning.Callback):
         self.teardown(trainer, method, "fit")  # else the terminal stays without a cursor
 
 
-class CSV:
-    """`metrics.csv`: rows with their step, appended; a new column rewrites the file with the union of columns.
-
-    `until`: the step from which a run goes on; rows of later steps, done in vain by a process that died, are dropped.
-    """
-
-    def __init__(self, path: str | Path, until: int = -1):
-        self.path = Path(path)
-        self.columns: list[str] = []
-        self.back(until)
-
-    def back(self, until: int) -> None:
-        """Drop the rows of later steps."""
-        if self.path.exists():
-            with open(self.path, newline="") as file:
-                reader = csv.DictReader(file)
-                self.columns = list(reader.fieldnames or [])
-                rows = [r for r in reader if str(r["step"]).isdigit() and int(r["step"]) <= until]
-            self._rewrite(rows)
-
-    def write(self, row: dict[str, Any], step: int) -> None:
-        row = {"step": step, **row}
-        new = [c for c in row if c not in self.columns]
-        if new:
-            self._widen(new)
-        with open(self.path, "a", newline="") as file:
-            csv.DictWriter(file, self.columns, restval="").writerow(row)
-
-    def _widen(self, new: list[str]) -> None:
-        rows = []
-        if self.path.exists():
-            with open(self.path, newline="") as file:
-                rows = list(csv.DictReader(file))
-        self.columns = [*self.columns, *new]
-        self._rewrite(rows)
-
-    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
-        staging = self.path.with_suffix(".writing")
-        with open(staging, "w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns, restval="")
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(staging, self.path)
-
-
-class Wandb:
-    """Weights & Biases, the one door to it. Offline without a key; never a prompt.
-
-    `mode`: auto (WANDB_MODE where it is set, else online when a key is at hand), online, offline. The run id is kept in
-    `folder/wandb_id`, so a resumed run goes on as the same one.
-
-    Raises:
-        BadInput: online without a key, or wandb refuses to start.
-    """
-
-    def __init__(self, folder: Path, mode: str, project: str, name: str, config: dict[str, Any]):
-        import wandb
-
-        if mode == "auto":
-            mode = os.environ.get("WANDB_MODE") or ("online" if key_at_hand() else "offline")
-        if mode == "online" and not key_at_hand():
-            raise BadInput("log.wandb=online needs a key: set WANDB_API_KEY, or run `wandb login`, or take offline.")
-        identity = folder / "wandb_id"
-        if not identity.exists():
-            identity.write_text(secrets.token_hex(4))
-        self.wandb = wandb
-        try:
-            self.run = wandb.init(
-                project=project,
-                name=name,
-                config=config,
-                dir=str(folder),
-                mode=mode,
-                id=identity.read_text(),
-                resume="allow" if mode == "online" else None,
-                settings=wandb.Settings(silent=True, console="off"),
-            )
-        except Exception as error:  # no network, a refused key, a bad project: each its own class
-            text = " ".join(str(error).split())
-            raise BadInput(f"wandb did not start ({text}); take log.wandb=offline and sync later.") from error
-
-    def write(self, row: dict[str, Any], step: int) -> None:
-        self.run.log(row, step=step)
-
-    def picture(self, name: str, path: Path, step: int) -> None:
-        self.run.log({name: self.wandb.Image(str(path))}, step=step)
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-def key_at_hand() -> bool:
-    """Whether wandb would find a key without asking: in the environment or the netrc file."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0]
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-def open_sinks(sinks: list[Any], folder: Path, log: Any, name: str, config: dict[str, Any], until: int) -> None:
-    """Add to `sinks` what the config's `log` asks for, one by one, so that those before a failing one can be closed."""
-    sinks.append(CSV(folder / "metrics.csv", until))
-    if log.wandb != "disabled":
-        sinks.append(Wandb(folder, log.wandb, log.project, name, config))
-
-
 class Record(lightning.Callback):
     """Write `method.logs` to every sink on each `every`-th step."""
 
@@ -184,14 +68,17 @@ class Record(lightning.Callback):
         self.write(row, method.step)
 
     def write(self, row: dict[str, Any], step: int) -> None:
-        for sink in self.sinks:
-            sink.write(row, step)
+        self.tell("write", row, step)
 
     def back(self, step: int) -> None:
         """The run has gone back to a step: what was written of later ones goes, where a sink can take it back."""
         self.last = min(self.last, step)
+        self.tell("back", step)
+
+    def tell(self, what: str, *said: Any) -> None:
+        """Call the method `what` of every sink that has it."""
         for sink in self.sinks:
-            getattr(sink, "back", lambda step: None)(step)
+            getattr(sink, what, lambda *said: None)(*said)
 
 
 class Every(lightning.Callback):

@@ -193,7 +193,8 @@ class Images:
         import hashlib
 
         x = self.x.detach().cpu().float().contiguous()
-        total = hashlib.sha256(f"{tuple(x.shape)} {getattr(self.decode, 'key', None)}".encode())
+        coder = getattr(self.decode, "key", None) or getattr(getattr(self.decode, "__self__", None), "key", None)
+        total = hashlib.sha256(f"{tuple(x.shape)} {coder}".encode())
         total.update(x.numpy())
         return total.hexdigest()[:16]
 

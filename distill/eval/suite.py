@@ -23,15 +23,16 @@ class Images:
     Args:
         x, label: the reference split (n, C, H, W) in [-1, 1], or latents, and its classes (n,) or None.
         held_out: the other split, for the finite-sample floor: the distance of two sets of real images.
+        reward: what a method ranks its samples by, `metric(x, **cond) -> (B,)`; its mean is scored too.
         metrics: what to measure, a list of names or names with settings (`distill.eval.named`); without it fd (of up to
             4,096 values), mmd, accuracy, precision and recall of the samples as they are.
         decode: latents to pixels, for networks and pictures.
         allow: packages that a metric's `_target_` may name.
     """
 
-    def __init__(self, x: Tensor, label: Tensor | None = None, held_out: Tensor | None = None, metrics: Any = None,
-                 decode: Callable[[Tensor], Tensor] | None = None, allow: tuple[str, ...] = ()):
-        self.x, self.label, self.held_out, self.decode = x, label, held_out, decode
+    def __init__(self, x: Tensor, label: Tensor | None = None, held_out: Tensor | None = None, reward: Any = None, *,
+                 metrics: Any = None, decode: Callable[[Tensor], Tensor] | None = None, allow: tuple[str, ...] = ()):
+        self.x, self.label, self.held_out, self.reward, self.decode = x, label, held_out, reward, decode
         wide = x[0].numel() > WIDE
         asked = named.settings(metrics) if metrics else dict.fromkeys(named.PLAIN[wide:], {})
         self.plain = [name for name in asked if name in named.PLAIN and "features" not in asked[name]]
@@ -40,7 +41,7 @@ class Images:
                            "name a distance of features, such as kid or fd_dinov2.")  # fmt: skip
         self.k = {name: asked[name].get("k", 3) for name in self.plain}
         self.seen = named.Measures(asked, features.Images(x, decode), allow)
-        self.names = list(asked)
+        self.names = [*asked, *(["reward"] if reward else [])]
 
     @property
     def headline(self) -> str:
@@ -60,6 +61,9 @@ class Images:
         label = cond.get("label")
         whole = ranks.gather(x), ranks.gather(label) if label is not None else None
         found = ranks.tell(lambda: self._plain(*whole, quick))
+        if self.reward:
+            each = ranks.gather(ranks.all_well(lambda: self.reward(x, **cond).double()))
+            found["reward"] = ranks.tell(lambda: float(each.mean()))
         found |= self.seen.score(lambda: self.pixels(x), cond, quick, ranks)
         return {name: found[name] for name in self.names if name in found}
 

@@ -21,7 +21,7 @@ from distill.errors import BadInput, suggest
 
 Scores = Mapping[int, Mapping[str, float]]  # {nfe: {metric: value}}
 
-HIGHER = frozenset({"precision", "recall", "accuracy"})  # of these more is better, and of those that end in a SCORES;
+HIGHER = frozenset({"precision", "recall", "accuracy", "reward"})  # of these more is better, and of those that end so:
 SCORES = ("_score", "_reward")  # of all others less
 SIGNED = frozenset({"nll_gap"})  # best at zero
 ROWS = {"teacher": "teacher", "training_free": "training-free best", "student": "student"}  # key -> title

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from distill.errors import BadInput, suggest
 
 FORMS = ("softplus", "hinge")
+SHARE = 0.1  # largest ratio of gradient norms that "auto" allows; docs/methods/dmd2.md has what others do
 
 
 def generator(fake: Tensor, form: str = "softplus") -> Tensor:
@@ -79,6 +80,30 @@ def balance(x: Tensor, main: Tensor, extra: Tensor, floor: float = 1e-8) -> Tens
     """
     of = [torch.autograd.grad(loss, x, retain_graph=True)[0].norm() for loss in (main, extra)]
     return of[0] / of[1].clamp_min(floor)
+
+
+def weigh(a: float, how: bool | str, x: Tensor, main: Tensor, extra: Tensor) -> float | Tensor:
+    r"""The factor on `extra` in main + factor * extra, detached.
+
+    Args:
+        a: the weight that the recipe gives.
+        how: False: a itself.  True: a times `balance`, so a is the ratio of the gradients' norms at x.  "auto": the same
+            with a at most `SHARE`, so that `extra` never drowns `main` and no weight has to be searched for.
+        x: (B, ...) what both losses depend on, such as the student's sample; the gradient stops there, so that no
+            network's weights are needed and shards of one work too.
+
+    Gradient-norm matching as in VQGAN, https://arxiv.org/abs/2012.09841, equation 7, there at the last layer's weights.
+    """
+    if balancing(how) is False:
+        return a
+    return (min(a, SHARE) if how == "auto" else a) * balance(x, main, extra)
+
+
+def balancing(how: bool | str) -> bool | str:
+    """`how` of `weigh`, if it is one."""
+    if how not in (False, True, "auto"):
+        raise BadInput(f"balance: '{how}' must be false, true or auto.{suggest(str(how), ('auto', 'true', 'false'))}")
+    return how
 
 
 def _known(form: str) -> str:

@@ -174,7 +174,9 @@ class Method(lightning.LightningModule):
         cond = {k: v for k, v in batch.items() if isinstance(v, Tensor) and k not in ("x", "z")}
         self.captions = batch.get("caption")
         x, z = batch.get("x"), batch.get("z")  # a batch of pairs brings the noise that its x was made from
-        z = torch.randn(batch_size(batch), *self.shape, device=self.device) if z is None else z
+        if z is None:
+            shape = self.shape if x is None else x.shape[1:]  # of buckets, each batch has its own
+            z = torch.randn(batch_size(batch), *shape, device=self.device)
         return (x, z, cond) if warm else self.draw(x, z, cond)
 
     def _gradient(self, role: str, loss: Callable[..., Tensor], parts: list[tuple], notes: list[dict]) -> Tensor:

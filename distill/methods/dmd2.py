@@ -16,7 +16,7 @@ import torch
 from distill.denoise import Guided
 from distill.errors import BadInput
 from distill.grid import Grid, Uniform
-from distill.losses.adversarial import balance, discriminate, generator
+from distill.losses.adversarial import balancing, discriminate, generator, weigh
 from distill.losses.matching import divergence_weight, gap, matching
 from distill.losses.regression import mse
 from distill.methods.base import Method
@@ -34,7 +34,7 @@ class DMD2(Method):
         critic_adversarial: weight b of the head's loss for the critic whose features it reads.
         features, layers: the head reads these layers (see `nets.heads.Layers`) of the `critic` or the `teacher`.
         r1, r1_step: weight of the head's gradient penalty, and the step that approximates it; none: exact.
-        balance: scale the GAN loss to the matching loss's gradient norm, times `adversarial`.
+        balance: true: a is a ratio of the GAN and the matching loss's gradient norms at x; auto: that, 0.1 at most.
         regression: weight of |G(z) - y|^2 with y the teacher's ODE from the same z in `regression_steps` DDIM steps
             (DMD, https://arxiv.org/abs/2311.18828, with the plain distance); one-step students only.
         normalise, density, base: of `losses.matching.matching`; law of u; arguments of Method.
@@ -46,7 +46,7 @@ class DMD2(Method):
     def __init__(
         self, roles: dict[str, Any], *, grid: Any = 4, student_every: int = 5, divergence: str = "reverse_kl",
         adversarial: float = 0.0, critic_adversarial: float = 0.01, features: str = "critic",
-        layers: str | list[str] = "mid_block", r1: float = 0.0, r1_step: float | None = 0.01, balance: bool = False,
+        layers: str | list[str] = "mid_block", r1: float = 0.0, r1_step: float | None = 0.01, balance: bool | str = False,
         regression: float = 0.0, regression_steps: int = 16, normalise: str = "real", density: Any = None, **base,
     ):  # fmt: skip
         self.needs_data = self.judged = adversarial > 0 or divergence != "reverse_kl"
@@ -60,7 +60,7 @@ class DMD2(Method):
         super().__init__(roles, grid=grid, **base)
         self.student_every, self.divergence, self.adversarial = student_every, divergence, adversarial
         self.critic_adversarial = critic_adversarial if features == "critic" and self.judged else 0.0
-        self.r1, self.r1_step, self.balance = r1, r1_step, balance
+        self.r1, self.r1_step, self.balance = r1, r1_step, balancing(balance)
         self.regression, self.regression_steps, self.normalise = regression, regression_steps, normalise
         self.density, self.guided = density or Uniform(0.02, 0.98), Guided(self.teacher, self.guidance)
 
@@ -105,14 +105,14 @@ class DMD2(Method):
         x_u, u = self.noised(x)
         with torch.no_grad():
             real, fake = self.guided(x_u, u, **cond), self.critic(x_u, u, **cond)
-        logit, weight = self.logit(x_u, u, cond) if self.judged else None, None
-        if self.divergence != "reverse_kl":
-            weight = divergence_weight(self.divergence, logit.mean(1))
+        logit = self.logit(x_u, u, cond) if self.judged else None
+        weight = None if self.divergence == "reverse_kl" else divergence_weight(self.divergence, logit.mean(1))
         loss = matching(x, fake, real, weight=weight, normalise=self.normalise)
         self.log_value("student/gap", gap(x, fake, real))
         if self.adversarial:
             extra = generator(logit)
-            loss = loss + self.adversarial * extra * (balance(x, loss, extra) if self.balance else 1.0)
+            self.log_value("student/adversarial_weight", a := weigh(self.adversarial, self.balance, x, loss, extra))
+            loss = loss + a * extra
         if self.regression:
             with torch.no_grad():
                 y = solve(self.guided, z, Grid.uniform(self.regression_steps), DDIM(), **cond)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distill.denoise import Guided
 from distill.grid import LogitNormal
-from distill.losses.adversarial import discriminate, generator
+from distill.losses.adversarial import balancing, discriminate, generator, weigh
 from distill.losses.regression import mse
 from distill.methods.base import Method
 from distill.nets.heads import Head, Layers
@@ -32,6 +32,7 @@ class LADD(Method):
         simulate: start from the student's own rollout instead of noised data.
         same_noise: noise data and sample alike in the head's turn.
         distillation: c; the paper of ADD (https://arxiv.org/abs/2311.17042) has 2.5, LADD none.
+        balance: true: c is a ratio of the distillation and the GAN loss's gradient norms at x; auto: that, 0.1 at most.
         density: law of u.
         base: arguments of Method.
     """
@@ -42,7 +43,7 @@ class LADD(Method):
     def __init__(
         self, roles: dict[str, Any], *, head_turns: int = 1, layers: str | list[str] = "mid_block",
         form: str = "softplus", r1: float = 0.0, r1_step: float | None = 0.01, simulate: bool = False,
-        same_noise: bool = False, distillation: float = 0.0, density: Any = None, **base,
+        same_noise: bool = False, distillation: float = 0.0, balance: bool | str = False, density: Any = None, **base,
     ):  # fmt: skip
         self.layers = layers
         if "features" not in roles:
@@ -51,6 +52,7 @@ class LADD(Method):
         super().__init__(roles, **base)
         self.head_turns, self.form, self.r1, self.r1_step = head_turns, form, r1, r1_step
         self.from_rollout, self.same_noise, self.distillation = simulate, same_noise, distillation
+        self.balance = balancing(balance)
         self.density, self.schedule = density or LogitNormal(1.0, 1.0), self.teacher.schedule
         self.guided = Guided(self.teacher, self.guidance)
 
@@ -100,5 +102,6 @@ class LADD(Method):
         if self.distillation:
             with torch.no_grad():
                 target = self.guided(x_u, u, **cond)
-            loss = loss + self.distillation * mse(x, target, self.schedule.alpha(u).to(x))
+            extra = mse(x, target, self.schedule.alpha(u).to(x))
+            loss = loss + weigh(self.distillation, self.balance, x, loss, extra) * extra
         return loss

@@ -72,6 +72,13 @@ class Reflow(Method):
         """x (B, ...) where the teacher's ODE takes the noise z."""
         return solve(self.guided, self.start_of(z), self.times, self.solver, **cond)
 
+    path_times = (0.0, 1.0)
+
+    def path(self, z, cond):
+        """What `distill data pairs` stores: x and z, (B, 2, ...)."""
+        x = self.endpoint(z, cond)
+        return torch.stack([x, z.to(x)], 1)
+
     def start_of(self, z):
         """sigma_1 z: where sampling starts, without the trace of data that alpha_1 > 0 would leave."""
         return bcast(self.teacher.schedule.sigma(torch.ones(len(z), device=z.device, dtype=wide(z).dtype)), z) * z

@@ -1,6 +1,8 @@
 """Scores of samples, higher is better: `metric(x, data=None, **cond) -> (B,)`. They need not be differentiable.
 
 Any callable object of this form may stand in a config: the first ones here are for toys and tests, those on CLIP for images.
+One that is `paired` asks for the data sample or the caption of the same condition, so it ranks in training and scores nothing
+in an evaluation by itself.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ class Near:
 class Truth:
     """Minus the distance to the data sample of the same condition: for completion and restoration."""
 
+    paired = True
+
     def __call__(self, x: Tensor, data: Tensor | None = None, **cond) -> Tensor:
         return -(x.double() - data.double()).flatten(1).norm(dim=1)
 
@@ -65,6 +69,7 @@ class Clip:
         from distill.nets import vision
 
         self.clip, self.prompts, self.decode = vision.Clip(weights, processor), prompts, decoder(decode)
+        self.paired = prompts is None
 
     def __call__(self, x: Tensor, data: Tensor | None = None, **cond) -> Tensor:
         return 100 * self.cosine(x, cond).clamp_min(0)

@@ -130,7 +130,7 @@ def edited(split, **changes):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"version": 2}, "version 2.* install a later one"),
+        ({"version": 3}, "version 3.* install a later one"),
         ({"format": "other"}, "'other'"),
         ({"shape": ...}, r"index\.json lacks 'shape'"),
         ({"shards": [{"name": "../x.tar", "count": 1, "bytes": 1}]}, "not in its folder"),

@@ -206,6 +206,29 @@ def test_latents_are_decoded_for_networks_and_pictures_alone(sets, tmp_path):
         images({"fid": {"weights": _tiny(tmp_path)}}, latents[1]).score(latents[0], {})
 
 
+def test_text_runs_on_latents_are_looked_at_decoded_and_with_their_captions(tmp_path):
+    from distill.eval.latents import Latents
+    from distill.nets.rewards import Clip
+
+    def decode(x):
+        return torch.tanh(x[:, :3].repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+    clip, words = looks.clip(tmp_path / "clip"), ["a cat", "two dogs", "y"]
+    x, real = (torch.randn(n, 4, 8, 8, generator=torch.Generator().manual_seed(n)) for n in (20, 30))
+    asked = {"clip_score": {"weights": clip}, "fd_own": {"features": SHRINK}}
+    tests = Latents(real, decode, metrics=asked, captions=lambda n: words[:n], allow=("looks",))
+    found = tests.score(x, {})
+    assert list(found) == ["fd", "clip_score", "fd_own"] and tests.headline == "fd_own"
+    told = [words[i % 3] for i in range(20)]
+    assert found["clip_score"] == pytest.approx(float(Clip(clip)(decode(x), caption=told).mean()), rel=1e-4)
+    assert found["fd_own"] == pytest.approx(measure({"fd_own": {"features": SHRINK}}, decode(x), decode(real))["fd_own"], rel=1e-4)
+    assert Latents(real).score(x, {}) == {"fd": found["fd"]}
+    with pytest.raises(BadInput, match="eval.metrics: mmd of latents themselves is not measured"):
+        Latents(real, metrics=["mmd"])
+    with pytest.raises(BadInput, match="fd_own needs real images"):
+        Latents(None, decode, metrics={"fd_own": {"features": SHRINK}}, allow=("looks",)).score(x, {})
+
+
 def _tiny(folder):
     class Detector(torch.nn.Module):
         def forward(self, img: torch.Tensor, return_features: bool = False) -> torch.Tensor:

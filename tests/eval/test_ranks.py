@@ -39,6 +39,7 @@ def test_two_ranks_gather_in_order_and_share_what_the_first_one_finds():
         group = here()
         rows = torch.arange(7.0)[group.share(7)]
         whole, none = group.gather(rows[:, None]), group.gather(rows[:0] if rank == 0 else rows[:1])
+        assert group.before(len(rows)) == (0 if rank == 0 else 3)
         return *(x if x is None else x.tolist() for x in (whole, none)), group.tell(lambda: "from " + str(rank))
 
     first, second = two.ranks(work)
@@ -69,7 +70,7 @@ def test_two_ranks_measure_what_one_measures(tmp_path):
     label = torch.arange(91) % 3
 
     def score(ranks, rows):
-        tests = suite.Images(y, torch.arange(60) % 3, x[:40], ASKED | {"accuracy": {}}, allow=("looks",))
+        tests = suite.Images(y, torch.arange(60) % 3, x[:40], metrics=ASKED | {"accuracy": {}}, allow=("looks",))
         return tests.score(x[rows], {"label": label[rows]}, ranks=ranks), tests.floor(ranks)
 
     one = score(ALONE, slice(None))

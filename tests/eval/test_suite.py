@@ -60,6 +60,12 @@ def test_the_floor_is_between_the_two_real_splits(images):
     assert set(unlabelled) == {"fd"}
 
 
+def test_what_a_method_ranks_by_is_scored_too(images):
+    bold = suite.Images(images.x, reward=lambda x, label=None: x.flatten(1).mean(1) + label)
+    found = bold.score(images.x + 0.25, {"label": images.label}, quick=True)
+    assert found["reward"] == pytest.approx(float(images.x.mean()) + 0.25 + 0.5, abs=1e-5)
+
+
 def test_exact_samples_of_a_toy_score_at_the_floor():
     law = GaussianMixture.ring(**RING)
     tests = suite.Toy(law)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from distill.errors import BadInput
-from distill.losses.adversarial import balance, discriminate, discriminator, generator, r1, r1_near
+from distill.losses.adversarial import SHARE, balance, discriminate, discriminator, generator, r1, r1_near, weigh
 
 D = torch.float64
 
@@ -100,3 +100,22 @@ def test_balance_equals_the_gradient_norms():
     factor = balance(x, main, extra)
     a, b = torch.autograd.grad(main, x, retain_graph=True)[0], torch.autograd.grad(factor * extra, x)[0]
     assert a.norm().item() == pytest.approx(b.norm().item()) and not factor.requires_grad
+
+
+@pytest.mark.parametrize("how, a, ratio", [
+    (True, 0.03, 0.03), (True, 30.0, 30.0), ("auto", 0.03, 0.03), ("auto", SHARE, SHARE), ("auto", 30.0, SHARE),
+])  # fmt: skip
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_a_balanced_weight_is_a_ratio_of_gradient_norms_whatever_the_losses_scale(how, a, ratio, scale):
+    x = torch.randn(4, 3, dtype=D, requires_grad=True)
+    main, extra = x.square().sum(), scale * x.pow(3).sum()
+    factor = weigh(a, how, x, main, extra)
+    by_hand = [v.norm().item() for v in (2 * x, scale * 3 * x.square())]
+    assert float(factor) * by_hand[1] == pytest.approx(ratio * by_hand[0]) and not factor.requires_grad
+
+
+def test_a_plain_weight_is_the_one_that_is_given_and_other_words_are_refused():
+    x = torch.randn(4, 3, requires_grad=True)
+    assert weigh(0.3, False, x, x.sum(), x.sum()) == 0.3
+    with pytest.raises(BadInput, match="balance: 'atuo' must be false, true or auto. Did you mean 'auto'"):
+        weigh(0.3, "atuo", x, x.sum(), x.sum())

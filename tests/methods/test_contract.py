@@ -149,12 +149,13 @@ RUNS = [pytest.param(p, marks=[] if p.stem in SOON else [pytest.mark.slow]) for 
 
 @pytest.mark.parametrize("recipe", RUNS, ids=lambda p: p.stem)
 def test_the_toy_run_reaches_its_stated_distance(recipe, tmp_path):
-    cfg = config.load([recipe], ["log.wandb=disabled", "train.threads=1", "train.validate_every=0"])
+    cfg = config.load([recipe], ["log.wandb=disabled", "train.threads=1"])
     assert cfg.expect, f"{recipe.name} states no distance"
     session = run.train(cfg, tmp_path / "run")
     scores = run.toy_scores(session)
     for key, bound in cfg.expect.items():
         assert scores[key] <= bound, f"{key} is {scores[key]:.4g}, promised {bound}"
+    assert not session.validation.alarms, "a healthy run raised alarms"
 
 
 def test_a_student_of_an_exploding_schedule_starts_from_its_own_noise():

@@ -6,10 +6,11 @@ them n = 0 .. N-1, least noise first; our time is t = (n + 1) / N, so that n = t
 
 from distill.nets.diffusers.backbones import DiT, Stock, UNet2D
 from distill.nets.diffusers.conditioned import Conditioned
+from distill.nets.diffusers.encoders import Geometry, fingerprints
 from distill.nets.diffusers.folder import BACKBONES, CLASSES, FAMILIES
 from distill.nets.diffusers.prompts import Latent, Prompts, decode, encode
 from distill.nets.diffusers.schedulers import PREDICTIONS, grid_of, prediction_of, schedule_of, scheduler_of
 from distill.nets.diffusers.teacher import load
 
-__all__ = ["BACKBONES", "CLASSES", "FAMILIES", "PREDICTIONS", "Conditioned", "DiT", "Latent", "Prompts", "Stock", "UNet2D",
-           "decode", "encode", "grid_of", "load", "prediction_of", "schedule_of", "scheduler_of"]
+__all__ = ["BACKBONES", "CLASSES", "FAMILIES", "PREDICTIONS", "Conditioned", "DiT", "Geometry", "Latent", "Prompts", "Stock",
+           "UNet2D", "decode", "encode", "fingerprints", "grid_of", "load", "prediction_of", "schedule_of", "scheduler_of"]

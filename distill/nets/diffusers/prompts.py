@@ -35,7 +35,11 @@ class Prompts:
         name = network_of(folder)[1]
         if name not in FAMILIES:
             raise BadInput(f"{folder}: its network {name} is not told text: {', '.join(FAMILIES)} are.")
-        absent = {part: None for part, value in index.items()
+        lack = [p for p, value in index.items() if p.startswith(ENCODERS) and isinstance(value, list) and value[0]
+                and not (folder / p).is_dir()]
+        if lack:
+            raise BadInput(f"{folder} has no {lack[0]}, which its model_index.json names: copy that folder too.")
+        absent = {"vae": None} | {part: None for part, value in index.items()
                   if isinstance(value, list) and not part.startswith(ENCODERS)}
         try:
             with torch.device("meta"):  # a shape without weights
@@ -48,7 +52,8 @@ class Prompts:
                     module.to(device)
         except Exception as error:  # diffusers, transformers and tokenizers each raise their own
             raise BadInput(f"{folder}: its text encoders cannot be loaded, copy the folder again ({error}).") from error
-        self.prompt, self.device = FAMILIES[name].prompt, device
+        self.family, self.device = FAMILIES[name], device
+        self.zeros = self.family.null_zero or bool(index.get("force_zeros_for_empty_prompt"))
 
     @torch.no_grad()
     def __call__(self, prompts: list[str], **kw) -> dict[str, Tensor]:
@@ -61,7 +66,12 @@ class Prompts:
             asked = asked | {"device": self.device} if "device" in asked else asked
             return stock(**ours | kw | asked)
 
-        return {k: v.cpu() for k, v in self.prompt(encode, list(prompts), self.pipeline).items()}
+        return {k: v.cpu() for k, v in self.family.prompt(encode, list(prompts), self.pipeline).items()}
+
+    def null(self, **kw) -> dict[str, Tensor]:
+        """The null condition, one row: that of the prompt "", or zeros where the pipeline takes zeros for it."""
+        zeros = lambda k: self.zeros and k not in self.family.kept
+        return {k: torch.zeros_like(v) if zeros(k) else v for k, v in self([""], **kw).items()}
 
 
 def encode(path: str | Path, prompts: list[str], revision: str | None = None, **kw) -> dict[str, Tensor]:
@@ -81,7 +91,10 @@ class Latent:
 
     @cached_property
     def vae(self):
-        name = read_json(self.folder / "model_index.json")["vae"][1]
+        name = (read_json(self.folder / "model_index.json").get("vae") or [None, None])[1]
+        if name is None:
+            raise BadInput(f"{self.folder} has no autoencoder (vae), so nothing is encoded or decoded by it: give the "
+                           "folder of a latent model, or train on its pixels.")
         model = weights(stock_class(name), self.folder / "vae", dtype=getattr(torch, self.dtype))
         return model.to(self.device).eval()
 

@@ -47,6 +47,7 @@ def load(path: str | Path, revision: str | None = None, **kw) -> Denoiser:
             raise BadInput(f"{folder}: is the last class of its network 'no class'? Pass null_class=True or False.")
         kw["null_class"] = record["null_class"]
     net = BACKBONES[name](model, timesteps=len(schedule.alphas_cumprod), **kw)
+    net.folder = folder
     return Denoiser(net, schedule, prediction_of(folder)).eval()
 
 
@@ -63,7 +64,7 @@ def _told(folder: Path, path: str | Path, revision: str | None, part: str, name:
     steps = int(scheduler_of(folder).config.get("num_train_timesteps", 1000))
     net = family.wrap(model, schedule=schedule, timesteps=steps, size=size, **kw)
     net.latent_scale, net.latent_shift, pixels = scaling(folder)
-    net.pixels = pixels or net.pixels
+    net.pixels, net.folder = pixels or net.pixels, folder
     if isinstance(null, str) and null == "" and (family.null_zero or index.get("force_zeros_for_empty_prompt")):
         net.remember(None)
     elif null is not None:

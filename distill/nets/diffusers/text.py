@@ -111,7 +111,7 @@ class Flux(Conditioned):
     """
 
     told = ("text", "pooled")
-    default_guide = 3.5
+    default_guide, patch = 3.5, 2
 
     def set_sizes(self, model) -> None:
         if model.config.guidance_embeds:
