@@ -76,7 +76,7 @@ def load(paths: list[str | Path], overrides: list[str] = ()) -> DictConfig:
     for path in paths:
         node = merge(node, read(path))
     for item in overrides:
-        above = merge(above, _override(item))
+        above = merge(above, override(item))
     if above.get("model") == "tiny":
         node = merge(node, _twin(node))
     return checked(merge(node, above))
@@ -91,7 +91,8 @@ def _twin(node: DictConfig) -> DictConfig:
     return merge(OmegaConf.create({"name": name}), twin) if twin else OmegaConf.create({})
 
 
-def _override(item: str) -> DictConfig:
+def override(item: str) -> DictConfig:
+    """The mapping that `key=value` stands for."""
     key, equals, _ = item.partition("=")
     if not equals or not all(key.split(".")):
         raise BadInput(f"Override '{item}' must have the form key=value, for example train.steps=100.")

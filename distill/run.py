@@ -26,6 +26,7 @@ from distill.engine.validation import STOPPED, Validation, batched, best, platea
 from distill.engine.watch import Watch
 from distill.errors import BadInput
 from distill.eval import baselines, table
+from distill.eval.ranks import here
 from distill.grid import Grid
 from distill.place import let_go, shared_copies
 from distill.session import Session, assemble
@@ -187,10 +188,14 @@ def pairs(cfg: DictConfig, out: Path, count: int, seed: int = 0, allow: tuple[st
 def evaluate(folder: Path, samples: int | None = None, allow: tuple[str, ...] = ()) -> dict[str, Any]:
     """Teacher, training-free solvers and student at each NFE from the same noise: metrics.json and samples.png."""
     folder = Path(folder)
+    if launch.given():  # by torchrun or srun: each rank draws and looks at its share of the samples
+        launch.join(home.config_of(folder).engine)
     session = open_run(folder, allow)
+    session.method.to("cuda" if torch.cuda.is_available() else "cpu")
     result, panels = measure(session, samples, folder=folder)
-    table.write(result, folder / METRICS)
-    session.suite(folder).picture(panels, folder / "samples.png")
+    if home.leads():
+        table.write(result, folder / METRICS)
+        session.suite(folder).picture(panels, folder / "samples.png")
     return result
 
 
@@ -210,6 +215,8 @@ def measure(
     """
     method, cfg, tests = session.method, session.cfg, session.suite(folder)
     z, cond = session.noise(samples or cfg.eval.samples, cfg.eval.seed)
+    ranks, count = here(), len(z)
+    z, cond = z[ranks.share(count)], {k: v[ranks.share(count)] for k, v in cond.items()}
     steps = method.grid.steps
     nfes = sorted({*(evaluations or cfg.eval.evaluations), steps})
     tried = [n for n in nfes if n <= 16] if training_free is None else training_free
@@ -219,7 +226,7 @@ def measure(
         made = _on(session, lambda z, c: baselines.baseline(session.teacher, z, c, (nfe,), batch=session.rows, **all_of_them), z, cond)  # noqa: B023, E501
         if PLAIN not in made[nfe]:
             continue  # a guided teacher cannot be asked once
-        scores = {name: tests.score(x.cpu(), cond, quick=name != PLAIN) for name, x in made[nfe].items()}
+        scores = {name: tests.score(x.cpu(), cond, quick=name != PLAIN, ranks=ranks) for name, x in made[nfe].items()}
         teacher[nfe] = scores[PLAIN]
         if nfe in tried:
             shared = set.intersection(*map(set, scores.values()))  # a best of all solvers needs the scores of all
@@ -228,13 +235,14 @@ def measure(
             panels[f"teacher, {nfe} evaluations"] = shown(made[nfe][PLAIN].cpu())
     if session.teacher is not method.ema:
         for nfe in nfes:
-            grid, generator = method.grid if nfe == steps else nfe, torch.Generator().manual_seed(cfg.eval.seed)
+            grid = method.grid if nfe == steps else nfe
+            generator = torch.Generator().manual_seed(cfg.eval.seed + 1_000_003 * ranks.rank)
             x = batched(lambda z, c: method.sample(z, c, generator=generator, grid=grid), z, cond, method, session.rows)  # noqa: B023, E501
-            student[nfe] = tests.score(x, cond)
+            student[nfe] = tests.score(x, cond, ranks=ranks)
             if nfe == steps:
                 panels[f"student, {steps} evaluations"] = shown(x)
     result = table.build(teacher, free, student)
-    result["floor"], result["about"] = tests.floor(), _about(session, len(z))
+    result["floor"], result["about"] = tests.floor(ranks), _about(session, count)
     return result, dict(sorted(panels.items(), key=lambda item: item[0].startswith("student")))
 
 

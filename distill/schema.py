@@ -70,6 +70,8 @@ class Eval:
     validation_samples: int = 1000
     evaluations: list[int] = dataclasses.field(default_factory=lambda: [1, 2, 4, 8, 50])
     reference: Any = None  # data of the held-out split; the training data when absent
+    metrics: Any = None  # names, or names with settings, of docs/metrics.md; those of the samples themselves when absent
+    decode: str | None = None  # diffusers folder whose autoencoder makes pixels of samples that are latents
     seed: int = 1
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from distill import config
@@ -19,6 +19,7 @@ from distill.match import fits
 from distill.methods import Diffusion
 from distill.methods.base import Method
 from distill.nets.lora import lay_out
+from distill.nets.rewards import decoder
 from distill.place import optimizer_of
 from distill.schema import Optim
 
@@ -81,7 +82,16 @@ class Session:
             raise BadInput("data holds conditions alone, to which no sample compares; use distill.data.shards.Shards.")
         metric = getattr(self.method, "metric", None)
         reward = None if getattr(metric, "paired", False) else metric
-        return suite.Images(real["x"], real.get("label"), held_out, reward)
+        return suite.Images(real["x"], real.get("label"), held_out, reward, metrics=self._metrics(), decode=self._decode(),
+                            allow=self.allow)  # fmt: skip
+
+    def _metrics(self) -> Any:
+        return OmegaConf.to_container(self.cfg.eval)["metrics"]
+
+    def _decode(self, folder: Any = None) -> Any:
+        """Latents to pixels by the autoencoder of `eval.decode`, else of `folder`; None without one."""
+        folder = self.cfg.eval.decode or folder
+        return decoder(str(folder), "cuda" if torch.cuda.is_available() else "cpu") if folder else None
 
     def _held_out(self, *most: int) -> Tensor | None:
         if not self.cfg.eval.reference:
@@ -90,14 +100,16 @@ class Session:
         return _samples(config.build(self.cfg.eval.reference, self.allow, "eval.reference"), *most)
 
     def _latents(self, folder: Path | None) -> latents.Latents:
-        settings, decode = self.cfg.roles.get("teacher") or {}, None
-        if str(settings.get(config.TARGET, "")).endswith("diffusers.load"):
-            decode = latents.decoder(settings["path"], lambda: next(self.method.student.parameters()).device)
+        net = getattr(getattr(self.method, "teacher", None), "net", None)
+        home = getattr(getattr(net, "net", net), "folder", None)
+        captions = (lambda n: self.data.all(n, conditions=False)["caption"]) if self.data.info.captions else None
+        more = {"decode": self._decode(home if home is not None and (home / "vae").is_dir() else None),
+                "metrics": self._metrics(), "captions": captions, "allow": self.allow}  # fmt: skip
         count, seed, steps = self.cfg.eval.samples, self.cfg.eval.seed + 1, max(self.cfg.eval.evaluations)
         held_out, own = self._held_out(count), getattr(self.data, "samples", True)
         if own or held_out is not None:
             x, other = (_samples(self.data, count), held_out) if own else (held_out, None)
-            return latents.Latents(x, decode=decode, held_out=other)
+            return latents.Latents(x, held_out=other, **more)
         if self.teacher is None:
             raise BadInput("data holds conditions alone, and without a teacher no sample compares to them; use "
                            "distill.data.shards.Shards.")  # fmt: skip
@@ -108,8 +120,9 @@ class Session:
             made = baselines.baseline(self.teacher, z, cond, (steps * price,), ("ddim",), ("uniform",), batch=self.rows)
             return made[steps * price]["ddim/uniform"]
 
-        key = f"{settings.get('path')}, {count} samples of seed {seed}, {steps} steps, w = {self.method.guidance:g}"
-        return latents.Latents(reference, folder and Path(folder) / "reference.safetensors", key, decode)
+        path = (self.cfg.roles.get("teacher") or {}).get("path")
+        key = f"{path}, {count} samples of seed {seed}, {steps} steps, w = {self.method.guidance:g}"
+        return latents.Latents(reference, folder and Path(folder) / "reference.safetensors", key, **more)
 
 
 def _samples(data: Any, *most: int) -> Tensor:

@@ -24,7 +24,7 @@ RANKS = [
     {"engine"},
     {"session"},
     {"run"},
-    {"demo", "compare", "merge", "bench", "check", "encode", "audit"},
+    {"demo", "compare", "merge", "bench", "check", "encode", "audit", "score"},
     {"cli"},
 ]
 DOORS = {
@@ -33,7 +33,7 @@ DOORS = {
     "deepspeed": {"engine/strategy.py"},
     "wandb": {"engine/dashboards.py"},
     "tensorboard": {"engine/dashboards.py"},
-    "omegaconf": {"config.py", "session.py", "run.py", "demo.py", "compare.py", "bench.py"},
+    "omegaconf": {"config.py", "session.py", "run.py", "demo.py", "compare.py", "bench.py", "score.py"},
     "webdataset": {"data/"},
     "lightning": {"methods/base.py", "engine/", "cli/", "compare.py", "bench.py"},
 }

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from pathlib import Path
 
 import click
 
 from distill import __version__
 from distill.errors import BadInput
+
+_stock = warnings.showwarning
+
+
+def _sentence(message, category, filename, *rest) -> None:
+    """A warning of ours as a sentence, without the line of code that gave it."""
+    if Path(__file__).parents[1] in Path(filename).parents:
+        click.echo(f"distill: {message}", err=True)
+    else:
+        _stock(message, category, filename, *rest)
 
 
 class Verbs(click.Group):
@@ -15,7 +27,10 @@ class Verbs(click.Group):
 
     def invoke(self, ctx: click.Context):
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("default", category=UserWarning, module=r"distill\.")
+                warnings.showwarning = _sentence
+                return super().invoke(ctx)
         except (BadInput, OSError) as error:
             if ctx.params.get("debug"):
                 raise

@@ -1,4 +1,4 @@
-"""Verbs that take a run: sample, eval, export, merge."""
+"""Verbs that take a run or its images: sample, eval, score, export, merge."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from distill.cli.group import allowed, main
+from distill.errors import BadInput
 
 
 @main.command()
@@ -42,6 +43,29 @@ def evaluate(run_folder: Path, samples: int | None) -> None:
     from distill.eval import table
 
     table.show(run.evaluate(run_folder, samples, allowed()))
+
+
+@main.command("score")
+@click.argument("given", nargs=-1, required=True, metavar="SAMPLES [REFERENCE] [NAME.KEY=VALUE...]")
+@click.option("--metrics", "names", help="Names with commas: fid, kid, fd_dinov2, kd_dinov2, clip_score, fd, ...")
+def score_images(given: tuple[str, ...], names: str | None) -> None:
+    """Measure SAMPLES, a folder of images or shards, against REFERENCE, the same or a file of statistics.
+
+    \b
+    Example:
+      distill score out/ photos/ --metrics fid,kid fid.weights=inception.pth
+      torchrun --nproc-per-node 8 -m distill.cli score out/ photos/ --metrics fd_dinov2
+    """
+    from distill.engine.home import leads
+    from distill.score import asked, score
+
+    paths = [Path(g) for g in given if "=" not in g]
+    if not 1 <= len(paths) <= 2:
+        raise BadInput(f"Give one or two paths, of samples and of what they are measured against, not {len(paths)}.")
+    found = score(*paths, *[None] * (2 - len(paths)), asked(names, [g for g in given if "=" in g]), allowed())
+    if leads():
+        for name, value in found.items():
+            click.echo(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
 
 
 @main.command()

@@ -16,6 +16,7 @@ from distill.engine.home import leads
 from distill.engine.probes import probes
 from distill.engine.sinks import history, replace
 from distill.engine.watch import Alarm, Watchdog, half_of, rules_of
+from distill.eval import table
 from distill.eval.health import signs
 
 STOPPED = "stopped.txt"
@@ -186,7 +187,7 @@ class Validation(Every):
 
 def best(cfg: Any, tests: Any) -> str:
     """What the best is: "min fd", "max accuracy"."""
-    return cfg.train.best or f"min {tests.headline}"
+    return cfg.train.best or f"{'max' if table.higher(tests.headline) else 'min'} {tests.headline}"
 
 
 def plateau(past: list[dict[str, float]], best: str, train: Any) -> str:

@@ -53,15 +53,26 @@ def frechet(x: Tensor, y: Tensor) -> float:
     Source: Heusel et al. 2017, https://arxiv.org/abs/1706.08500.
     """
     x, y = pair(x, y)
+    return frechet_moments(*moments(x), *moments(y))
 
-    def root(a: Tensor) -> Tensor:
-        c = a - a.mean(0)
-        value, vector = torch.linalg.eigh(c.T @ c / (len(a) - 1))
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (d,) and unbiased covariance (d, d) of samples (n, ...), float64."""
+    x = samples("x", x)
+    centred = x - x.mean(0)
+    return x.mean(0), centred.T @ centred / (len(x) - 1)
+
+
+def frechet_moments(mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y: Tensor) -> float:
+    """The Fréchet distance of `frechet` from means (d,) and covariances (d, d), such as published statistics."""
+
+    def root(cov: Tensor) -> Tensor:
+        value, vector = torch.linalg.eigh(cov)
         return vector * value.clamp_min(0).sqrt() @ vector.T
 
-    root_x, root_y = root(x), root(y)
+    root_x, root_y = root(cov_x.double()), root(cov_y.to(cov_x.device).double())
     cross = torch.linalg.matrix_norm(root_x @ root_y, "nuc")
-    mean = (x.mean(0) - y.mean(0)).square().sum()
+    mean = (mean_x - mean_y.to(mean_x)).square().sum()
     return float(mean + root_x.square().sum() + root_y.square().sum() - 2 * cross)
 
 

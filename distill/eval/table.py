@@ -21,7 +21,8 @@ from distill.errors import BadInput, suggest
 
 Scores = Mapping[int, Mapping[str, float]]  # {nfe: {metric: value}}
 
-HIGHER = frozenset({"precision", "recall", "accuracy", "reward"})  # of these more is better; of all others less
+HIGHER = frozenset({"precision", "recall", "accuracy", "reward"})  # of these more is better, and of those that end so:
+SCORES = ("_score", "_reward")  # of all others less
 SIGNED = frozenset({"nll_gap"})  # best at zero
 ROWS = {"teacher": "teacher", "training_free": "training-free best", "student": "student"}  # key -> title
 
@@ -32,7 +33,12 @@ def better(metric: str, a: float, b: float) -> bool:
         return math.isfinite(a) and not math.isfinite(b)
     if metric in SIGNED:
         return abs(a) < abs(b)
-    return a > b if metric in HIGHER else a < b
+    return a > b if higher(metric) else a < b
+
+
+def higher(metric: str) -> bool:
+    """Whether more of it is better."""
+    return metric in HIGHER or metric.endswith(SCORES)
 
 
 def build(teacher: Scores, training_free: Mapping[int, Mapping[str, Mapping[str, float]]], student: Scores) -> dict:
@@ -164,7 +170,7 @@ def _cells(metrics: dict, names: Sequence[str]) -> dict[str, list[tuple[str, boo
 
 
 def _head(metric: str) -> str:
-    return metric + (" ↑" if metric in HIGHER else " →0" if metric in SIGNED else " ↓")
+    return metric + (" ↑" if higher(metric) else " →0" if metric in SIGNED else " ↓")
 
 
 def _finite(value):

@@ -71,6 +71,7 @@ class Method(lightning.LightningModule):
         self.ahead = 0  # batches taken beyond the steps that count: those of steps that were undone
         self.skips = Skips(self.trainable)
         self.logs: dict[str, Tensor | float] = {}
+        self.captions: list[str] | None = None  # of this micro-batch, for a metric that reads them
         self.place = Place()
         self.shared = torch.Generator().manual_seed(torch.initial_seed() % 2**63)  # draws that all ranks agree on
         for role in roles:
@@ -150,6 +151,12 @@ class Method(lightning.LightningModule):
         dtype = torch.promote_types(z.dtype, torch.float32)
         return x_t, torch.full((len(z),), times[-1], dtype=dtype, device=z.device)
 
+    def judge(self, x: Tensor, data: Tensor | None, cond: dict[str, Tensor]) -> Tensor:
+        """`metric` of samples x, one or several in a row a condition, (B,); it is told the data's captions too."""
+        captions = self.captions or ()
+        told = {"caption": [c for c in captions for _ in range(len(x) // len(captions))]} if captions else {}
+        return self.metric(x, data=data, **cond, **told)
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of one sample."""
@@ -171,6 +178,7 @@ class Method(lightning.LightningModule):
     def _part(self, batch: dict[str, Any], warm: bool) -> tuple:
         """What the turns share on one micro-batch."""
         cond = {k: v for k, v in batch.items() if isinstance(v, Tensor) and k not in ("x", "z")}
+        self.captions = batch.get("caption")
         x, z = batch.get("x"), batch.get("z")  # a batch of pairs brings the noise that its x was made from
         if z is None:
             shape = self.shape if x is None else x.shape[1:]  # of buckets, each batch has its own

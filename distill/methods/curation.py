@@ -67,7 +67,7 @@ class Curation(Method):
         wide = {name: v.repeat_interleave(k, 0) for name, v in cond.items()}
         noise = torch.randn(n * k, *z.shape[1:], dtype=z.dtype, device=z.device)
         x = solve(self.source, noise, self.grid, self.sampler, **self.student_cond(wide, n * k))
-        scores = self.metric(x, data=None if data is None else data.repeat_interleave(k, 0), **wide).view(n, k)
+        scores = self.judge(x, None if data is None else data.repeat_interleave(k, 0), wide).view(n, k)
         kept = choose(scores, torch.rand(n, device=z.device), self.temperature)
         self.log_value("student/score", scores.mean())
         self.log_value("student/spread", x.std(0).mean())

@@ -47,7 +47,7 @@ class DiffusionDPO(Method):
             raise BadInput("DiffusionDPO needs pairs: give method.metric, or data whose batches have the key 'loser'.")
         times = Grid.uniform(self.pair_steps)
         a, b = (solve(self.guided, noise, times, DDIM(), **cond) for noise in (z, torch.randn_like(z)))
-        return *rank(a, b, self.metric(a, data=x, **cond) >= self.metric(b, data=x, **cond)), cond
+        return *rank(a, b, self.judge(a, x, cond) >= self.judge(b, x, cond)), cond
 
     def loss(self, winner, loser, cond):
         t, noise = self.density(len(winner), device=winner.device, dtype=winner.dtype), torch.randn_like(winner)

@@ -59,7 +59,7 @@ class DistillationDPO(Method):
         x_t, t = self.simulate(z, told)
         with torch.no_grad():
             a, b = self.student(x_t, t, **told).chunk(2)
-            a_wins = self.metric(a, data=x, **cond) >= self.metric(b, data=x, **cond)
+            a_wins = self.judge(a, x, cond) >= self.judge(b, x, cond)
         return rank(a, b, a_wins), cond, lambda: rank(*self.student(x_t, t, **told).chunk(2), a_wins)
 
     def critic_loss(self, critic, x, cond):

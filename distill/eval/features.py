@@ -1,0 +1,237 @@
+"""Features of images for a metric: the networks by name, and what a reference has of them, computed once."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill import config
+from distill.errors import BadInput, suggest
+from distill.eval.metrics import moments
+from distill.eval.ranks import ALONE, Ranks
+from distill.nets.vision import Clip, Dinov2, Inception, Network, cache
+
+NETWORKS: dict[str, type] = {"inception": Inception, "dinov2": Dinov2, "clip": Clip}
+BATCH = 64
+Pixels = Iterator[Tensor]  # batches (B, C, H, W) in [-1, 1]
+
+
+_built: dict[str, Any] = {}  # of one run: a network that two metrics ask for is one
+
+
+def network(name: Any, settings: dict[str, Any] | None = None, allow: tuple[str, ...] = (), where: str = "") -> Any:
+    """A feature network by name (inception, dinov2, clip) with settings, or any object by `_target_`, built once.
+
+    A network of your own takes pixels (B, C, H, W) in [-1, 1] and gives features (B, d).
+
+    Raises:
+        BadInput: no such network or setting, or weights that cannot be loaded.
+    """
+    if isinstance(name, dict):
+        node = name | (settings or {})
+    elif name in NETWORKS:
+        node = {config.TARGET: f"distill.nets.vision.{NETWORKS[name].__name__}"} | (settings or {})
+    else:
+        raise BadInput(f"{where}.features: '{name}' is none of {', '.join(NETWORKS)}.{suggest(str(name), NETWORKS)}")
+    key = json.dumps([node, *allow], sort_keys=True, default=str)
+    if key not in _built:
+        _built[key] = config.build(node, allow, where)
+    return _built[key]
+
+
+def extract(net: Callable[[Tensor], Tensor], pixels: Pixels, device: torch.device | str = "cpu") -> Tensor:
+    """float32 (n, d) on the CPU of all batches; `net` is on `device` meanwhile, and out of an accelerator's way again."""
+    if isinstance(net, Network):
+        net.to(device)
+    try:
+        with torch.no_grad():
+            parts = [_rows(net(x if isinstance(net, Network) else x.to(device)), x) for x in pixels]
+    finally:
+        if isinstance(net, Network):
+            net.to("cpu")
+    return torch.cat(parts) if parts else torch.empty(0, 0)
+
+
+def _rows(features: Tensor, x: Tensor) -> Tensor:
+    if not isinstance(features, Tensor) or len(features) != len(x):
+        raise BadInput(f"features: the network must give one row for each of {len(x)} images; let it return (B, d).")
+    return features.detach().float().flatten(1).cpu()
+
+
+def batches(x: Tensor, size: int = BATCH, decode: Callable[[Tensor], Tensor] | None = None) -> Pixels:
+    """Rows of x, decoded where they are latents."""
+    for i in range(0, len(x), size):
+        yield decode(x[i : i + size]) if decode else x[i : i + size]
+
+
+# --- the reference ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Reference:
+    """Of the real images: features (n, d), or their mean and covariance alone, as published."""
+
+    name: str
+    features: Tensor | None = None
+    published: tuple[Tensor, Tensor] | None = None
+
+    def rows(self, metric: str) -> Tensor:
+        if self.features is None:
+            raise BadInput(f"{metric} compares features one by one, and {self.name} holds their mean and covariance alone; "
+                           "give images, or a file with `features`.")  # fmt: skip
+        return self.features
+
+    def moments(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """Mean and covariance, computed once."""
+        if self.published is None:
+            self.published = moments(self.features.to(device))
+        return self.published
+
+
+def stored(path: Path, width: int) -> Reference:
+    """A file of statistics: .npz with `mu` and `sigma` as published, or .npz or .safetensors with `features` (n, d).
+
+    Raises:
+        BadInput: it holds none, or those of another network.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            found = load_file(path)
+        else:
+            with np.load(path, allow_pickle=False) as file:
+                found = {k: torch.from_numpy(file[k]) for k in file.files if file[k].dtype.kind == "f"}
+    except Exception as error:  # numpy's, zipfile's and safetensors' own
+        text = (str(error) or repr(error)).splitlines()[0]
+        raise BadInput(f"reference: {path} cannot be read as statistics ({text}); copy it again.") from error
+    if "features" in found:
+        real, size = Reference(str(path), found["features"].float()), found["features"].shape[1:]
+    elif {"mu", "sigma"} <= found.keys():
+        size = found["mu"].shape
+        real = Reference(str(path), None, (found["mu"].double(), found["sigma"].double()))
+    else:
+        raise BadInput(f"reference: {path} holds {', '.join(found) or 'nothing'}; it needs mu and sigma, or features.")
+    if size != (width,) or real.published and real.published[1].shape != (width, width):
+        raise BadInput(f"reference: {path} holds statistics of {tuple(size)} features and the network gives {width}; "
+                       "take those of this network.")  # fmt: skip
+    return real
+
+
+def reference(net: Any, images: Images, device: torch.device | str = "cpu", ranks: Ranks = ALONE) -> Reference | None:
+    """Features of real images on the first rank, None on the others; all ranks call it.
+
+    They come from the cache where the same network saw the same images before, else each rank looks at its share.
+    """
+    file = cache() / "features" / f"{net.key}-{images.key}.safetensors" if hasattr(net, "key") else None
+    features = _read(file) if ranks.rank == 0 else None
+    if not ranks.tell(lambda: features is not None):
+        own = ranks.all_well(lambda: extract(net, images.pixels(ranks.share(len(images))), device))
+        features = ranks.gather(own)
+        if features is not None and file:
+            _save(features, file)
+    return None if features is None else Reference(images.name, features)
+
+
+def _read(file: Path | None) -> Tensor | None:
+    """What a file of the cache holds; a broken one is written anew."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not file or not file.is_file():
+        return None
+    try:
+        return load_file(file).get("features")
+    except (SafetensorError, OSError):
+        return None
+
+
+def _save(features: Tensor, file: Path) -> None:
+    from safetensors.torch import save_file
+
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=file.parent, suffix=".writing")
+        os.close(handle)
+        save_file({"features": features.contiguous()}, name)
+        os.chmod(name, 0o644)  # mkstemp makes files that only their owner reads
+        os.replace(name, file)
+    except OSError:
+        return  # it is a convenience: a full or read-only disk costs the time of computing it again
+
+
+# --- real images ------------------------------------------------------------------------------------------------
+
+
+class Images:
+    """Images in memory, latents of them with `decode`, as a reference.
+
+    Attributes:
+        key: names their content.
+        captions: one an image, or None.
+    """
+
+    def __init__(self, x: Tensor, decode: Callable[[Tensor], Tensor] | None = None, name: str = "the data",
+                 captions: list[str] | None = None):
+        self.x, self.decode, self.name, self.captions = x, decode, name, captions
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @functools.cached_property
+    def key(self) -> str:
+        import hashlib
+
+        x = self.x.detach().cpu().float().contiguous()
+        coder = getattr(self.decode, "key", None) or getattr(getattr(self.decode, "__self__", None), "key", None)
+        total = hashlib.sha256(f"{tuple(x.shape)} {coder}".encode())
+        total.update(x.numpy())
+        return total.hexdigest()[:16]
+
+    def pixels(self, rows: slice) -> Pixels:
+        return batches(self.x[rows], decode=self.decode)
+
+
+class Folder(Images):
+    """Image files of a folder, of any sizes, read batch by batch."""
+
+    def __init__(self, path: str | Path):
+        from distill.data.folder import captions, splits
+
+        self.name, found = str(path), splits(Path(path))
+        self.files = [file for files in found.values() for file, _ in files]
+        texts = captions(self.files)
+        self.captions = texts and [texts[file] for file in self.files]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @functools.cached_property
+    def key(self) -> str:
+        import hashlib
+
+        stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in self.files]
+        return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
+
+    def pixels(self, rows: slice) -> Pixels:
+        from distill.data.folder import pixels
+
+        batch: list[Tensor] = []
+        for file in self.files[rows]:
+            image = torch.from_numpy(pixels(file, 3, None)).float()[None] / 127.5 - 1
+            if batch and (len(batch) == BATCH or batch[0].shape != image.shape):
+                yield torch.cat(batch)
+                batch = []
+            batch.append(image)
+        if batch:
+            yield torch.cat(batch)

@@ -1,0 +1,111 @@
+"""Shares of samples, and numbers that are the same however many processes made them."""
+
+from __future__ import annotations
+
+import looks
+import pytest
+import torch
+import two
+
+from distill.errors import BadInput
+from distill.eval import features, metrics, named, suite
+from distill.eval.ranks import ALONE, Ranks, here
+
+SHRINK = {"_target_": "looks.Shrink"}
+ASKED = {"fd": {}, "recall": {}, "fd_own": {"features": SHRINK}, "kd_own": {"features": SHRINK},
+         "precision": {"features": SHRINK}, "bold_score": {"_target_": "distill.nets.rewards.Ink", "grain": 0}}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "cache"))
+    features._built.clear()
+
+
+def test_shares_are_all_rows_in_order():
+    for n in (0, 1, 7, 64):
+        for world in (1, 2, 3, 8):
+            shares = []
+            for rank in range(world):
+                one = Ranks()
+                one.rank, one.world = rank, world
+                shares += range(n)[one.share(n)]
+            assert shares == list(range(n))
+    assert here() is ALONE and ALONE.tell(lambda: 3) == 3
+
+
+def test_two_ranks_gather_in_order_and_share_what_the_first_one_finds():
+    def work(rank):
+        group = here()
+        rows = torch.arange(7.0)[group.share(7)]
+        whole, none = group.gather(rows[:, None]), group.gather(rows[:0] if rank == 0 else rows[:1])
+        assert group.before(len(rows)) == (0 if rank == 0 else 3)
+        return *(x if x is None else x.tolist() for x in (whole, none)), group.tell(lambda: "from " + str(rank))
+
+    first, second = two.ranks(work)
+    assert first[0] == [[i] for i in range(7)] and first[1] == [3] and second[:2] == (None, None)
+    assert first[2] == second[2] == "from 0"
+
+
+def test_an_error_on_one_rank_is_raised_on_all_and_leaves_none_waiting():
+    def work(rank):
+        def fail(when):
+            if rank == when:
+                raise BadInput(f"rank {when} has no file.")
+            return rank
+
+        found = []
+        for call, when in ((here().tell, 0), (here().all_well, 0), (here().all_well, 1)):
+            try:
+                found.append(call(lambda when=when: fail(when)))
+            except BadInput as error:
+                found.append(str(error))
+        return found
+
+    assert two.ranks(work) == [["rank 0 has no file.", "rank 0 has no file.", "rank 1 has no file."]] * 2
+
+
+def test_two_ranks_measure_what_one_measures(tmp_path):
+    x, y = looks.pictures(91, 0, 8, shift=0.2), looks.pictures(60, 1, 8)
+    label = torch.arange(91) % 3
+
+    def score(ranks, rows):
+        tests = suite.Images(y, torch.arange(60) % 3, x[:40], metrics=ASKED | {"accuracy": {}}, allow=("looks",))
+        return tests.score(x[rows], {"label": label[rows]}, ranks=ranks), tests.floor(ranks)
+
+    one = score(ALONE, slice(None))
+    first, second = two.ranks(lambda rank: score(here(), here().share(91)))
+    assert first == second and list(first[0]) == [*ASKED, "accuracy"]
+    for ours, theirs in zip(first, one):
+        assert ours == {name: pytest.approx(value, rel=1e-6) for name, value in theirs.items()}
+    assert one[0]["fd"] == metrics.frechet(x, y)  # all samples, not a rank's
+
+
+def test_real_images_are_shared_out_and_cached_by_the_first_rank(tmp_path, monkeypatch):
+    from distill.nets.vision import Dinov2
+
+    asked = {"fd_dinov2": {"weights": looks.dinov2(tmp_path / "dino"), "side": 28}}
+    x, y = looks.pictures(30, 0, 8), looks.pictures(21, 1, 8)
+
+    def work(rank, looked=None):
+        stock, looked = Dinov2.__call__, []
+        monkeypatch.setattr(Dinov2, "__call__", lambda self, x: looked.append(len(x)) or stock(self, x))
+        seen = named.Measures(named.settings(asked), features.Images(y), device="cpu")
+        rows = here().share(30)
+        found = seen.score(lambda: features.batches(x[rows]), ranks=here())
+        return found, sum(looked)
+
+    first, second = two.ranks(work)
+    assert first[0] == second[0] and (first[1], second[1]) == (15 + 10, 15 + 11)
+    one, looked = work(0)
+    assert looked == 30 and one == {"fd_dinov2": pytest.approx(first[0]["fd_dinov2"], rel=1e-5)}
+
+
+def test_a_samplers_nan_on_one_rank_ends_both(tmp_path):
+    def work(rank):
+        x = looks.pictures(8, rank, 8) * (torch.nan if rank else 1)
+        seen = named.Measures({"fd_dinov2": {"weights": folder, "side": 28}}, features.Images(x), device="cpu")
+        return seen.score(lambda: features.batches(x), ranks=here())
+
+    folder = looks.dinov2(tmp_path / "dino")
+    assert two.ranks(work) == ["BadInput: samples hold NaN or infinite values; look at the sampler that made them."] * 2

@@ -1,0 +1,39 @@
+"""Two ranks over gloo, forked from this process: nothing is imported again."""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def ranks(work: Callable[[int], Any], seconds: float = 60) -> list[Any]:
+    """What `work(rank)` gives on each of two ranks; an exception as its text."""
+    fork = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder:
+        pipes = [fork.Pipe(duplex=False) for _ in range(2)]
+        both = [fork.Process(target=_rank, args=(r, Path(folder) / "store", work, pipes[r][1])) for r in range(2)]
+        for rank in both:
+            rank.start()
+        try:
+            return [pipe.recv() if pipe.poll(seconds) else "no answer" for pipe, _ in pipes]
+        finally:
+            for rank in both:
+                rank.join(5)
+                rank.kill()
+
+
+def _rank(rank: int, store: Path, work: Callable[[int], Any], pipe: Any) -> None:
+    torch.set_num_threads(1)  # a forked process has none of the other threads
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    try:
+        pipe.send(work(rank))
+    except Exception as error:
+        pipe.send(f"{type(error).__name__}: {error}")
+    dist.barrier()
+    dist.destroy_process_group()
