@@ -282,10 +282,10 @@ def export(folder: Path, out: Path, allow: tuple[str, ...] = ()) -> Path:
 
 def write_export(session: Session, out: Path, metrics: dict[str, Any] | None) -> Path:
     """`session`'s averaged student under `out`."""
-    from distill.export import folder as stock
+    from distill.export import export as write
 
     method = session.method
-    return stock.export(
+    return write(
         method.ema, method.grid, method.serving, out,
         method=type(method).__name__, recipe=OmegaConf.to_yaml(session.cfg), metrics=metrics, w=method.guidance,
     )  # fmt: skip
