@@ -1,16 +1,19 @@
 r"""An adapter on a shared base as a LoRA file that is right at weight 1.0.
 
 y = W x + B' A x with B' = (alpha / rank) B: the factor is in the weights, so that the alpha of the file is its rank and
-readers that look for an alpha and readers that do not agree. Two layouts of keys:
+readers that look for an alpha and readers that do not agree. Layouts of keys:
 
-    diffusers, peft      unet.down_blocks.0.[...].to_q.lora_A.weight, .lora_B.weight; transformer.* for transformers
-    kohya, ComfyUI       lora_unet_down_blocks_0_[...]_to_q.lora_down.weight, .lora_up.weight, .alpha
-
-ComfyUI reads the first for the transformers that it knows; of U-Nets, both are written.
+    diffusers            unet.down_blocks.0.[...].to_q.lora_A.weight, .lora_B.weight; transformer.* for transformers
+    kohya, ComfyUI       lora_unet_down_blocks_0_[...]_to_q.lora_down.weight, .lora_up.weight, .alpha      (U-Nets)
+    ComfyUI              diffusion_model.blocks.0.self_attn.q.lora_A.weight, .lora_B.weight                (Wan)
+    peft                 base_model.model.[...].lora_A.weight, and adapter_config.json         (PixArt, whose pipelines
+                         load no LoRA: `peft.PeftModel.from_pretrained(pipe.transformer, folder)`)
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,16 @@ from distill.export import text
 from distill.export.job import Job
 from distill.nets.diffusers.schedulers import read_json
 
-STOCK, KOHYA = "pytorch_lora_weights.safetensors", "kohya.safetensors"
+STOCK = "pytorch_lora_weights.safetensors"
+PEFT = "adapter_model.safetensors"
+# Where kohya's names and the original code's are not those of diffusers.
+SDXL = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
+WAN = {".attn1.to_": ".self_attn.", ".attn2.to_": ".cross_attn.", ".out.0": ".o", ".ffn.net.0.proj": ".ffn.0",
+       ".ffn.net.2": ".ffn.2", "condition_embedder.time_proj": "time_projection.1", "proj_out": "head.head",
+       "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+       "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+       "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+       "condition_embedder.text_embedder.linear_2": "text_embedding.2"}
 
 
 def write(job: Job) -> dict:
@@ -42,19 +54,20 @@ def write(job: Job) -> dict:
                        "as a pipeline.")
     base = text.source(net)
     kind = text.pipeline_class(read_json(base / "model_index.json"))
-    if not (hasattr(kind, "load_lora_weights") or hasattr(type(net.stock), "load_lora_adapter")):
-        raise BadInput(f"Neither {kind.__name__} nor {type(net.stock).__name__} loads a LoRA: export it as a pipeline.")
     scheduler, call = text.serving(job.student, job.grid, job.sampler, base)
     weights = factors(job.adapter, net.part)
-    save(stock_keys(weights, net.part), job.staging / STOCK)
-    files = [STOCK]
-    if net.part == "unet":
-        save(kohya_keys(weights), job.staging / KOHYA)
-        files.append(KOHYA)
+    if hasattr(kind, "load_lora_weights"):
+        files = {STOCK: stock_keys(weights, net.part)}
+        files |= {f"{job.name}.safetensors": OTHERS[name](weights) for name in (type(net).__name__,) if name in OTHERS}
+    else:
+        files = {PEFT: stock_keys(weights, "base_model.model")}
+        (job.staging / "adapter_config.json").write_text(json.dumps(_peft(weights, text.source_name(net)), indent=2) + "\n")
+    for name, keys in files.items():
+        save(keys, job.staging / name)
     scheduler.save_pretrained(job.staging / "scheduler")
     call = text.ask(kind, net, job.grid, call, guided=True)
     return text.describe(job, scheduler, call) | {
-        "pipeline": kind.__name__, "files": files, "rank": len(next(iter(weights.values()))[0]),
+        "pipeline": kind.__name__, "files": list(files), "rank": len(next(iter(weights.values()))[0]),
     } | text.references(job, base, kind)
 
 
@@ -78,10 +91,29 @@ def kohya_keys(weights: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     """The layout of kohya's scripts and of ComfyUI for a U-Net of diffusers, with alpha = rank."""
     found = {}
     for name, (down, up) in weights.items():
-        key = f"lora_unet_{name.replace('.', '_')}"
+        key = f"lora_unet_{SDXL.get(name, name).replace('.', '_')}"
         found |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up,
                   f"{key}.alpha": torch.tensor(float(len(down)))}
     return found
+
+
+def wan_keys(weights: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """The layout of Wan's own code, which ComfyUI reads."""
+    found = {}
+    for name, pair in weights.items():
+        for theirs, original in WAN.items():
+            name = name.replace(theirs, original)
+        found |= {f"diffusion_model.{name}.lora_{ab}.weight": w for ab, w in zip("AB", pair)}
+    return found
+
+
+OTHERS: dict[str, Callable[[dict], dict]] = {"TextUNet": kohya_keys, "Wan": wan_keys}
+
+
+def _peft(weights: dict[str, tuple[Tensor, Tensor]], base: str) -> dict:
+    rank = len(next(iter(weights.values()))[0])
+    return {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(weights), "bias": "none",
+            "base_model_name_or_path": base, "inference_mode": True}
 
 
 def save(weights: dict[str, Tensor], file: Path) -> None:

@@ -71,6 +71,7 @@ def write(job: Job) -> dict:
     save_file({k: v.contiguous() for k, v in stored.items()}, job.staging / "reference.safetensors")
     record = {
         "part": getattr(net, "part", None), "network": type(net).__name__, "file": FILE, "told": list(told),
+        "shape": list(net.shape),
         "steps": grid.steps, "times": list(grid.times), "sampler": job.sampler, "prediction": job.student.prediction,
         "guidance": job.w, "classes": getattr(net, "classes", 0), "null_class": getattr(net, "null_class", False),
         "timesteps": [], "reference": {"seed": SEED},

@@ -15,12 +15,11 @@ from torch import Tensor
 from distill import __version__
 from distill.denoise import Denoiser
 from distill.errors import BadInput, suggest
-from distill.export import folder, lora, onnx, single, text
 from distill.export.card import card, picture
 from distill.export.job import Job
 from distill.grid import Grid
 
-KINDS = {"pipeline": text.write, "lora": lora.write, "single-file": single.write, "onnx": onnx.write}
+KINDS = ("pipeline", "lora", "single-file", "onnx")
 
 
 def export(student: Denoiser, grid: Grid | int | list, sampler: str, out: str | Path, *, kind: str = "pipeline",
@@ -45,6 +44,8 @@ def export(student: Denoiser, grid: Grid | int | list, sampler: str, out: str | 
     Raises:
         BadInput: if `out` exists, or nothing stock serves this student in this kind.
     """
+    from distill.export import folder, lora, onnx, single, text  # and diffusers with them
+
     out, grid = Path(out), Grid.of(grid)
     if kind not in KINDS:
         raise BadInput(f"'{kind}' is no kind of export: {', '.join(KINDS)} are.{suggest(kind, KINDS)}")
@@ -55,11 +56,12 @@ def export(student: Denoiser, grid: Grid | int | list, sampler: str, out: str | 
     staging = out.with_name(f".{out.name}.partial-{os.getpid()}")
     job = Job(*_whole(student), grid, sampler, w, staging, out.name)
     recipe = recipe if isinstance(recipe, str) or recipe is None else _yaml(recipe)
-    write = KINDS[kind] if kind != "pipeline" or text.told(job.student) else folder.write
+    writers = {"pipeline": text if text.told(job.student) else folder, "lora": lora, "single-file": single, "onnx": onnx}
     try:
         staging.mkdir(parents=True)
-        found = write(job)
-        samples = found.pop("pictures", samples)
+        found = writers[kind].write(job)
+        pictures = found.pop("pictures", None)
+        samples = pictures if samples is None else samples
         record = {"distill": __version__, "kind": kind} | found | {
             "method": method, "metrics": metrics or {}, "licence": licence,
             "recipe_hash": recipe and hashlib.sha256(recipe.encode()).hexdigest(),

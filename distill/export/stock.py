@@ -92,7 +92,10 @@ def lora(folder, record, steps, base):
         if hasattr(pipe, "load_lora_weights"):
             pipe.load_lora_weights(folder, weight_name=file)
         else:
-            getattr(pipe, record["part"]).load_lora_adapter(folder, weight_name=file, prefix=record["part"])
+            from peft import PeftModel
+
+            part = record["part"]
+            setattr(pipe, part, PeftModel.from_pretrained(getattr(pipe, part), folder).merge_and_unload())
         worst = max(worst, drawn(pipe, folder, record, steps))
     return worst
 

@@ -125,7 +125,7 @@ def size(net: Conditioned, shape: tuple[int, ...]) -> dict[str, int]:
     """Height and width in pixels, and number of frames, as stock calls take them, of latents of `shape`."""
     *frames, height, width = shape[1:]
     found = {"height": net.pixels * height, "width": net.pixels * width}
-    return found | {"num_frames": FRAMES[type(net).__name__] * (f - 1) + 1 for f in frames}
+    return found | ({"num_frames": FRAMES[type(net).__name__] * (frames[0] - 1) + 1} if frames else {})
 
 
 def describe(job: Job, scheduler: Any, call: dict) -> dict:
