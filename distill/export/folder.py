@@ -201,7 +201,7 @@ def gap_of(grid: Grid, sampler: str) -> float:
 
 
 def _write(staging: Path, network, scheduler, net) -> None:
-    """model_index.json and the parts of the pipeline, without what diffusers notes in them and warns of when it loads."""
+    """model_index.json and the parts of the pipeline."""
     import diffusers
 
     staging.mkdir(parents=True, exist_ok=True)
@@ -211,7 +211,12 @@ def _write(staging: Path, network, scheduler, net) -> None:
     else:
         pipeline = diffusers.ConsistencyModelPipeline(network, scheduler)
     pipeline.save_pretrained(staging)
-    for file in staging.rglob("*.json"):
+    strip(staging)
+
+
+def strip(folder: Path) -> None:
+    """Take out of configs where their weights came from, and what diffusers notes of a tiny autoencoder and warns of."""
+    for file in folder.rglob("*.json"):
         config = json.loads(file.read_text())
         noted = {"_name_or_path"} | ({"block_out_channels"} if file.parent.name == "vae" else set())
         if noted & config.keys():

@@ -123,7 +123,9 @@ def onnx(folder, record, steps, base):
         told |= {"x_t": x, "t": np.full(len(x), t, np.float32), "s": np.full(len(x), s, np.float32)}
         if record["sampler"] == "renoise":
             told["noise"] = stored["fresh"][k]
-        x = session.run(["x_s"], told)[0]
+        size = record["batch"] or len(x)
+        x = np.concatenate([session.run(["x_s"], {name: v[i : i + size] for name, v in told.items()})[0]
+                            for i in range(0, len(x), size)])
     found = np.abs(x - stored["samples"]).max() / max(np.abs(stored["samples"]).max(), 1)
     return float(found) if np.isfinite(found) else float("inf")
 

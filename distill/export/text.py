@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from distill.denoise import Denoiser
 from distill.errors import BadInput
-from distill.export.folder import SAMPLERS, FlowMap, gap_of, stock_scheduler
+from distill.export.folder import SAMPLERS, FlowMap, gap_of, stock_scheduler, strip
 from distill.export.job import SEED, Job
 from distill.export.schedulers import flow_scheduler, lattice_scheduler
 from distill.grid import Grid
@@ -54,12 +54,14 @@ def write(job: Job) -> dict:
     model, muted = network(job), net.part == "unet"
     if muted:
         mute(model)
+        scheduler.register_to_config(steps_offset=1)  # not read under trailing spacing, but asked for by the stock class
     lcm = index["_class_name"] == "StableDiffusionPipeline" and type(scheduler).__name__ == "LCMScheduler"
     if lcm and job.grid.steps == 4 and not call:
         index["_class_name"] = "LatentConsistencyModelPipeline"
     kind = pipeline_class(index)
     copy_parts(base, job.staging, but=("scheduler", net.part))
     model.save_pretrained(job.staging / net.part)
+    strip(job.staging / net.part)
     scheduler.save_pretrained(job.staging / "scheduler")
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     (job.staging / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
