@@ -142,7 +142,7 @@ def _trace(step: Step, given: list[Tensor], file: Path) -> int | None:
                 try:
                     torch.onnx.export(step, tuple(v[:rows] for v in given), str(file), input_names=step.names,
                                       output_names=["x", "x_s"], opset_version=OPSET, dynamo=True, verbose=False,
-                                      dynamic_shapes=shapes)
+                                      dynamic_shapes=shapes, optimize=False)  # else x + 1e-15 becomes x
                 except Exception as error:  # the exporter's, torch.export's and onnxscript's own
                     reason = reason or error
                     continue

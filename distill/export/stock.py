@@ -76,12 +76,12 @@ def pipeline(folder, record, steps, base):
     return drawn(DiffusionPipeline.from_pretrained(folder, use_safetensors=True), folder, record, steps)
 
 
-def on_base(folder, record, base, **parts):
-    """The base's pipeline with these parts and the export's scheduler."""
+def on_base(folder, record, base):
+    """The base's pipeline with the export's scheduler."""
     import diffusers
 
     scheduler = getattr(diffusers, record["scheduler"]).from_pretrained(folder, subfolder="scheduler")
-    return diffusers.DiffusionPipeline.from_pretrained(base or record["base"], scheduler=scheduler, **parts)
+    return diffusers.DiffusionPipeline.from_pretrained(base or record["base"], scheduler=scheduler)
 
 
 def lora(folder, record, steps, base):
@@ -104,8 +104,10 @@ def single_file(folder, record, steps, base):
     import diffusers
 
     kind, part = getattr(diffusers, record["network"]), record["part"]
-    model = kind.from_single_file(str(folder / record["file"]), config=base or record["base"], subfolder=part)
-    return drawn(on_base(folder, record, base, **{part: model}), folder, record, steps)
+    pipe = on_base(folder, record, base)
+    # Given to from_pretrained instead, it would be ignored where it is optional, as in WanPipeline.
+    setattr(pipe, part, kind.from_single_file(str(folder / record["file"]), config=base or record["base"], subfolder=part))
+    return drawn(pipe, folder, record, steps)
 
 
 def onnx(folder, record, steps, base):

@@ -54,18 +54,18 @@ def _load(record: dict, name: str) -> str:
     if record["kind"] == "pipeline":
         return f'from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("{name}")'
     serve = f'scheduler = {scheduler}.from_pretrained("{name}", subfolder="scheduler")'
+    pipe = f'pipe = DiffusionPipeline.from_pretrained("{base}", scheduler=scheduler)'
     if record["kind"] == "single-file":
-        part = record["part"]
+        part, file = record["part"], record["file"]
         return "\n".join([
-            f"from diffusers import DiffusionPipeline, {scheduler}, {network}\n", serve,
-            f'{part} = {network}.from_single_file("{name}/{record["file"]}", config="{base}", subfolder="{part}")',
-            f'pipe = DiffusionPipeline.from_pretrained("{base}", {part}={part}, scheduler=scheduler)'])
+            f"from diffusers import DiffusionPipeline, {scheduler}, {network}\n", serve, pipe,
+            f'pipe.{part} = {network}.from_single_file("{name}/{file}", config="{base}", subfolder="{part}")'])
     part, load = record["part"], f'pipe.load_lora_weights("{name}", weight_name="{record["files"][0]}")'
     peft = record["files"][0].startswith("adapter")  # its pipeline loads no LoRA
     if peft:
         load = f'pipe.{part} = PeftModel.from_pretrained(pipe.{part}, "{name}").merge_and_unload()'
     return "\n".join([f"from diffusers import DiffusionPipeline, {scheduler}", "from peft import PeftModel\n" if peft else "",
-                      serve, f'pipe = DiffusionPipeline.from_pretrained("{base}", scheduler=scheduler)', load])
+                      serve, pipe, load])
 
 
 def _onnx(record: dict, name: str) -> tuple[str, str]:
