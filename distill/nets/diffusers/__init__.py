@@ -10,6 +10,7 @@ from distill.nets.diffusers.folder import BACKBONES, CLASSES, FAMILIES
 from distill.nets.diffusers.prompts import Latent, Prompts, decode, encode
 from distill.nets.diffusers.schedulers import PREDICTIONS, grid_of, prediction_of, schedule_of, scheduler_of
 from distill.nets.diffusers.teacher import load
+from distill.nets.diffusers.walk import applicable, walk
 
 __all__ = ["BACKBONES", "CLASSES", "FAMILIES", "PREDICTIONS", "Conditioned", "DiT", "Latent", "Prompts", "Stock", "UNet2D",
-           "decode", "encode", "grid_of", "load", "prediction_of", "schedule_of", "scheduler_of"]
+           "applicable", "decode", "encode", "grid_of", "load", "prediction_of", "schedule_of", "scheduler_of", "walk"]
