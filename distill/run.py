@@ -17,6 +17,7 @@ from distill import config
 from distill.denoise import Guided
 from distill.engine import callbacks as see
 from distill.engine import checkpoint, home, launch
+from distill.engine.cost import Cost
 from distill.engine.home import CHECKPOINTS, CONFIG, METRICS
 from distill.engine.preempt import Signals
 from distill.engine.rollback import Rollback
@@ -108,6 +109,7 @@ def _callbacks(session: Session, folder: Path, sinks: list[Any], tests: Any, bef
         see.Bar(train.steps, train.log_every),
         record,
         home.Exactness(facts, before),
+        Cost(folder / "cost.json"),
         Rollback(folder / CHECKPOINTS, saves, record.back),
         see.Every(train.validate_every, validate, start=True, finished=True),
         saves,  # last: a process killed after it has lost no row of the step

@@ -24,6 +24,8 @@ RANKS = [
     {"engine"},
     {"session"},
     {"run"},
+    {"bands"},
+    {"report"},
     {"demo", "compare", "merge", "bench", "check"},
     {"cli"},
 ]
@@ -32,8 +34,10 @@ DOORS = {
     "peft": {"nets/diffusers/", "export/"},
     "deepspeed": {"engine/strategy.py"},
     "wandb": {"engine/callbacks.py"},
-    "omegaconf": {"config.py", "session.py", "run.py", "demo.py", "compare.py", "bench.py"},
+    "omegaconf": {"config.py", "session.py", "run.py", "demo.py", "compare.py", "bench.py", "bands.py"},
     "webdataset": {"data/"},
+    "plotly": {"report/"},
+    "jinja2": {"report/"},
     "lightning": {"methods/base.py", "engine/", "cli/", "compare.py", "bench.py"},
 }
 

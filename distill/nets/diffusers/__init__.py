@@ -10,7 +10,7 @@ from distill.nets.diffusers.folder import BACKBONES, CLASSES, FAMILIES
 from distill.nets.diffusers.prompts import Latent, Prompts, decode, encode
 from distill.nets.diffusers.schedulers import PREDICTIONS, grid_of, prediction_of, schedule_of, scheduler_of
 from distill.nets.diffusers.teacher import load
-from distill.nets.diffusers.walk import applicable, walk
+from distill.nets.diffusers.walk import applicable, cost, walk
 
 __all__ = ["BACKBONES", "CLASSES", "FAMILIES", "PREDICTIONS", "Conditioned", "DiT", "Latent", "Prompts", "Stock", "UNet2D",
-           "applicable", "decode", "encode", "grid_of", "load", "prediction_of", "schedule_of", "scheduler_of", "walk"]
+           "applicable", "cost", "decode", "encode", "grid_of", "load", "prediction_of", "schedule_of", "scheduler_of", "walk"]

@@ -152,3 +152,10 @@ def _native(denoiser: Denoiser, x_t: Tensor, t: Tensor, flow: bool, cond: Mappin
     alpha_t, sigma_t = (bcast(a, x_t) for a in denoiser.schedule(t))
     z = over(x_t - alpha_t * x, sigma_t)
     return z - x if flow else alpha_t * z - sigma_t * x
+
+
+def cost(name: str, schedule: Schedule, calls: int) -> int:
+    """How many of `calls` calls the solver makes use of; 0 where it makes no sample of so few."""
+    scheduler = scheduler_for(name, schedule)
+    steps = affordable(scheduler, calls)
+    return int(_calls(scheduler, steps)) if steps else 0
