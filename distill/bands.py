@@ -143,21 +143,24 @@ def record(folders: Sequence[Path], recipe: Path, allow: tuple[str, ...] = ()) -
     Raises:
         BadInput: fewer than three runs, a seed twice, a run that is not finished or not of this recipe.
     """
-    cfg = config.load([recipe])
-    found, seeds, metrics = [], [], []
-    for folder in map(Path, folders):
-        if differing := differences(home.config_of(folder), cfg):
+    cfg, folders = config.load([recipe]), [Path(f) for f in folders]
+    if len(folders) < LEAST:
+        raise BadInput(f"{len(folders)} runs are too few for a band; record at least {LEAST}, each with its own seed.")
+    seeds: list[int] = []
+    for folder in folders:
+        own = home.config_of(folder)
+        if differing := differences(own, cfg):
             raise BadInput(f"{folder} is not a run of {recipe}: {differing[0]}; record runs that change nothing but seed.")
+        if own.seed in seeds:
+            raise BadInput(f"{folder} has seed {own.seed}, as another run has; give each run its own seed.")
+        seeds.append(own.seed)
+    found, metrics = [], []
+    for folder in folders:
         session = run.open_run(folder, allow)
         if session.method.step < cfg.train.steps:
             raise BadInput(f"{folder} has done {session.method.step} of {cfg.train.steps} steps; finish it by --resume.")
-        if session.cfg.seed in seeds:
-            raise BadInput(f"{folder} has seed {session.cfg.seed}, as another run has; give each run its own seed.")
-        seeds.append(session.cfg.seed)
         found.append(curves(rows(folder), cfg.train.steps))
         metrics.append(scores(session, folder))
-    if len(seeds) < LEAST:
-        raise BadInput(f"{len(seeds)} runs are too few for a band; record at least {LEAST}, each with its own seed.")
     path = path_of(recipe)
     path.parent.mkdir(exist_ok=True)
     whole = {"recipe": fingerprint(cfg), "steps": cfg.train.steps, "seeds": seeds, "curves": _bands(found)}

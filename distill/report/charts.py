@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import statistics
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from distill.eval import table
@@ -38,6 +40,9 @@ def quality(runs: Sequence[Run], metric: str, cost: str) -> Figure:
     for point in runs[0].measured.get("points", []):
         if point["kind"] == "stock":
             solvers.setdefault(point["who"], []).append((point[cost], point["scores"].get(metric), point["nfe"]))
+    outside = _bound(runs, metric, [item[1] for found in solvers.values() for item in found])
+    far = [f"{name} at {n}" for name, found in solvers.items() for _, value, n in found if finite(value) and outside(value)]
+    solvers = {name: [item for item in found if not (finite(item[1]) and outside(item[1]))] for name, found in solvers.items()}
     for name, found in solvers.items():
         traces.append(_line(name, found, "solver", width=1, size=5, group="solvers", opacity=0.75))
     best = _front([item for found in solvers.values() for item in found], metric)
@@ -51,15 +56,34 @@ def quality(runs: Sequence[Run], metric: str, cost: str) -> Figure:
         name = "student" if len(runs) == 1 else run.name
         points = _points(run, "student", metric, cost)
         traces.append(_line(name, points, colour, width=2.5, size=10, symbol=shape))
+        traces[-1]["marker"]["size"] = [15 if nfe == run.steps else 8 for nfe in traces[-1]["customdata"]]  # its own: large
     traces = [t for t in traces if t["x"]]
     x = "network evaluations a sample" if cost == "nfe" else "seconds for 1,000 samples"
-    return {"data": traces, "layout": {"xaxis": _log(x), "yaxis": _scale(traces, title(metric))}}
+    note = f"off the chart: {', '.join(far)}" if far else ""
+    return {"data": traces, "layout": {"xaxis": _log(x), "yaxis": _scale(traces, title(metric)), "note": note}}
+
+
+def _bound(runs: Sequence[Run], metric: str, solvers: Sequence[Any]) -> Callable[[float], bool]:
+    """Whether a solver is so bad that its axis would hide the rest: ten times the worst of the others or of the median."""
+    if metric in table.HIGHER or metric in table.SIGNED:
+        return lambda value: False
+    rows = [values.get(metric) for run in runs for row in ("teacher", "student") for values in run.scores(row).values()]
+    known = [v for v in [*rows, statistics.median([v for v in solvers if finite(v)] or [0.0])] if finite(v)]
+    return lambda value: value > 10 * max(known, default=math.inf)
 
 
 def _points(run: Run, row: str, metric: str, cost: str) -> list[tuple]:
-    """(cost, value, nfe), with the seconds that were measured for this row at this number of evaluations."""
-    seconds = {p["nfe"]: p["seconds"] for p in run.measured.get("points", []) if p["kind"] == row}
-    return [(nfe if cost == "nfe" else seconds.get(nfe), values.get(metric), nfe) for nfe, values in run.scores(row).items()]
+    """(cost, value, nfe), with the seconds that were measured for this row at this number of evaluations.
+
+    The teacher's row also takes what stock DDIM, which is the same walk, has at further numbers of evaluations.
+    """
+    points, rows = run.measured.get("points", []), dict(run.scores(row))
+    seconds = {p["nfe"]: p["seconds"] for p in points if p["kind"] == row}
+    for point in points if row == "teacher" else ():
+        if point["who"] in ("DDIM", "Flow Euler"):
+            rows.setdefault(point["nfe"], point["scores"])
+            seconds.setdefault(point["nfe"], point["seconds"])
+    return [(nfe if cost == "nfe" else seconds.get(nfe), rows[nfe].get(metric), nfe) for nfe in sorted(rows)]
 
 
 def _front(found: list[tuple], metric: str) -> list[tuple]:

@@ -24,6 +24,7 @@ from distill.solvers import DDIM, solve
 FEW = 16  # the most evaluations at which stock solvers are tried
 ACROSS = 12  # noises of the pictures, where the classes do not give their number
 POINTS = 1000  # samples of a scatter plot
+FEW_TIMED = 256  # samples of a quick look at the seconds
 
 
 def measure(folder: Path, session: Session, evaluations: Sequence[int] | None = None, samples: int | None = None,
@@ -33,7 +34,7 @@ def measure(folder: Path, session: Session, evaluations: Sequence[int] | None = 
     Args:
         evaluations: of the stock solvers; those of `eval.evaluations` up to 16, and K, by default.
         samples: of each stock solver; `eval.samples` by default. Seconds are those of the validation's samples.
-        stock: False measures no stock solver, which is most of the work.
+        stock: False measures no stock solver and scores nothing, which is most of the work: pictures and seconds only.
 
     Returns:
         key: what was asked; points: `[{who, kind, nfe, seconds, scores}]`, seconds a thousand samples; lines: metrics
@@ -46,9 +47,9 @@ def measure(folder: Path, session: Session, evaluations: Sequence[int] | None = 
         return kept
     found = {"key": key, "points": [], "lines": {}, "machine": _machine(session)}
     if session.teacher is not None:
-        found["points"] += _teacher(session, tests, found["lines"])
+        found["points"] += _teacher(session, tests if stock else None, found["lines"])
     if session.teacher is not method.ema:
-        found["points"] += _student(session, nfes)
+        found["points"] += _student(session, nfes, cfg.eval.validation_samples if stock else FEW_TIMED)
     if stock and session.teacher is not None:
         found["points"] += _stock(session, tests, nfes, samples or cfg.eval.samples)
     found["kind"], found["pictures"] = _pictures(session, tests, nfes)
@@ -63,20 +64,25 @@ def _machine(session: Session) -> str:
 
 
 def timed(session: Session, call: Callable, z: Tensor, cond: dict[str, Tensor]) -> tuple[Tensor, float]:
-    """Samples and seconds a thousand of them, after a first call that is not counted."""
+    """Samples and seconds a thousand of them, after a first call that is not counted.
+
+    By the clock; without an accelerator by the processor where that has fewer, as on a machine that others use too.
+    """
     sync = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     run.batched(call, z[:2], {k: v[:2] for k, v in cond.items()}, session.method)
     sync()
-    began = time.perf_counter()
+    clock, processor = time.perf_counter(), time.process_time()
     x = run.batched(call, z, cond, session.method)
     sync()
-    return x, 1000 * (time.perf_counter() - began) / len(z)
+    clock, processor = time.perf_counter() - clock, time.process_time() - processor
+    spent = clock if torch.cuda.is_available() else min(clock, processor)
+    return x, 1000 * spent / len(z)
 
 
 def _teacher(session: Session, tests: Any, lines: dict[str, Any]) -> list[dict[str, Any]]:
     """Seconds of the teacher by DDIM, and its metrics on the validation's noise at K and at the most evaluations."""
     cfg, teacher, steps = session.cfg, session.teacher, session.method.grid.steps
-    z, cond = session.noise(cfg.eval.validation_samples, cfg.eval.seed)
+    z, cond = session.noise(cfg.eval.validation_samples if tests else FEW_TIMED, cfg.eval.seed)
     price, out = baselines.price(teacher, z, cond), []
     for nfe in sorted({*cfg.eval.evaluations, steps}):
         if not (calls := int(nfe // price)):
@@ -84,14 +90,14 @@ def _teacher(session: Session, tests: Any, lines: dict[str, Any]) -> list[dict[s
         walk = lambda z, c, calls=calls: solve(teacher, teacher.schedule.start(z), Grid.uniform(calls), DDIM(), **c)
         x, seconds = timed(session, walk, z, cond)
         out.append({"who": "teacher", "kind": "teacher", "nfe": nfe, "seconds": seconds, "scores": {}})
-        if nfe in (steps, max(cfg.eval.evaluations)):
+        if tests and nfe in (steps, max(cfg.eval.evaluations)):
             lines[f"teacher@{nfe}"] = tests.score(x, cond, quick=True)
     return out
 
 
-def _student(session: Session, nfes: Sequence[int]) -> list[dict[str, Any]]:
+def _student(session: Session, nfes: Sequence[int], samples: int) -> list[dict[str, Any]]:
     """Seconds of the student; a number of steps other than its own is walked on an even grid."""
-    z, cond = session.noise(session.cfg.eval.validation_samples, session.cfg.eval.seed)
+    z, cond = session.noise(samples, session.cfg.eval.seed)
     out = []
     for nfe in nfes:
         _, seconds = timed(session, lambda z, c, nfe=nfe: _walked(session, z, c, nfe), z, cond)

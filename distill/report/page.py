@@ -93,7 +93,7 @@ def html(runs: Sequence[Run]) -> str:
         runs=runs, one=len(runs) == 1, title=" · ".join(r.name for r in runs), date=time.strftime("%-d %B %Y"),
         metrics=[(name, charts.TITLES.get(name, name)) for name in names], ids=list(figures),
         tiles=tables.tiles(runs[0]) if len(runs) == 1 else [], compared=tables.compared(runs),
-        results=[(r, tables.results(r)) for r in runs], costs=tables.costs(runs), settings=tables.settings(runs),
+        results=[(r, tables.results(r), tables.floor(r)) for r in runs], costs=tables.costs(runs), settings=tables.settings(runs),
         environment=tables.environment(runs), notes=[tables.note(r) for r in runs],
         configs=[(r.name, OmegaConf.to_yaml(r.cfg)) for r in runs], pictures=_pictures(runs),
     )  # fmt: skip

@@ -25,6 +25,8 @@ def number(value: Any) -> str:
     """Three significant digits; an en dash for what is not there."""
     if not finite(value):
         return "–"
+    if abs(value) >= 1e5:
+        return f"{value:.1e}".replace("e+0", "e")
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
@@ -78,26 +80,39 @@ def _stock(run: Run) -> list[dict[str, Any]]:
     return [point for point in run.measured.get("points", []) if point["kind"] == "stock"]
 
 
-def results(run: Run) -> dict[str, Any]:
-    """Heads and rows of teacher, student and every solver at each number of evaluations, the best of a block marked."""
-    names = metrics_of([run])
-    timed = {(p["kind"], p["nfe"]): p["seconds"] for p in run.measured.get("points", [])}
-    found = [(nfe, kind, kind, values, timed.get((kind, nfe)))
-             for kind in ("teacher", "student") for nfe, values in run.scores(kind).items()]  # fmt: skip
-    found += [(p["nfe"], "stock", p["who"], p["scores"], p["seconds"]) for p in _stock(run)]
+def results(run: Run) -> list[dict[str, Any]]:
+    """A table a metric: rows student, teacher and the solvers without training, columns evaluations; the best marked."""
+    seconds_of = {(p["who"], p["nfe"]): p["seconds"] for p in run.measured.get("points", [])}
+    return [found for name in metrics_of([run]) if (found := _pivot(run, name, seconds_of))["rows"]]
+
+
+def _pivot(run: Run, metric: str, seconds_of: dict[tuple[str, int], float]) -> dict[str, Any]:
+    found = {(kind, kind, nfe): values.get(metric) for kind in ("student", "teacher") for nfe, values in run.scores(kind).items()}
+    found |= {("stock", p["who"], p["nfe"]): p["scores"].get(metric) for p in _stock(run)}
+    found = {key: value for key, value in found.items() if finite(value)}
+    nfes = sorted({nfe for _, _, nfe in found})
+    worst = -float("inf") if metric in table.HIGHER else float("inf")
+    at_own = lambda kind, who: found.get((kind, who, run.steps), worst) * (-1 if metric in table.HIGHER else 1)
+    order = lambda row: (("student", "teacher", "stock").index(row[0]), at_own(*row) if row[0] == "stock" else 0, row[1])
     rows = []
-    for nfe, kind, who, values, spent in sorted(found, key=lambda f: (f[0], ("student", "teacher", "stock").index(f[1]))):
-        best = [_best(name, values.get(name), [v.get(name) for n, _, _, v, _ in found if n == nfe]) for name in names]
-        cells = [(number(values.get(name)), top) for name, top in zip(names, best)]
-        rows.append({"nfe": nfe, "kind": kind, "who": who, "cells": cells, "seconds": number(spent)})
-    floor = (run.metrics or {}).get("floor") or {}
-    return {"heads": [_head(n) for n in names], "rows": rows, "floor": ", ".join(
-        f"{TITLES.get(k, k)} {number(v)}" for k, v in floor.items() if finite(v))}  # fmt: skip
+    for kind, who in sorted({key[:2] for key in found}, key=order):
+        values = [found.get((kind, who, nfe)) for nfe in nfes]
+        rivals = [[v for key, v in found.items() if key[2] == nfe] for nfe in nfes]
+        cells = [(number(v) if finite(v) else "", _best(metric, v, r)) for v, r in zip(values, rivals)]
+        spent = seconds_of.get((who, run.steps))
+        rows.append({"kind": kind, "who": who, "cells": cells, "seconds": number(spent) if finite(spent) else ""})
+    return {"metric": metric, "head": _head(metric), "nfes": nfes, "rows": rows}
 
 
 def _best(metric: str, value: Any, rivals: Sequence[Any]) -> bool:
     rivals = [v for v in rivals if finite(v)]
     return finite(value) and len(rivals) > 1 and not any(table.better(metric, v, value) for v in rivals)
+
+
+def floor(run: Run) -> str:
+    """What two real splits have between them."""
+    found = ((run.metrics or {}).get("floor") or {}).items()
+    return ", ".join(f"{TITLES.get(k, k)} {number(v)}" for k, v in found if finite(v))
 
 
 def _head(metric: str) -> str:

@@ -27,7 +27,8 @@
   const powers = [-6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6];
   // Of a logarithmic axis: 1, 2, 5 of each power of ten, or the costs themselves where there are few of them.
   const ticks = (values, own) => {
-    if (own) return [...new Set(values)].sort((a, b) => a - b);
+    const all = [...new Set(values)].sort((a, b) => a - b);
+    if (own) return all.filter((v, i) => i === all.length - 1 || all[i + 1] > 1.35 * v);
     const [low, high] = [Math.min(...values), Math.max(...values)];
     const digits = high / low > 300 ? [1] : high / low > 12 ? [1, 2, 5] : [1, 1.5, 2, 3, 5, 7];
     return powers.flatMap((p) => digits.map((d) => Number(`${d}e${p}`))).filter((v) => v > low / 2.5 && v < high * 2.5);
@@ -55,6 +56,10 @@
       margin: { l: 44, r: 12, t: 34, b: 44 }, hovermode: "closest",
       hoverlabel: { bgcolor: named("paper"), bordercolor: named("line"), font: { color: named("ink") } },
       legend: { orientation: "h", x: 0, y: -0.2, yanchor: "top", font: { size: 12 }, bgcolor: "rgba(0,0,0,0)", traceorder: "normal" },
+      annotations: figure.layout.note ? [{
+        text: figure.layout.note, xref: "paper", yref: "paper", x: 1, y: 1, xanchor: "right", yanchor: "bottom", showarrow: false,
+        font: { size: 12, color: named("soft") },
+      }] : [],
       xaxis: axis(x, all("x"), false, id === "quality-nfe"), yaxis: axis(y, all("y"), true, false),
     };
   };
@@ -70,6 +75,7 @@
     button.addEventListener("click", () => {
       metric = button.dataset.metric;
       document.querySelectorAll("button[data-metric]").forEach((b) => b.setAttribute("aria-pressed", String(b === button)));
+      document.querySelectorAll("[data-of]").forEach((part) => { part.hidden = part.dataset.of !== metric; });
       draw();
     });
   });
