@@ -18,6 +18,7 @@ from distill import config
 from distill.denoise import Guided
 from distill.engine import callbacks as see
 from distill.engine import checkpoint, code, dashboards, home, launch, lines, sinks
+from distill.engine.cost import Cost
 from distill.engine.home import CHECKPOINTS, CONFIG, METRICS
 from distill.engine.preempt import Signals
 from distill.engine.rollback import Rollback
@@ -112,6 +113,7 @@ def _callbacks(session: Session, folder: Path, opened: list[Any], tests: Any, be
         see.Bar(train.steps, train.log_every),
         record,
         home.Exactness(facts, before),
+        Cost(folder / "cost.json"),
         Rollback(folder / CHECKPOINTS, saves, undone),
         validation,
         saves,  # last: a process killed after it has lost no row of the step

@@ -24,6 +24,8 @@ RANKS = [
     {"engine"},
     {"session"},
     {"run"},
+    {"bands"},
+    {"report"},
     {"demo", "compare", "merge", "bench", "check", "encode", "audit", "score"},
     {"cli"},
 ]
@@ -33,8 +35,10 @@ DOORS = {
     "deepspeed": {"engine/strategy.py"},
     "wandb": {"engine/dashboards.py"},
     "tensorboard": {"engine/dashboards.py"},
-    "omegaconf": {"config.py", "session.py", "run.py", "demo.py", "compare.py", "bench.py", "score.py"},
+    "omegaconf": {"config.py", "session.py", "run.py", "demo.py", "compare.py", "bench.py", "bands.py", "score.py", "report/"},
     "webdataset": {"data/"},
+    "plotly": {"report/"},
+    "jinja2": {"report/"},
     "lightning": {"methods/base.py", "engine/", "cli/", "compare.py", "bench.py"},
 }
 

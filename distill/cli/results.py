@@ -1,4 +1,4 @@
-"""Verbs that take a run or its images: sample, eval, score, export, merge."""
+"""Verbs that take a run or its images: sample, eval, score, report, export, verify, merge."""
 
 from __future__ import annotations
 
@@ -66,6 +66,31 @@ def score_images(given: tuple[str, ...], names: str | None) -> None:
     if leads():
         for name, value in found.items():
             click.echo(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
+
+
+@main.command()
+@click.argument("run_folders", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True)
+@click.option("--quick", is_flag=True, help="Measure nothing: the page has what the runs' folders hold.")
+@click.option("--evaluations", help="At which stock solvers are tried, as 2,4,8; those of eval.evaluations by default.")
+@click.option("-n", "samples", type=click.IntRange(2), help="Samples of a stock solver; by default eval.samples.")
+def report(run_folders: tuple[Path, ...], out: Path, quick: bool, evaluations: str | None, samples: int | None) -> None:
+    """Write one self-contained page of RUN, or of several beside each other: samples, quality against cost, curves, cost.
+
+    What is not measured yet is measured first and kept in RUN: metrics.json as by eval, the rest in report.json.
+
+    \b
+    Example:
+      distill report runs/digits-tdm -o report.html
+      distill report runs/digits-tdm runs/digits-dmd2 -o both.html --quick
+    """
+    from distill.report import report as write
+
+    try:
+        nfes = [int(n) for n in evaluations.split(",")] if evaluations else None
+    except ValueError:
+        raise BadInput(f"--evaluations '{evaluations}' is no list of numbers; write it as 2,4,8.") from None
+    click.echo(f"{write(run_folders, out, quick, nfes, samples, allowed())}: written.")
 
 
 @main.command()

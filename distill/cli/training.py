@@ -124,18 +124,44 @@ def bench(configs: tuple[str, ...], steps: int, layout: str | None, peak: float 
               help="Folder of the runs, rows and table.")
 @click.option("--seconds", type=click.FloatRange(1), default=360, show_default=True,
               help="Processor seconds of training for each: 360 are three minutes on two cores.")
-def compare(configs: tuple[str, ...], out: Path, seconds: float) -> None:
+@click.option("--record", is_flag=True, help="Write the band of a recipe: RUN... RECIPE, three seeds or more.")
+def compare(configs: tuple[str, ...], out: Path, seconds: float, record: bool) -> None:
     """Train every CONFIG for the same time and print one table; rows already in OUT are kept.
+
+    With RUN RECIPE: say where the run leaves the band of the recipe's curves and metrics (exit code 1 if it does).
 
     \b
     Example:
       distill compare configs/digits/tdm.yaml configs/digits/pcm.yaml --seconds 360
       distill compare configs/digits/m*.yaml train.threads=1 --out runs/compare
+      distill compare runs/toy-tdm configs/toy/tdm.yaml
+      distill compare --record runs/seed-1 runs/seed-2 runs/seed-3 configs/toy/tdm.yaml
     """
+    if record or Path(configs[0]).is_dir():
+        sys.exit(_bands([Path(c) for c in configs], record))
     from distill.compare import compare as run_all
 
     files = [Path(c) for c in configs if "=" not in c]
     click.echo(run_all(files, out, seconds, [c for c in configs if "=" in c], allowed()))
+
+
+def _bands(paths: list[Path], record: bool) -> int:
+    """Record a band from runs, or compare one run with it; the exit code."""
+    from distill import bands
+
+    *runs, recipe = paths
+    if not runs or recipe.is_dir() or not (record or len(runs) == 1):
+        raise BadInput("Give RUN RECIPE, or --record RUN RUN RUN RECIPE: run folders first, then one recipe.")
+    if record:
+        click.echo(f"{bands.record(runs, recipe, allowed())}: written.")
+        return 0
+    left, notes = bands.compare(runs[0], recipe, allowed())
+    for note in notes:
+        click.echo(f"note   {note}")
+    for departure in left:
+        click.echo(f"LEAVES {departure}")
+    click.echo(f"{runs[0]}: {'leaves' if left else 'within'} the band of {recipe}.")
+    return 1 if left else 0
 
 
 @main.command()
