@@ -4,7 +4,8 @@
 
 The floor of a step is made of that step's own calls, repeated right after it in the same process: each network's
 forward on the same inputs in the same grad mode, one backward a turn, one optimiser step a turn. A step costs more by
-its noise levels, losses, clipping, averages, loader and log.
+its noise levels, losses, clipping, averages, loader and log. Where roles are spread over ranks, their collectives
+belong to both.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import resource
 import statistics
 import time
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import lightning
@@ -23,33 +24,63 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from distill import run
+from distill.engine import launch
 from distill.engine.trainer import fit
+from distill.place import shared_copies
+from distill.session import assemble
 
+# Dense TFLOP a second in bf16 and fp16, from the makers' data sheets; what a card's name holds, the first that fits.
+PEAKS = {
+    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "H800": 989, "B200": 2250, "A100": 312, "A800": 312,
+    "L40S": 362, "L40": 181, "L4": 121, "A10G": 70, "A10": 125, "A6000": 155, "MI300X": 1307,
+    "MI250X": 383, "RTX 4090": 165, "RTX 3090": 71,
+}  # fmt: skip
 PHASES = ("data", "draw", "forward", "backward", "optimiser", "average")
 
 
-def bench(cfg: DictConfig, steps: int = 30, warm: int = 5, allow: tuple[str, ...] = ()) -> dict[str, Any]:
+def bench(cfg: DictConfig, steps: int = 30, warm: int = 5, allow: tuple[str, ...] = (),
+          peak: float | None = None) -> dict[str, Any]:
     """Train `warm` + 2 `steps` steps, the first `steps` against their floor, the others with a watch on each phase.
 
+    Args:
+        peak: TFLOP a second that the device could do; by default what its maker states for bf16 and fp16.
+
     Returns:
-        milliseconds a step (`step`), of its floor (`floor`), their `ratio`, `samples_per_second`, `peak_gib` of memory
-        (of the accelerator, or resident in a process on CPUs), `tflop` of a step, and `phases`, role -> phase ->
-        milliseconds a step; what belongs to no role is under "all".
+        milliseconds a step (`step`), of its floor (`floor`), their `ratio`, `samples_per_second` of this process,
+        `peak_gib` of memory (of the accelerator, or resident in a process on CPUs), `tflop` of a step, `share` of the
+        peak, none where that is not known, `resident`, network -> bytes of weights and of optimiser state that this
+        process keeps, and `phases`, role -> phase -> milliseconds a step; what belongs to no role is under "all".
+
+    Raises:
+        BadInput: several processes are asked for and nothing started them.
     """
-    session = run.assemble(cfg, allow)
-    watch = Watch(session.method, warm, steps)
+    ranks = launch.join(cfg.engine)
+    with shared_copies() if cfg.engine.strategy in ("fsdp", "zero3") else nullcontext():  # they are cut to shards at once
+        session = assemble(cfg, allow)
+    method = session.method
+    watch = Watch(method, warm, steps)
+    parameters = {name: sum(p.numel() for p in module.parameters()) for name, module in watch.networks.items()}
     session.data.loader = watch.wrap_loader(session.data.loader)
-    fit(session.method, session.data, warm + 2 * steps, [watch], engine=cfg.engine)
+    fit(method, session.data, warm + 2 * steps, [watch], engine=cfg.engine)
     step, floor = statistics.median(watch.steps), statistics.median(watch.floors)
     phases = {role: {k: 1e3 * v / steps for k, v in row.items()} for role, row in watch.phases.items()}
     accounted = sum(v for row in phases.values() for v in row.values())
     phases["all"]["rest"] = max(1e3 * statistics.mean(watch.watched) - accounted, 0.0)
+    peak = peak or known_peak(method.device, cfg.engine.precision)
     return {
         "step": 1e3 * step, "floor": 1e3 * floor, "ratio": step / floor, "phases": phases,
         "samples_per_second": watch.batch / step, "peak_gib": watch.peak(), "tflop": watch.tflop,
-        "parameters": {name: sum(p.numel() for p in module.parameters()) for name, module in watch.networks.items()},
-    }
+        "share": watch.tflop / step / peak if peak else None, "processes": ranks, "parameters": parameters,
+        "resident": {name: method.place.resident(name) for name in watch.networks},
+    }  # fmt: skip
+
+
+def known_peak(device: torch.device, precision: str) -> float | None:
+    """What the maker of this accelerator states, TFLOP a second; none on CPUs, for unknown ones and in float32."""
+    if device.type != "cuda" or precision == "32":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((float(peak) for part, peak in PEAKS.items() if part in name), None)
 
 
 class Watch(lightning.Callback):
@@ -64,14 +95,16 @@ class Watch(lightning.Callback):
         self.steps, self.floors, self.watched = [], [], []
         self.phases: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         self.recording, self.timing, self.tflop, self.batch = False, False, 0.0, 0
+        self.depth = 0  # an adapter calls its base: one call
         for net in self.networks.values():
             net.register_forward_pre_hook(self._record, with_kwargs=True)
+            net.register_forward_hook(self._leave, always_call=True)
         self._wrap()
 
     # -- the run -------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer, method):
-        self.done = 0
+        self.done, self.within = 0, trainer.precision_plugin.forward_context
         self.recording = True
         self.began = self.now()
 
@@ -106,12 +139,12 @@ class Watch(lightning.Callback):
             outputs = []
             for role, net, args, kwargs, grad in calls:
                 if role == turn:
-                    with torch.set_grad_enabled(grad):
+                    with torch.set_grad_enabled(grad), self.within():
                         out = net(*args, **kwargs)
-                    outputs += [out] if isinstance(out, Tensor) and out.requires_grad else []
+                    outputs += [out.sum()] if isinstance(out, Tensor) and out.requires_grad else []
             if turn is not None and outputs:
-                torch.autograd.backward(outputs, [torch.ones_like(out) for out in outputs])
-                self.method.place.optimizers[turn].step()
+                self.method.place.backward(turn, sum(outputs))
+                self.method.place.bare_step(turn)
         return self.now() - began
 
     def now(self) -> float:
@@ -128,11 +161,15 @@ class Watch(lightning.Callback):
     # -- hooks ---------------------------------------------------------------------------------------------------
 
     def _record(self, net: nn.Module, args: tuple, kwargs: dict) -> None:
-        if not self.recording or any(map(_inside_transform, (*args, *kwargs.values()))):
+        self.depth += 1
+        if not self.recording or self.depth > 1 or any(map(_inside_transform, (*args, *kwargs.values()))):
             return
         keep = lambda v: v.detach().requires_grad_(v.requires_grad and v.is_floating_point())  # noqa: E731
         self.calls.append((self.turn, net, tree_map_only(Tensor, keep, args), tree_map_only(Tensor, keep, kwargs),
                            torch.is_grad_enabled()))
+
+    def _leave(self, net: nn.Module, args: tuple, out: Any) -> None:
+        self.depth -= 1
 
     @contextmanager
     def phase(self, role: str, name: str):
@@ -202,17 +239,22 @@ def _inside_transform(value: Any) -> bool:
 
 
 def markdown(name: str, found: dict[str, Any]) -> str:
-    """Two tables: the step beside its floor, and the phases by role."""
-    size = ", ".join(f"{role} {count / 1e6:.3g} M" for role, count in found["parameters"].items())
+    """Three tables: the step beside its floor, what is kept of each network, and the phases by role."""
+    share = "" if found["share"] is None else f", {found['share']:.1%} of the peak"
     lines = [
         f"| {name} | ms |", "|---|---|",
         f"| step | {found['step']:.2f} |", f"| floor: the same networks alone | {found['floor']:.2f} |",
-        f"| **ratio** | **{found['ratio']:.3f}** |",
-        f"| samples a second | {found['samples_per_second']:.1f} |", f"| peak memory, GiB | {found['peak_gib']:.2f} |",
+        f"| **ratio** | **{found['ratio']:.3f}** |", f"| processes | {found['processes']} |",
+        f"| samples a second, in each | {found['samples_per_second']:.1f} |", f"| peak memory, GiB | {found['peak_gib']:.2f} |",
         f"| TFLOP a step | {found['tflop']:.4g} |",
-        f"| TFLOP a second | {1e3 * found['tflop'] / found['step']:.3g} |", "", f"Parameters: {size}.", "",
-        f"| ms by role | {' | '.join((*PHASES, 'rest'))} |", "|---" * (len(PHASES) + 2) + "|",
-    ]
+        f"| TFLOP a second | {1e3 * found['tflop'] / found['step']:.3g}{share} |", "",
+        "| network | parameters, M | resident weights, MiB | optimiser, MiB |", "|---|---|---|---|",
+    ]  # fmt: skip
+    kept = found["resident"] | {"all": tuple(map(sum, zip(*found["resident"].values())))}
+    for role, (weights, state) in kept.items():
+        count = found["parameters"].get(role, sum(found["parameters"].values()))
+        lines.append(f"| {role} | {count / 1e6:.4g} | {weights / 2**20:.4g} | {state / 2**20:.4g} |")
+    lines += ["", f"| ms by role | {' | '.join((*PHASES, 'rest'))} |", "|---" * (len(PHASES) + 2) + "|"]
     for role, row in sorted(found["phases"].items()):
         cells = (f"{row[k]:.2f}" if k in row else "" for k in (*PHASES, "rest"))
         lines.append(f"| {role} | {' | '.join(cells)} |")

@@ -68,13 +68,27 @@ def _merge(below: dict, above: dict) -> dict:
 
 
 def load(paths: list[str | Path], overrides: list[str] = ()) -> DictConfig:
-    """Merge YAML files left to right, then `key=value` overrides; check the keys and types of `Run`."""
-    node = OmegaConf.create({})
+    """Merge YAML files left to right, then `key=value` overrides; check the keys and types of `Run`.
+
+    With `model=tiny`, what the files say under `tiny` comes between: above the files, below the overrides.
+    """
+    node, above = OmegaConf.create({}), OmegaConf.create({})
     for path in paths:
         node = merge(node, read(path))
     for item in overrides:
-        node = merge(node, override(item))
-    return checked(node)
+        above = merge(above, override(item))
+    if above.get("model") == "tiny":
+        node = merge(node, _twin(node))
+    return checked(merge(node, above))
+
+
+def _twin(node: DictConfig) -> DictConfig:
+    twin = node.pop("tiny", None)
+    if not twin and node.get("model") != "tiny":  # a run that was made so has it merged already
+        raise BadInput("model=tiny: the config says under 'tiny' what replaces its networks and data, and has no such "
+                       "section; copy the one of configs/sd15/base.yaml.")  # fmt: skip
+    name = f"{node.get('name', 'run')}-tiny"  # the name is left to the run itself
+    return merge(OmegaConf.create({"name": name}), twin) if twin else OmegaConf.create({})
 
 
 def override(item: str) -> DictConfig:

@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -27,6 +30,8 @@ class Place:
 
     rank, world = 0, 1
     sharded = False  # True: no rank holds a whole role, so all ranks call it together
+    forward_mode = True  # False: networks have hooks without forward-mode derivative
+    fresh = False  # True: `weights` and `moments` are copies that nothing else writes to
 
     def __init__(self, accumulate: int = 1, scale: bool = False):
         self.accumulate, self.scale = accumulate, scale
@@ -112,6 +117,19 @@ class Place:
         """Drop the moments of a role's optimiser."""
         self.optimizers[role].state.clear()
 
+    def resident(self, name: str) -> tuple[int, int]:
+        """Bytes that this rank keeps of a network: its weights, and its optimiser's state."""
+        own = lambda v: getattr(v, "_local_tensor", v)  # of FSDP2
+        state = [own(v) for values in self._state(name).values() for v in values.values() if isinstance(v, Tensor)]
+        return sum(t.nbytes for t in tensors(self.module(name))), sum(t.nbytes for t in state)
+
+    def _state(self, name: str) -> dict[Any, dict[str, Any]]:
+        return self.optimizers[name].state if name in self.optimizers else {}
+
+    def bare_step(self, role: str) -> None:
+        """The optimiser's step alone, whatever the gradient."""
+        self.optimizers[role].step()
+
     # -- ranks ---------------------------------------------------------------------------------------------------
 
     def gather(self, value: Any) -> list[Any]:
@@ -167,6 +185,33 @@ def tensors(module: nn.Module) -> list[Tensor]:
     """A network's parameters and buffers as this rank holds them: its own part of those that are spread over ranks."""
     own = lambda v: getattr(v, "ds_tensor", getattr(v, "_local_tensor", v)).detach()  # of deepspeed, of FSDP2
     return [own(v) for v in module.state_dict(keep_vars=True).values()]
+
+
+_sharing: ContextVar[bool] = ContextVar("sharing", default=False)
+
+
+@contextmanager
+def shared_copies() -> Iterator[None]:
+    """Within, copies of networks share the memory of their weights: for those who only read, or cut them to shards at once."""
+    token = _sharing.set(True)
+    try:
+        yield
+    finally:
+        _sharing.reset(token)
+
+
+def copy_of(network: nn.Module) -> nn.Module:
+    """A network of the same structure and weights; what is done to one does not show in the other."""
+    shared = network.parameters() if _sharing.get() else ()
+    return copy.deepcopy(network, {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in shared})
+
+
+def let_go(module: nn.Module, kept: nn.Module) -> None:
+    """Free the parameters of `module` but those of a network in it, and of the base that this one is an adapter on."""
+    mine = {id(p) for m in (kept, getattr(getattr(kept, "net", None), "body", None)) if m is not None for p in m.parameters()}
+    for p in module.parameters():
+        if id(p) not in mine:
+            p.data = p.data.new_empty(0)
 
 
 def optimizer_of(settings: Optim, parameters: list[nn.Parameter], role: str) -> torch.optim.Optimizer:

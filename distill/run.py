@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from distill.errors import BadInput
 from distill.eval import baselines, table
 from distill.eval.ranks import here
 from distill.grid import Grid
+from distill.place import let_go, shared_copies
 from distill.session import Session, assemble
 from distill.solvers import DDIM, solve
 
@@ -47,15 +49,17 @@ def train(
     see.console.quiet = not home.leads()
     with Signals() as signals:
         state, before = home.enter(folder, resume)
-        session = assemble(cfg, allow)
+        trial = look and state is None  # it trains a step, so every network needs weights of its own
+        with nullcontext() if trial or cfg.engine.strategy not in ("fsdp", "zero3") else shared_copies():
+            session = assemble(cfg, allow)
         if resume:
             home.same_recipe(cfg, home.config_of(folder))
         if state and state["step"] >= cfg.train.steps:
             _restore(session, state, folder)
             see.console.print(f"{folder} has its {state['step']} steps already; raise train.steps to go on.")
             return session
-        tests = session.suite()
-        if look and state is None:
+        tests = session.suite(folder)
+        if trial:
             look(session, folder)
         if state and (why := plateau(sinks.history(folder, state["step"]), best(cfg, tests), cfg.train)):
             _restore(session, state, folder)
@@ -94,7 +98,7 @@ def _callbacks(session: Session, folder: Path, opened: list[Any], tests: Any, be
     record = see.Record(opened, train.log_every)
     writer = checkpoint.Writer(folder / CHECKPOINTS, train.keep, train.keep_best, home.mark) if home.leads() else None
     fixed = session.noise(cfg.eval.validation_samples, cfg.eval.seed)
-    validation = Validation(cfg, folder, tests, fixed, record, writer, _teacher_name(session, fixed, tests))
+    validation = Validation(cfg, folder, tests, fixed, record, writer, _teacher_name(session, fixed, tests), session.rows)
     beats = (train.save_every, train.validate_every if train.keep_best else 0)
 
     def undone(step):
@@ -126,13 +130,22 @@ def _teacher_name(session: Session, fixed: tuple[Tensor, dict[str, Tensor]], tes
 # -- after training ----------------------------------------------------------------------------------------------
 
 
-def open_run(folder: Path, allow: tuple[str, ...] = ()) -> Session:
-    """A run's objects with the weights of its newest checkpoint."""
+def open_run(folder: Path, allow: tuple[str, ...] = (), alone: bool = False) -> Session:
+    """A run's objects with the weights of its newest checkpoint, read where they lie: for reading, not for training.
+
+    `alone`: only the averaged student keeps its weights, with the base that it is an adapter on; at no time are there
+    more weights in memory than one network's.
+    """
     folder = Path(folder)
     cfg, state = home.config_of(folder), home.newest(folder)
-    session = assemble(cfg, allow)
+    with shared_copies():
+        session = assemble(cfg, allow)
+    if alone:
+        state["networks"] = {"ema": state["networks"]["ema"]}
     _restore(session, state, folder)
     session.method.eval()
+    if alone:
+        let_go(session.method, session.method.ema)
     return session
 
 
@@ -179,10 +192,10 @@ def evaluate(folder: Path, samples: int | None = None, allow: tuple[str, ...] = 
         launch.join(home.config_of(folder).engine)
     session = open_run(folder, allow)
     session.method.to("cuda" if torch.cuda.is_available() else "cpu")
-    result, panels = measure(session, samples)
+    result, panels = measure(session, samples, folder=folder)
     if home.leads():
         table.write(result, folder / METRICS)
-        session.suite().picture(panels, folder / "samples.png")
+        session.suite(folder).picture(panels, folder / "samples.png")
     return result
 
 
@@ -191,14 +204,16 @@ def measure(
     samples: int | None = None,
     evaluations: tuple[int, ...] | None = None,
     training_free: tuple[int, ...] | None = None,
+    folder: Path | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The nested metrics and the panels (teacher at K and at the most evaluations, student at K), all from one noise.
 
     Args:
         evaluations: NFEs of teacher and student; the config's `eval.evaluations` and K by default.
         training_free: NFEs at which every training-free solver is tried on the teacher; all up to 16 by default.
+        folder: the run's, for what is kept there.
     """
-    method, cfg, tests = session.method, session.cfg, session.suite()
+    method, cfg, tests = session.method, session.cfg, session.suite(folder)
     z, cond = session.noise(samples or cfg.eval.samples, cfg.eval.seed)
     ranks, count = here(), len(z)
     z, cond = z[ranks.share(count)], {k: v[ranks.share(count)] for k, v in cond.items()}
@@ -208,7 +223,9 @@ def measure(
     teacher, free, student, panels = {}, {}, {}, {}
     for nfe in nfes if session.teacher else ():
         all_of_them = {} if nfe in tried else {"solvers": ("ddim",), "grids": ("uniform",)}
-        made = _on(session, lambda z, c: baselines.baseline(session.teacher, z, c, (nfe,), batch=1000, **all_of_them), z, cond)  # noqa: B023, E501
+        made = _on(session, lambda z, c: baselines.baseline(session.teacher, z, c, (nfe,), batch=session.rows, **all_of_them), z, cond)  # noqa: B023, E501
+        if PLAIN not in made[nfe]:
+            continue  # a guided teacher cannot be asked once
         scores = {name: tests.score(x.cpu(), cond, quick=name != PLAIN, ranks=ranks) for name, x in made[nfe].items()}
         teacher[nfe] = scores[PLAIN]
         if nfe in tried:
@@ -220,7 +237,7 @@ def measure(
         for nfe in nfes:
             grid = method.grid if nfe == steps else nfe
             generator = torch.Generator().manual_seed(cfg.eval.seed + 1_000_003 * ranks.rank)
-            x = batched(lambda z, c: method.sample(z, c, generator=generator, grid=grid), z, cond, method)  # noqa: B023
+            x = batched(lambda z, c: method.sample(z, c, generator=generator, grid=grid), z, cond, method, session.rows)  # noqa: B023, E501
             student[nfe] = tests.score(x, cond, ranks=ranks)
             if nfe == steps:
                 panels[f"student, {steps} evaluations"] = shown(x)
@@ -281,7 +298,7 @@ def export(folder: Path, out: Path, allow: tuple[str, ...] = ()) -> Path:
     folder, out = Path(folder), Path(out)
     if out.exists():
         raise BadInput(f"{out} exists; name another folder so nothing is overwritten.")
-    session, metrics = open_run(folder, allow), folder / METRICS
+    session, metrics = open_run(folder, allow, alone=True), folder / METRICS
     try:
         return write_export(session, out, json.loads(metrics.read_text()) if metrics.exists() else None)
     except json.JSONDecodeError:

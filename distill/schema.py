@@ -80,6 +80,8 @@ class Run:
     """The whole of a run. `roles`, `method`, `data` hold objects by `_target_`."""
 
     name: str = "run"
+    model: str = "full"  # or "tiny": with what `tiny` says merged over the files, to try the run where it is small
+    tiny: dict[str, Any] = dataclasses.field(default_factory=dict)
     seed: int = 0
     roles: dict[str, Any] = dataclasses.field(default_factory=dict)
     method: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -103,6 +105,7 @@ LEAST = {
 }  # fmt: skip
 MOVED = {"train.accelerator": "engine.accelerator", "train.precision": "engine.precision"}
 CHOICES = {
+    "model": ("full", "tiny"),
     "log.wandb": ("auto", "online", "offline", "disabled"),
     "engine.strategy": ("auto", "ddp", "fsdp", "zero1", "zero2", "zero3"),
     "engine.accelerator": ("auto", "cpu", "cuda", "gpu", "mps"),

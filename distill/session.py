@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from distill import config
+from distill.denoise import Guided
 from distill.errors import BadInput
-from distill.eval import suite
-from distill.eval.latents import Latents
+from distill.eval import baselines, latents, suite
 from distill.match import fits
 from distill.methods import Diffusion
 from distill.methods.base import Method
@@ -21,6 +22,8 @@ from distill.nets.lora import lay_out
 from distill.nets.rewards import decoder
 from distill.place import optimizer_of
 from distill.schema import Optim
+
+SAMPLES = ("x", "z", "label", "loser", "path", "times")  # of a batch, what is no condition that a network is told as a tensor
 
 
 @dataclass
@@ -37,55 +40,99 @@ class Session:
 
     @property
     def teacher(self) -> Any:
-        """The reference model: the frozen teacher, the averaged student of a run that trains a teacher, else None."""
+        """The reference model: the frozen teacher, the averaged student of a run that trains a teacher, else None.
+
+        One that is told tensors is guided as the method guides it: its samples are what the student is to reach.
+        """
         teacher = getattr(self.method, "teacher", None)
+        if teacher is not None and self.told and self.method.guidance != 1:
+            return Guided(teacher, self.method.guidance)
         return self.method.ema if teacher is None and isinstance(self.method, Diffusion) else teacher
 
-    def noise(self, n: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """n fixed noises, and balanced labels or the first n conditions of the data."""
-        z = torch.randn(n, *self.method.shape, generator=torch.Generator().manual_seed(seed))
-        if members := getattr(self.data.info, "members", None):
-            rows = self.data.all(n)
-            return z, {k: rows[k][torch.arange(n) % len(rows[k])] for k in members}
-        classes = self.data.info.classes
-        return z, {"label": torch.arange(n) % classes} if classes else {}
+    @cached_property
+    def told(self) -> bool:
+        """Whether the data brings conditions that are tensors, such as text, besides samples and labels."""
+        return not self.data.info.classes and bool(self._rows(1))
 
-    def suite(self) -> Any:
-        """What to measure: an exact law where the data comes from an oracle, else the data's own split."""
+    @property
+    def rows(self) -> int:
+        """Samples that are made in one call."""
+        return self.data.batch_size if self.told else 1000
+
+    def noise(self, n: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """n fixed noises and conditions: balanced labels, or those of the data's first rows, each for two noises."""
+        z = torch.randn(n, *self.method.shape, generator=torch.Generator().manual_seed(seed))
+        classes = self.data.info.classes
+        return z, {"label": torch.arange(n) % classes} if classes else self._rows(n)
+
+    def _rows(self, n: int) -> dict[str, Tensor]:
+        batch = self.data.all(-(-n // 2))
+        told = {k: v for k, v in batch.items() if isinstance(v, Tensor) and k not in SAMPLES}
+        return {k: v[torch.arange(n) % len(v)] for k, v in told.items()}
+
+    def suite(self, folder: Path | None = None) -> Any:
+        """What to measure: an exact law where the data comes from an oracle, else the data's own split; latents that are
+        made under tensors against the data's, or where it has none, against the teacher's, which `folder` keeps."""
         if hasattr(self.data, "source") and hasattr(self.data.source, "log_prob"):
             return suite.Toy(self.data.source)
-        if getattr(self.data.info, "members", None) or getattr(self.data.info, "encoder", None):
-            return self._latents()
-        real, held_out = self.data.all(), None
-        if self.cfg.eval.reference:
-            _check_path(self.cfg.eval.reference, "eval.reference")
-            held_out = config.build(self.cfg.eval.reference, self.allow, "eval.reference").all()["x"]
+        if self.told or getattr(self.data.info, "encoder", None):
+            return self._latents(folder)
+        real, held_out = self.data.all(), self._held_out()
         if "x" not in real:
             raise BadInput("data holds conditions alone, to which no sample compares; use distill.data.shards.Shards.")
         metric = getattr(self.method, "metric", None)
         reward = None if getattr(metric, "paired", False) else metric
-        return suite.Images(real["x"], real.get("label"), held_out, reward, metrics=self._metrics(), decode=self._decode(),
-                            allow=self.allow)  # fmt: skip
+        return suite.Images(real["x"], real.get("label"), held_out, reward, metrics=self._metrics(),
+                            decode=_decoder(self.cfg.eval.decode), allow=self.allow)  # fmt: skip
 
     def _metrics(self) -> Any:
         return OmegaConf.to_container(self.cfg.eval)["metrics"]
 
-    def _decode(self, folder: Any = None) -> Any:
-        """Latents to pixels by the autoencoder of `eval.decode`, else of `folder`; None without one."""
-        folder = self.cfg.eval.decode or folder
-        return decoder(str(folder), "cuda" if torch.cuda.is_available() else "cpu") if folder else None
+    def _captions(self, n: int) -> list[str]:
+        """Those of the rows that `noise` takes its conditions from."""
+        light = {"conditions": False} if getattr(self.data.info, "members", None) else {}
+        found = self.data.all(-(-n // 2), **light)["caption"]
+        return [found[i % len(found)] for i in range(n)]
 
-    def _latents(self) -> Latents:
-        """Against the data's latents, or those of `eval.reference`; against nothing where there are conditions alone."""
-        most, held_out, folder = self.cfg.eval.samples, None, getattr(getattr(self.teacher, "net", None), "folder", None)
-        x = self.data.all(most, conditions=False).get("x")
-        if self.cfg.eval.reference:
-            _check_path(self.cfg.eval.reference, "eval.reference")
-            held_out = config.build(self.cfg.eval.reference, self.allow, "eval.reference").all(most, conditions=False)["x"]
-        x, held_out = (held_out, None) if x is None else (x, held_out)
-        folder = folder if folder is not None and (folder / "vae").is_dir() else None
-        captions = (lambda n: self.data.all(n, conditions=False)["caption"]) if self.data.info.captions else None
-        return Latents(x, self._decode(folder), held_out, metrics=self._metrics(), captions=captions, allow=self.allow)
+    def _held_out(self, *most: int) -> Tensor | None:
+        if not self.cfg.eval.reference:
+            return None
+        _check_path(self.cfg.eval.reference, "eval.reference")
+        return _samples(config.build(self.cfg.eval.reference, self.allow, "eval.reference"), *most)
+
+    def _latents(self, folder: Path | None) -> latents.Latents:
+        settings, decode = self.cfg.roles.get("teacher") or {}, None
+        if str(settings.get(config.TARGET, "")).endswith("diffusers.load"):
+            decode = latents.decoder(settings["path"], lambda: next(self.method.student.parameters()).device)
+        asked = {"metrics": self._metrics(), "allow": self.allow,
+                 "look": _decoder(self.cfg.eval.decode or (settings["path"] if decode else None)),
+                 "captions": self._captions if getattr(self.data.info, "captions", False) else None}  # fmt: skip
+        count, seed, steps = self.cfg.eval.samples, self.cfg.eval.seed + 1, max(self.cfg.eval.evaluations)
+        held_out, own = self._held_out(count), getattr(self.data, "samples", True)
+        if own or held_out is not None:
+            x, other = (_samples(self.data, count), held_out) if own else (held_out, None)
+            return latents.Latents(x, decode=decode, held_out=other, **asked)
+        if self.teacher is None:
+            raise BadInput("data holds conditions alone, and without a teacher no sample compares to them; use "
+                           "distill.data.shards.Shards.")  # fmt: skip
+        price = 2 if isinstance(self.teacher, Guided) else 1
+
+        def reference() -> Tensor:
+            z, cond = self.noise(count, seed)
+            made = baselines.baseline(self.teacher, z, cond, (steps * price,), ("ddim",), ("uniform",), batch=self.rows)
+            return made[steps * price]["ddim/uniform"]
+
+        key = f"{settings.get('path')}, {count} samples of seed {seed}, {steps} steps, w = {self.method.guidance:g}"
+        return latents.Latents(reference, folder and Path(folder) / "reference.safetensors", key, decode, **asked)
+
+
+def _decoder(folder: str | None) -> Any:
+    return decoder(folder, "cuda" if torch.cuda.is_available() else "cpu") if folder else None
+
+
+def _samples(data: Any, *most: int) -> Tensor:
+    """x of a source, without the conditions where it can leave them."""
+    return data.all(*most, **{"conditions": False} if getattr(data.info, "members", None) else {})["x"]
 
 
 def assemble(cfg: DictConfig, allow: tuple[str, ...] = ()) -> Session:
@@ -96,7 +143,7 @@ def assemble(cfg: DictConfig, allow: tuple[str, ...] = ()) -> Session:
     for key in ("method", "data"):
         if not cfg[key].get(config.TARGET):
             raise BadInput(f"{key}._target_ is missing; name a class, for example distill.{key}s.TDM for a method.")
-    _check_path(cfg.data, "data")
+    _check_path(cfg.data, "data", cfg.roles)
     torch.manual_seed(cfg.seed)
     if cfg.train.threads:
         torch.set_num_threads(cfg.train.threads)
@@ -150,7 +197,7 @@ def _roles(cfg: DictConfig, allow: tuple[str, ...]) -> dict[str, Any]:
     return roles
 
 
-def _check_path(settings: DictConfig, key: str) -> None:
+def _check_path(settings: DictConfig, key: str, roles: Any = None) -> None:
     """Refuse a source whose files are not there, and name the command that makes them."""
     path = settings.get("path")
     if not isinstance(path, str) or any(c in path for c in "{*?[") or Path(path).expanduser().exists():
@@ -158,5 +205,9 @@ def _check_path(settings: DictConfig, key: str) -> None:
     out = Path(path).parent if Path(path).name in ("train", "test") else Path(path)
     kind = "digits" if "digits" in out.parts else "images PHOTOS"
     kind = "pairs CONFIG" if settings[config.TARGET].endswith("Pairs") else kind
-    kind = "encode PHOTOS --pipeline P --buckets" if settings[config.TARGET].endswith("Buckets") else kind
+    teacher = (roles or {}).get("teacher") or {}
+    if settings[config.TARGET].endswith("Buckets"):
+        kind = "encode PHOTOS --pipeline P --buckets"
+    elif kind == "images PHOTOS" and str(teacher.get(config.TARGET, "")).endswith("diffusers.load"):
+        kind, out = "prompts FILE" if out.name.endswith("prompts") else "encode SOURCE", f"{out} --pipeline {teacher['path']}"
     raise BadInput(f"{key}.path: {path} does not exist; make it by `distill data {kind} {out}`, or correct the path.")

@@ -4,8 +4,9 @@
 #   launch/torchrun.sh configs/digits/tdm.yaml engine.strategy=fsdp
 #   NODES=2 RDZV=node0:29400 launch/torchrun.sh configs/digits/tdm.yaml engine.strategy=zero2     (on each machine)
 #
-# PROCESSES: processes a machine, by default one for each accelerator. On one machine `distill train ... engine.devices=N`
-# does the same without torchrun.
+# PROCESSES: processes a machine, by default one for each accelerator. RESTARTS: how often all processes start again, from
+# the newest checkpoint, after one was lost (3). On one machine `distill train ... engine.devices=N` does the same without
+# torchrun and without restarts.
 set -e
 if [ "${NODES:-1}" -gt 1 ]; then
   where=(--nnodes "$NODES" --rdzv-backend c10d --rdzv-endpoint "${RDZV:?set RDZV=host:port of the first machine}")
@@ -13,4 +14,4 @@ else
   where=(--standalone)
 fi
 exec ${PYTHON:-python} -m torch.distributed.run "${where[@]}" --nproc-per-node "${PROCESSES:-gpu}" \
-  -m distill.cli train "$@"
+  --max-restarts "${RESTARTS:-3}" -m distill.cli train "$@" --resume-if-exists

@@ -66,6 +66,8 @@ class Probe:
     def model(self) -> tuple[str, Any]:
         """The role that should denoise well before the first step, and its key; ("", None) where every role is new."""
         teacher = getattr(self.method, "teacher", None)
+        if self.cfg.model == "tiny":  # random weights
+            return "", None
         if teacher is not None:
             return "teacher", teacher
         target = (self.cfg.roles.get("student") or {}).get("_target_", "")

@@ -85,26 +85,37 @@ def check(configs: tuple[str, ...], runs: Path) -> None:
 @main.command()
 @click.argument("configs", nargs=-1, required=True, metavar="CONFIG... [KEY=VALUE...]")
 @click.option("--steps", type=click.IntRange(1), default=30, show_default=True, help="Measured steps of each kind.")
+@click.option("--layout", type=click.Choice(["full", "shared_base"]), help="Each role its own network, or adapters on one.")
+@click.option("--peak", type=click.FloatRange(0, min_open=True), help="TFLOP a second of the device, to give a share of.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the numbers to this JSON file too.")
-def bench(configs: tuple[str, ...], steps: int, out: Path | None) -> None:
+def bench(configs: tuple[str, ...], steps: int, layout: str | None, peak: float | None, out: Path | None) -> None:
     """Milliseconds a training step by role and phase, beside the same networks' bare work. Nothing is kept of the run.
+
+    configs/bench holds real sizes with random weights: unet-2b (SDXL's), dit-2b, dit-12b.
 
     \b
     Example:
       distill bench configs/digits/tdm.yaml
-      distill bench configs/bench/fashion.yaml train.threads=2 --steps 50
+      distill bench configs/bench/dit-2b.yaml --layout shared_base --steps 10
+      distill bench configs/bench/dit-12b.yaml engine.strategy=fsdp engine.devices=8 --steps 10
     """
-    from distill import bench as module
     from distill import config
+    from distill.engine import launch
     from distill.eval import table
 
     if out and out.exists():
         raise BadInput(f"{out} exists; name another file so nothing is overwritten.")
-    cfg = config.load([c for c in configs if "=" not in c], [c for c in configs if "=" in c])
-    found = module.bench(cfg, steps, allow=allowed())
-    if out:
+    layouts = [f"roles.layout={layout}"] if layout else []
+    cfg = config.load([c for c in configs if "=" not in c], [c for c in configs if "=" in c] + layouts)
+    if launch.wanted(cfg.engine):
+        sys.exit(launch.spawn(cfg.engine.devices))
+    from distill import bench as module
+    from distill.engine.home import leads
+
+    found = module.bench(cfg, steps, allow=allowed(), peak=peak)
+    if out and leads():
         table.write(found, out)
-    click.echo(module.markdown(cfg.name, found))
+    click.echo(module.markdown(cfg.name, found)) if leads() else None
 
 
 @main.command()

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.data.info import Info
+from distill.data.info import Info, Member
 from distill.errors import BadInput
 
 _HELD_OUT = 2**32 - 1  # a rank that no run has: the draws of `all`
@@ -78,6 +78,45 @@ class Samples:
     def _draw(self, n: int, random: torch.Generator) -> dict[str, Tensor]:
         x, label = self.source.sample(n, generator=random)
         return {"x": x.float()} | ({"label": label.long()} if self.info.classes else {})
+
+
+class Tensors:
+    """Random numbers of the names and shapes of a text-conditioned run's data, to try a recipe before its data is made.
+
+    Normal numbers; of a condition whose name ends with "mask", ones for a random number of first tokens.
+
+    Args:
+        shape: of the samples, kept in `.info`.
+        told: condition -> its shape for one sample, such as {"text": [77, 768]}.
+        batch_size: rows a rank and step.
+        samples: whether a batch holds samples `x` too; False gives conditions alone.
+        seed: batch n of a rank is a function of (seed, rank, n).
+    """
+
+    def __init__(self, shape: list[int], told: dict[str, list[int]], batch_size: int, samples: bool = True, seed: int = 0):
+        members = {k: Member(tuple(s), "int64" if k.endswith("mask") else "float32") for k, s in told.items()}
+        self.info = Info(tuple(shape), source="random tensors", members=members, samples=samples)
+        self.told, self.samples = dict(told), samples
+        self.batch_size, self.seed = _checked(batch_size, seed), seed
+
+    def loader(self, rank: int = 0, world: int = 1, start: int = 0) -> Iterator[dict[str, Tensor]]:
+        """Endless batches from batch `start` on."""
+        return (self._draw(self.batch_size, generator(self.seed, rank, n)) for n in count(start))
+
+    def all(self, limit: int = 100, conditions: bool = True) -> dict[str, Tensor]:
+        """`limit` draws, always the same, that no loader gives; without their conditions if asked."""
+        batch = self._draw(limit, generator(self.seed, _HELD_OUT, 0))
+        return batch if conditions else {k: v for k, v in batch.items() if k == "x"}
+
+    def _draw(self, n: int, random: torch.Generator) -> dict[str, Tensor]:
+        batch = {"x": torch.randn(n, *self.info.shape, generator=random)} if self.samples else {}
+        for key, shape in self.told.items():
+            if key.endswith("mask"):
+                length = torch.randint(1, shape[-1] + 1, (n, 1), generator=random)
+                batch[key] = (torch.arange(shape[-1]) < length).long()
+            else:
+                batch[key] = torch.randn(n, *shape, generator=random)
+        return batch
 
 
 def generator(*key: int) -> torch.Generator:

@@ -207,8 +207,8 @@ def latest(folder: str | Path) -> Path:
     return found[-1]
 
 
-def load(path: str | Path) -> dict[str, Any]:
-    """A checkpoint's state on the CPU, read with `weights_only=True`.
+def load(path: str | Path, mapped: bool = False) -> dict[str, Any]:
+    """A checkpoint's state on the CPU, read with `weights_only=True`; `mapped`: tensors stay in the file until looked at.
 
     Raises:
         BadInput: it is not what was written; the message names the newest one before it that is.
@@ -217,7 +217,7 @@ def load(path: str | Path) -> dict[str, Any]:
     try:
         if not intact(path):
             raise ValueError("its bytes have changed since it was written")
-        return torch.load(path / STATE, map_location="cpu", weights_only=True)
+        return torch.load(path / STATE, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
         raise BadInput(f"Checkpoint {path} cannot be read ({str(error).splitlines()[0]}); {mend(path)}.") from error
 
@@ -255,10 +255,10 @@ class Writer:
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
 
-    def submit(self, state: dict[str, Any], **manifest: Any) -> None:
-        """Copy `state` and start to write it, after the write before has ended."""
+    def submit(self, state: dict[str, Any], fresh: bool = False, **manifest: Any) -> None:
+        """Copy `state`, unless it is a `fresh` copy already, and start to write it, after the write before has ended."""
         self.wait()
-        copied = copy_of(state)
+        copied = state if fresh else copy_of(state)
         self.thread = threading.Thread(target=self._write, args=(copied, manifest), name="checkpoint")
         self.thread.start()
 

@@ -129,8 +129,8 @@ def inexact(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
 
 
 def newest(folder: Path) -> dict[str, Any]:
-    """The state of a run's newest checkpoint."""
-    return checkpoint.load(checkpoint.latest(folder / CHECKPOINTS))
+    """The state of a run's newest checkpoint; what is not looked at is not read."""
+    return checkpoint.load(checkpoint.latest(folder / CHECKPOINTS), mapped=True)
 
 
 def config_of(folder: Path) -> Any:

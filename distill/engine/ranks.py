@@ -107,7 +107,7 @@ class Sharded(Ranks):
         offload: keep shards, gradients and moments on the CPU.
     """
 
-    sharded = True
+    sharded = fresh = True
 
     def __init__(self, accumulate: int = 1, scale: bool = False, offload: bool = False):
         super().__init__(accumulate, scale)
@@ -145,9 +145,12 @@ class Sharded(Ranks):
         """FSDP2 has averaged them in the backward pass."""
 
     def whole(self, value: Any) -> Any:
-        """`value` on the CPU of rank 0; other ranks help and keep nothing."""
+        """A copy of `value` on the CPU of rank 0; other ranks help and keep nothing."""
         full = value.full_tensor() if isinstance(value, DTensor) else value
-        return (full.detach().cpu() if isinstance(full, Tensor) else full) if self.rank == 0 else None
+        if self.rank:
+            return None
+        gathered = full is not value and self.world > 1 or isinstance(full, Tensor) and full.device.type != "cpu"
+        return full if not isinstance(full, Tensor) else full.detach().cpu() if gathered else full.detach().clone()
 
     def weights(self, name: str) -> dict[str, Tensor]:
         found = {k: self.whole(v) for k, v in self.module(name).state_dict().items()}
@@ -161,12 +164,12 @@ class Sharded(Ranks):
     def moments(self, role: str) -> dict[str, Any]:
         found = self.optimizers[role].state_dict()
         found["state"] = {i: {k: self.whole(v) for k, v in s.items()} for i, s in found["state"].items()}
-        return found
+        return found | self._scale_state(role)
 
     def load_moments(self, role: str, state: dict[str, Any]) -> None:
         whole = zip(self.parameters(role), state["state"].items())
         cut = {i: {k: _like(p, v) if v.shape == p.shape else v for k, v in s.items()} for p, (i, s) in whole}
-        self.optimizers[role].load_state_dict({"state": cut, "param_groups": state["param_groups"]})
+        super().load_moments(role, state | {"state": cut})
 
 
 def _wake(unit: nn.Module, layer: nn.Module, args: Any, out: Any) -> None:

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,8 @@ class Zero(Ranks):
     def __init__(self, stage: int, accumulate: int = 1, settings: dict[str, Any] | None = None,
                  offload_optimizer: bool = False, offload_parameters: bool = False):  # fmt: skip
         super().__init__(accumulate)
-        self.stage, self.sharded, self.settings = stage, stage == 3, settings or {}
+        self.stage, self.sharded, self.fresh, self.settings = stage, stage == 3, True, settings or {}
+        self.forward_mode = stage < 3
         self.offload = {"offload_optimizer": offload_optimizer, "offload_param": offload_parameters}
         self.deepspeed = _deepspeed()
 
@@ -122,6 +124,15 @@ class Zero(Ranks):
 
     def waits(self, role: str) -> bool:
         return True
+
+    def _state(self, name: str) -> dict[Any, dict[str, Any]]:
+        if name not in self.engines:
+            return {}
+        masters = {"masters": dict(enumerate(self._flat(name)))}
+        return dict(self.engines[name].optimizer.optimizer.state) | masters
+
+    def bare_step(self, role: str) -> None:
+        self.engines[role].step()
 
     def copy(self, name: str, source: str) -> None:
         super().copy(name, source)
@@ -236,6 +247,7 @@ def _deepspeed() -> Any:
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", module="torch.distributed.c10d_logger")  # it calls by their old names, often
         import deepspeed
     except ImportError as error:
         raise BadInput(f"engine.strategy: ZeRO needs deepspeed ({error}); pip install deepspeed, or take fsdp.") from error
@@ -259,7 +271,7 @@ def place_of(engine: Any, world: int) -> Place:
     zero = kind.startswith("zero")
     if engine.deepspeed and not zero:
         raise BadInput(f"engine.deepspeed: strategy {kind} takes no DeepSpeed settings; leave it out, or take zero2.")
-    if scale and (zero or kind == "fsdp"):
+    if scale and zero:
         raise BadInput(f"engine.precision: 16 scales losses, which {kind} does not; take bf16, which needs no scaling.")
     if engine.offload_optimizer and not zero:
         raise BadInput("engine.offload_optimizer: only zero1, zero2 and zero3 have it; take one of them.")
@@ -269,7 +281,7 @@ def place_of(engine: Any, world: int) -> Place:
         settings = _settings(engine.deepspeed, int(kind[-1]))
         return Zero(int(kind[-1]), engine.accumulate, settings, engine.offload_optimizer, engine.offload_parameters)
     if kind == "fsdp":
-        return Sharded(engine.accumulate, offload=engine.offload_parameters)
+        return Sharded(engine.accumulate, scale, engine.offload_parameters)
     return (Ranks if world > 1 else Place)(engine.accumulate, scale)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +51,18 @@ class Validation(Every):
         record: where it is written.
         writer: the checkpoints' writer, told each score where the best are kept; None on ranks that write nothing.
         name: of the teacher's lines; see `lines.fingerprint`.
+        rows: samples made in one call.
     """
 
     def __init__(
         self, cfg: Any, folder: Path, tests: Any, fixed: tuple[Tensor, dict[str, Tensor]], record: Record,
-        writer: Any, name: str,
+        writer: Any, name: str, rows: int = 1000,
     ):  # fmt: skip
         super().__init__(cfg.train.validate_every, self.validate, start=True, finished=True)
         self.cfg, self.folder, self.tests, self.record, self.writer = cfg, folder, tests, record, writer
-        (self.z, self.cond), self.path = fixed, lines.at(folder, name)
+        (self.z, self.cond), self.path, self.draw = fixed, lines.at(folder, name), partial(batched, batch=rows)
         self.lines: lines.Scores | None = None
+        self.fresh: lines.Scores | None = None  # measured here, and kept once the run has made a step
         self.alarms: list[Alarm] = []
         self.stopped, self.past, self.dog = "", [], None
 
@@ -69,6 +72,9 @@ class Validation(Every):
 
     def on_train_batch_end(self, trainer, method, outputs, batch, index):
         super().on_train_batch_end(trainer, method, outputs, batch, index)
+        if self.fresh and leads():
+            lines.keep(self.path, self.fresh)
+        self.fresh = None
         if self.stopped:
             trainer.should_stop = True
 
@@ -82,6 +88,8 @@ class Validation(Every):
         self.past = history(self.folder) if leads() else []
 
     def validate(self, method: Any) -> None:
+        if hasattr(self.tests, "prepare") and (leads() or method.place.sharded):
+            self.tests.prepare()  # a reference that the teacher makes, with all its shards
         if self.lines is None:
             self.lines = self.teacher(method)
             self.dog = Watchdog(half_of(method), method.warm_start, rules_of(method))
@@ -90,7 +98,7 @@ class Validation(Every):
         row, alarms, self.dog.half = None, [], half_of(method)
         if leads() or method.place.sharded:
             generator = lambda z: torch.Generator(z.device).manual_seed(0)
-            x = batched(lambda z, c: method.sample(z, c, generator=generator(z)), self.z, self.cond, method)
+            x = self.draw(lambda z, c: method.sample(z, c, generator=generator(z)), self.z, self.cond, method)
             asked = probes(method, self.z, x, self.cond, self.tests)
             if leads():
                 row = self.tests.score(x, self.cond, quick=True) | signs(x, self.cond, self.tests.x) | asked
@@ -117,9 +125,8 @@ class Validation(Every):
         found = method.place.gather(lines.read(self.path) if leads() else None)[0]
         if found is None and (leads() or method.place.sharded):
             most = max(self.cfg.eval.evaluations)
-            found = lines.measured(method, self.tests, self.z, self.cond, most, batched, scores=leads())
-            if leads():
-                lines.keep(self.path, found)
+            found = lines.measured(method, self.tests, self.z, self.cond, most, self.draw, scores=leads())
+            self.fresh = found
         return found or {}
 
     @property

@@ -59,7 +59,7 @@ class Rule:
 RULES = (
     Rule("collapse", "diversity", 0.5, float("inf"), "seeds under one condition differ {:.2g} x as much as the teacher's",
          "lower optim.student.lr, let the critic lead by more turns, or go back to the best checkpoint"),
-    Rule("mode loss", "coverage", 0.6, float("inf"), "samples come near {:.2g} x as much of the data as the teacher's",
+    Rule("mode loss", "coverage", 0.5, float("inf"), "samples come near {:.2g} x as much of the data as the teacher's",
          "a divergence that covers modes (divergence: js or kl), a head, or a smaller guidance brings them back", least=0.3),
     Rule("saturation", "beyond", -float("inf"), 0.1, "a share of {:.2g} more values than the teacher's lie beyond the data",
          "lower guidance or optim.student.lr", against="excess"),
@@ -67,7 +67,7 @@ RULES = (
          "above 1 lower guidance or optim.student.lr; below it samples wash out: look at the critic's lead"),
     Rule("frequency", "high_frequency", 0.25, 4.0, "energy at high frequencies is {:.2g} x the teacher's",
          "below 1 samples blur: more steps or a head; above it they are noisy: lower the head's weight or the learning rate"),
-    Rule("critic lag", "critic_lag", -float("inf"), 1.25,
+    Rule("critic lag", "critic_lag", -float("inf"), 1.5,
          "the critic's error on the student is {:.2g} x that on its running average, each over the teacher's",
          "raise optim.critic.lr or the critic's turns (student_every), or lower optim.student.lr", against=""),
     Rule("head saturated", "head_accuracy", -float("inf"), 0.98, "the head tells data from samples in a share of {:.3g}",

@@ -99,10 +99,12 @@ def some(x: Tensor, most: int = MOST) -> Tensor:
 def signs(x: Tensor, cond: Mapping[str, Tensor], y: Tensor) -> dict[str, float]:
     """All of them of samples x beside the reference y, by name; those that the kind of sample does not have are absent.
 
-    Samples of another shape than y's, or too few, have no coverage.
+    Samples of another shape than y's, or too few, have no coverage; conditions that all differ leave no diversity.
     """
     x, y = x.detach().cpu().float(), y.detach().cpu().float()
-    found = {"diversity": diversity(x, cond), "beyond": beyond(x, *limits(y)), "contrast": contrast(x)}
+    found = {"beyond": beyond(x, *limits(y)), "contrast": contrast(x)}
+    if len(_groups(cond, len(x)).unique()) < len(x):
+        found = {"diversity": diversity(x, cond)} | found
     high = high_frequency(x)
     if high is not None:
         found["high_frequency"] = high

@@ -1,102 +1,152 @@
-"""Validation of samples that have conditions for which no second sample exists: latents of text-conditioned models."""
+"""What to measure of samples that are latents made under conditions such as text."""
 
 from __future__ import annotations
 
-import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from safetensors.torch import safe_open, save_file
+from torch import Tensor
+from torch.nn import functional
 
 from distill.errors import BadInput
-from distill.eval import features, metrics, named, pictures, table
+from distill.eval import metrics, named, pictures, table
+from distill.eval.features import Images, batches
 from distill.eval.ranks import ALONE, Ranks
 
-FEATURES = 256  # of the block means that are compared: what a covariance of few samples can bear
-SHOWN = 16
+SHOWN = 16  # samples of a picture: a decoder is slow
+
+
+def features(x: Tensor) -> Tensor:
+    """(n, d) in float32 of latents (n, C, ...): of each channel the means of 2 parts an axis, and its deviation.
+
+    The means see layout and colour, the deviations loss of detail: no replacement for metrics of decoded samples.
+    """
+    x = x.detach().cpu().float()
+    pool = (functional.adaptive_avg_pool1d, functional.adaptive_avg_pool2d, functional.adaptive_avg_pool3d)[x.ndim - 3]
+    return torch.cat([pool(x, 2).flatten(1), x.flatten(2).std(2)], 1)
 
 
 class Latents:
-    """`fd` of block means against reference latents; where there are none, the samples' mean and standard deviation.
+    r"""`latent_fd`, the Fréchet distance of `features` between samples and reference, beside the samples' mean and deviation;
+    `latent_mmd` where it may be slow.
 
     Args:
-        x: reference latents (n, C, ...), or None where the data is conditions alone.
-        decode: latents (B, C, H, W) to pixels in [-1, 1], for pictures; without it the first channels are shown.
+        reference: latents (m, C, ...), or a call that makes them, such as a teacher's samples.
         held_out: latents of another split, for the floor.
+        keep: file in which what the call makes is kept, for the next time.
+        key: of what is kept; another key has it made again.
+        decode: latents to pixels (n, 3, H, W) or (n, 3, F, H, W) in [-1, 1], for pictures; none shows channels.
         metrics: more to measure, by networks that look at decoded samples (`distill.eval.named`).
-        captions: the first n captions that samples are made for, for metrics that read them.
+        look: `decode` for these; it stays in memory.
+        captions: n to those of n samples, for metrics that read them.
         allow: packages that a metric's `_target_` may name.
     """
 
-    def __init__(self, x: Tensor | None, decode: Callable[[Tensor], Tensor] | None = None, held_out: Tensor | None = None, *,
-                 metrics: Any = None, captions: Callable[[int], list[str]] | None = None, allow: tuple[str, ...] = ()):
+    def __init__(self, reference: Tensor | Callable[[], Tensor], keep: Path | None = None, key: str = "",
+                 decode: Callable[[Tensor], Tensor] | None = None, held_out: Tensor | None = None, *, metrics: Any = None,
+                 look: Callable[[Tensor], Tensor] | None = None, captions: Callable[[int], list[str]] | None = None,
+                 allow: tuple[str, ...] = ()):
         asked = named.settings(metrics or [])
         for name in asked:
-            if name in named.PLAIN and name != "fd" and "features" not in asked[name]:
-                raise BadInput(f"eval.metrics: {name} of latents themselves is not measured; give it `features`.")
-        real = None if x is None or not asked else features.Images(x, self.pixels)
-        self.seen, self.captions = named.Measures(asked, real, allow), captions
-        self.sides = () if x is None else sides(tuple(x.shape[1:]))
-        self.x = None if x is None else blocks(x, self.sides)
-        self.held_out = None if held_out is None else blocks(held_out, self.sides)
-        self.decode, self.key = decode, getattr(decode, "key", None)
-        self.headline = next((n for n in asked if not table.higher(n)), "std" if x is None else "fd")
+            if name in named.PLAIN and "features" not in asked[name]:
+                raise BadInput(f"eval.metrics: {name} of latents is latent_fd and latent_mmd, which are measured anyway; leave "
+                               "it out, or give it `features`.")  # fmt: skip
+        if asked and look is None:
+            raise BadInput("eval.metrics: samples are latents, and nothing decodes them; name the folder of their autoencoder "
+                           "by eval.decode.")  # fmt: skip
+        self.seen, self.look, self.captions = named.Measures(asked, None, allow), look, captions
+        self.headline = next((name for name in asked if not table.higher(name)), "latent_fd")
+        self.reference, self.keep, self.key, self.decode, self.held_out = reference, keep, key, decode, held_out
+        self.x = reference if isinstance(reference, Tensor) else None
+        self.kept: Tensor | None = None if self.x is None else features(self.x)
+
+    def prepare(self) -> Tensor:
+        """The reference's features, made or read at the first call; all ranks call it where the teacher is sharded."""
+        if self.kept is None:
+            self.x = self._read()
+            if self.x is None:
+                self.x = self.reference()
+                self._write(self.x)
+            self.kept = features(self.x)
+        return self.kept
+
+    def _read(self) -> Tensor | None:
+        if self.keep is None or not self.keep.exists():
+            return None
+        with safe_open(self.keep, "pt") as file:
+            return file.get_tensor("x") if (file.metadata() or {}).get("key") == self.key else None
+
+    def _write(self, x: Tensor) -> None:
+        if self.keep is not None and self.keep.parent.is_dir():
+            staging = self.keep.with_suffix(f".writing-{os.getpid()}")
+            save_file({"x": x.detach().cpu().contiguous()}, staging, {"key": self.key})
+            os.replace(staging, self.keep)
 
     def score(self, x: Tensor, cond: dict[str, Any], quick: bool = False, ranks: Ranks = ALONE) -> dict[str, float]:
-        """Metric -> value: `fd`, or `mean` and `std`, of which a network's own latents have about 0 and 1; then the named."""
-        x = x.cpu().float()
-        whole = ranks.gather(x if self.x is None else blocks(x, self.sides))
-        found = ranks.tell(lambda: self._plain(whole))
-        if not self.seen.all:
-            return found
+        """Metric -> value of samples x; `quick` leaves out what needs all pairs of samples.
+
+        With `ranks`, all of them call it with their shares of the samples, and have the values of all.
+        """
+        theirs, whole = self.prepare(), ranks.gather(x.float())
+        out = ranks.tell(lambda: self._plain(whole, theirs, quick))
+        return out | self._named(x.cpu().float(), cond, quick, ranks) if self.seen.all else out
+
+    def _plain(self, x: Tensor, theirs: Tensor, quick: bool) -> dict[str, float]:
+        ours = features(x)
+        out = {"latent_fd": metrics.frechet(ours, theirs), "mean": float(x.mean()), "std": float(x.std())}
+        return out if quick else out | {"latent_mmd": metrics.mmd(ours, theirs)}
+
+    def _named(self, x: Tensor, cond: dict[str, Any], quick: bool, ranks: Ranks, **kw) -> dict[str, float]:
+        self.seen.real = self.seen.real or Images(self.x, self.pixels)
         if self.captions and "caption" not in cond:
-            first = ranks.before(len(x))
-            told = self.captions(first + len(x))
-            cond = cond | {"caption": [told[i % len(told)] for i in range(first, first + len(x))]}
-        return found | self.seen.score(lambda: features.batches(x, 8, self.pixels), cond, quick, ranks)
-
-    def _plain(self, x: Tensor) -> dict[str, float]:
-        if self.x is None:
-            return {"mean": float(x.mean()), "std": float(x.std())}
-        return {"fd": metrics.frechet(x, self.x)}
-
-    def floor(self, ranks: Ranks = ALONE) -> dict[str, float]:
-        """Distance between the two real splits."""
-        return {} if self.x is None or self.held_out is None else {"fd": metrics.frechet(self.held_out, self.x)}
-
-    def picture(self, panels: dict[str, Tensor], path: str | Path, columns: int = 4) -> None:
-        """Decoded, as far as they are images; of a video its middle frame, of sound its values as an image."""
-        pictures.compare({k: self.pixels(v[:SHOWN].cpu().float()) for k, v in panels.items()}, path, columns=columns)
+            counts = ranks.counts(len(x))
+            first = sum(counts[: ranks.rank])
+            cond = cond | {"caption": self.captions(sum(counts))[first : first + len(x)]}
+        return self.seen.score(lambda: batches(x, SHOWN, self.pixels), cond, quick, ranks, **kw)
 
     @torch.no_grad()
     def pixels(self, x: Tensor) -> Tensor:
-        """(B, 1 or 3, H, W) in [-1, 1]."""
-        if self.decode is not None and x.ndim in (4, 5):
-            x = torch.cat([self.decode(one) for one in x.split(1)]).float()
-            return _middle(x).clamp(-1, 1)
-        x = _middle(x) if x.ndim != 3 else x[:, None]
+        """What networks see of x, (n, 3, H, W): of video the middle frame."""
+        made = self.look(x).cpu().float()
+        return (made[:, :, made.shape[2] // 2] if made.ndim == 5 else made).clamp(-1, 1)
+
+    def floor(self, ranks: Ranks = ALONE) -> dict[str, float]:
+        """Distances between the reference and the other split."""
+        if self.held_out is None:
+            return {}
+        found = {"latent_fd": metrics.frechet(features(self.held_out), self.prepare())}
+        own, only = self.held_out[ranks.share(len(self.held_out))], [n for n in self.seen.names if not table.higher(n)]
+        return found | (self._named(own.float(), {}, True, ranks, only=only) if only else {})
+
+    def picture(self, panels: dict[str, Tensor], path: str | Path, columns: int = 4) -> None:
+        pictures.compare({k: self._seen(v[:SHOWN].float()) for k, v in panels.items()}, path, columns=columns)
+
+    @torch.no_grad()
+    def _seen(self, x: Tensor) -> Tensor:
+        """Pixels (n, 1 or 3, H, W); of video the middle frame."""
+        if self.decode is not None and x.ndim > 3:
+            pixels = self.decode(x).cpu().float()
+            return pixels[:, :, pixels.shape[2] // 2] if pixels.ndim == 5 else pixels
+        x = x.cpu()
+        x = x[:, :, x.shape[2] // 2] if x.ndim == 5 else x[:, None] if x.ndim == 3 else x
         x = x[:, :3] if x.shape[1] >= 3 else x[:, :1]
-        return (x / (2 * x.std().clamp_min(1e-6))).clamp(-1, 1)
+        return x / (3 * x.std()).clamp_min(1e-6)
 
 
-def _middle(x: Tensor) -> Tensor:
-    return x[:, :, x.shape[2] // 2] if x.ndim == 5 else x
+def decoder(path: str, device: Any) -> Callable[[Tensor], Tensor] | None:
+    """Latents to pixels by the autoencoder of a diffusers folder, if it has one: one by one, and let go when it is done."""
+    from distill.nets.diffusers import Latent
+    from distill.nets.diffusers.folder import folder_of
 
+    if not (folder_of(path) / "vae").is_dir():
+        return None
 
-def sides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Blocks along each axis of space (and time), so few that all channels of all blocks are at most FEATURES numbers."""
-    channels, *inner = shape
-    if math.prod(shape) <= FEATURES or not 1 <= len(inner) <= 3:
-        return tuple(inner)
-    side = max(1, math.floor((FEATURES / channels) ** (1 / len(inner)) + 1e-9))
-    return tuple(min(side, n) for n in inner)
+    def decode(x: Tensor) -> Tensor:
+        latent = Latent(path, device=str(device()))
+        return torch.cat([latent.decode(row).cpu() for row in x.split(1)])
 
-
-def blocks(x: Tensor, sides: tuple[int, ...]) -> Tensor:
-    """Means over blocks of x (n, C, ...), (n, C * product of the sides); samples of another bucket have as many."""
-    if tuple(x.shape[2:]) == tuple(sides):
-        return x.flatten(1)
-    pool = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}[len(sides)]
-    return pool(sides if len(sides) > 1 else sides[0])(x.float()).flatten(1)
+    return decode

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from distill.errors import BadInput, suggest
 from distill.grid import Grid
 from distill.losses.regression import mse
-from distill.place import Place, batch_size, learning_rate, micro_batches
+from distill.place import Place, batch_size, copy_of, learning_rate, micro_batches
 from distill.schema import Optim
 from distill.skips import Skips
 from distill.solvers import DDIM, solve
@@ -96,16 +95,23 @@ class Method(lightning.LightningModule):
         raise NotImplementedError
 
     def draw(self, x: Tensor | None, z: Tensor, cond: dict[str, Tensor]) -> tuple:
-        """What all turns of one step share; its items are the losses' arguments."""
+        """What all turns of one step share, without gradient; its items are the losses' arguments.
+
+        Called for each micro-batch, so what one turn leaves for a later one belongs into a dictionary among them.
+        """
         return x, z, cond
 
     def start(self, role: str, roles: dict[str, Any]) -> nn.Module:
         """A trainable role that the config does not give: a copy of the teacher."""
-        return copy.deepcopy(self._weights(role, roles, "teacher"))
+        return copy_of(self._weights(role, roles, "teacher"))
 
     def clock(self) -> tuple[int, int]:
         """(step, of how many) for learning rates and averages; a method that starts anew midway counts from there."""
         return self.step, self.total_steps
+
+    def unsharded(self) -> str:
+        """Why no network of this method may be cut to shards; empty where they may."""
+        return ""
 
     # -- sampling ------------------------------------------------------------------------------------------------
 
@@ -162,11 +168,11 @@ class Method(lightning.LightningModule):
         self.logs, warm = {}, self.step < self.warm_start
         turns = list(self.imitation() if warm else self.turns(self.step - self.warm_start))
         self.place.agree(self.step, [role for role, _ in turns], self.shared)
+        self._only(None)  # else what is drawn after a resume differs in its last digit: kernels are chosen by who needs one
         parts = [self._part(part, warm) for part in micro_batches(batch, self.place.accumulate)]
-        notes: list[dict[str, Any]] = [{} for _ in parts]
         for role, loss in turns:
             self._only(role)
-            self._update(role, self._gradient(role, loss, parts, notes))
+            self._update(role, self._gradient(role, loss, parts))
         self.step += 1
 
     def _part(self, batch: dict[str, Any], warm: bool) -> tuple:
@@ -179,15 +185,12 @@ class Method(lightning.LightningModule):
             z = torch.randn(batch_size(batch), *shape, device=self.device)
         return (x, z, cond) if warm else self.draw(x, z, cond)
 
-    def _gradient(self, role: str, loss: Callable[..., Tensor], parts: list[tuple], notes: list[dict]) -> Tensor:
+    def _gradient(self, role: str, loss: Callable[..., Tensor], parts: list[tuple]) -> Tensor:
         """Add up the turn's gradient; returns the loss, the mean over micro-batches and ranks."""
         self.place.zero_grad(role)
         total = 0.0
-        for i, (shared, noted) in enumerate(zip(parts, notes)):
-            vars(self).update(noted)  # what this micro-batch's earlier turns left on the method
-            before = dict(vars(self))
+        for i, shared in enumerate(parts):
             value = loss(*shared)
-            noted |= {k: v for k, v in vars(self).items() if before.get(k) is not v}
             self.place.backward(role, value, last=i == len(parts) - 1)
             total = total + value.detach() / len(parts)
         return self.place.mean(total)
@@ -206,7 +209,8 @@ class Method(lightning.LightningModule):
             if hasattr(getattr(self, role), "schedule"):
                 yield role, lambda x, z, cond, role=role: loss(role, x, z, cond)
 
-    def _only(self, role: str) -> None:
+    def _only(self, role: str | None) -> None:
+        """Only this role's parameters require gradient."""
         for name, parameters in self._parameters_of.items():
             for p in parameters:
                 p.requires_grad_(name == role)
@@ -230,7 +234,7 @@ class Method(lightning.LightningModule):
     def _start_averages(self, averages: dict[str, tuple[str, float | None]]) -> None:
         self._averages = averages
         for name, (role, _) in self._averages.items():
-            setattr(self, name, copy.deepcopy(getattr(self, role)).requires_grad_(False))
+            setattr(self, name, copy_of(getattr(self, role)).requires_grad_(False))
         self.ema.eval()  # a target keeps its source's mode, so both drop the same units
         self._parameters_of = {r: [p for p in getattr(self, r).parameters()] for r in self.trainable}
         for role in self.frozen:
@@ -284,11 +288,11 @@ class Method(lightning.LightningModule):
         }
 
     def restore(self, state: dict[str, Any], weights_only: bool = False) -> None:
-        """Undo `snapshot`. Optimisers must exist unless `weights_only`.
+        """Undo `snapshot`. Optimisers must exist unless `weights_only`, which takes the state's own tensors.
 
         On another number of ranks all is exact but the ranks' own draws of noise, which start anew from rank and step.
         """
-        load = self.place.load_weights if not weights_only else lambda n, w: getattr(self, n).load_state_dict(w)
+        load = self.place.load_weights if not weights_only else self._take
         for name, weights in state["networks"].items():
             load(name, weights)
         self.step, self.ahead = state["step"], state.get("ahead", 0)
@@ -298,6 +302,12 @@ class Method(lightning.LightningModule):
         for role, moments in state["optimizers"].items():
             self.place.load_moments(role, moments)
         self._restore_random(state["random"])
+
+    def _take(self, name: str, weights: dict[str, Tensor]) -> None:
+        network = getattr(self, name)
+        network.load_state_dict(weights, assign=True)
+        if name in self._parameters_of:
+            self._parameters_of[name] = list(network.parameters())
 
     def _restore_random(self, random: dict[str, Any]) -> None:
         self.shared.set_state(random["shared"].cpu())
@@ -315,7 +325,7 @@ class Method(lightning.LightningModule):
     def _fill(self, role: str, roles: dict[str, Any]) -> nn.Module:
         given = roles.get(role)
         if isinstance(given, str):
-            return copy.deepcopy(self._weights(role, roles, given))
+            return copy_of(self._weights(role, roles, given))
         if given is not None:
             return given
         if role in self.frozen:

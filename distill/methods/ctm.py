@@ -67,6 +67,9 @@ class CTM(Method):
         self.denoise, self.density = denoise, density or Uniform(1e-3, 1.0)
         self.guided, self.schedule = Guided(self.teacher, self.guidance), self.student.schedule
 
+    def unsharded(self):
+        return "its balance differentiates by the student's last weight matrix"
+
     def turns(self, step):
         yield "student", self.loss
 

@@ -75,9 +75,12 @@ class SCM(Method):
 
     def turns(self, step):
         yield "student", self.loss
-        yield "balance", lambda *_: balanced(self.value, self.balance(self.theta))
+        yield "balance", lambda *shared: balanced(shared[-1]["value"], self.balance(shared[-1]["theta"]))
 
-    def loss(self, x, z, cond):
+    def draw(self, x, z, cond):
+        return x, z, cond, {}  # the last: what the student's turn leaves for the balance's
+
+    def loss(self, x, z, cond, left=None):
         sd, told = self.chart.sigma_data, self.student_cond(cond, len(x))
         t = self.density(len(x), device=x.device, dtype=wide(x).dtype).clamp_max(1 - 1e-4)
         theta = t * (math.pi / 2)
@@ -93,7 +96,8 @@ class SCM(Method):
             g = g if self.c is None else normalised(g, self.c)
             u = self.balance(theta)
         value = descend(out, g, 1 / (sd * theta.tan()), per_sample=True)
-        self.theta, self.value = theta, value.detach()  # for the balance's turn
+        if left is not None:
+            left |= {"theta": theta, "value": value.detach()}
         return balanced(value, u)
 
     def output(self, denoiser, x_t, theta, cond):

@@ -93,11 +93,12 @@ class Head(nn.Module):
     @torch.no_grad()
     def of(cls, layers: Layers, shape: tuple[int, ...], width: int = 128) -> Head:
         """A head for `layers`, measured on one sample of `shape` without conditions."""
-        weight = next(layers.denoiser.parameters())
+        weight, hint = next(layers.denoiser.parameters()), "roles.head: {_target_: distill.nets.heads.Head, channels: [...]}"
+        if needs := getattr(layers.net, "told", ()):
+            raise BadInput(f"layers of a network that is told {', '.join(needs)} are not measured; give {hint}.")
         try:
             found = layers(torch.zeros(1, *shape, device=weight.device), torch.full((1,), 0.5, device=weight.device))
         except TypeError as error:
-            hint = "roles.head: {_target_: distill.nets.heads.Head, channels: [...]}"
             raise BadInput(f"layers cannot be measured without a condition ({error}); give {hint}.") from None
         return cls([h.shape[-1] for h in found], width)
 

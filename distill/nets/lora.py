@@ -54,7 +54,7 @@ class Shared(nn.Module):
         targets: patterns (`*`) of the names of linear layers, as in `named_modules()`.
 
     Raises:
-        BadInput: no linear layer has such a name.
+        BadInput: a pattern that no linear layer's name matches.
     """
 
     def __init__(self, net: nn.Module, rank: int = 8, alpha: float | None = None, targets: list[str] | str = "*"):
@@ -66,15 +66,22 @@ class Shared(nn.Module):
         patterns = [targets] if isinstance(targets, str) else list(targets)
         linear = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
         self.targets = [name for name in linear if any(fnmatch(name, pattern) for pattern in patterns)]
-        if not self.targets:
-            raise BadInput(f"roles.adapter.targets: no linear layer of {type(net).__name__} matches {patterns}."
-                           f"{suggest(patterns[0] if patterns else '', linear)}")
+        for pattern in patterns or [""]:
+            if not any(fnmatch(name, pattern) for name in linear):
+                raise BadInput(f"roles.adapter.targets: no linear layer of {type(net).__name__} matches '{pattern}'."
+                               f"{suggest(pattern, _endings(linear))}")
 
     def forward(self, *args, **kwargs) -> Any:
         return self.net(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict) -> Adapter:
         return Adapter(self)
+
+
+def _endings(names: list[str]) -> list[str]:
+    """Patterns that match something: the names, and `*` before their last one to three parts."""
+    parts = [name.split(".") for name in names]
+    return names + sorted({"*." + ".".join(p[-n:]) for p in parts for n in (1, 2, 3) if len(p) > n})
 
 
 class Adapter(nn.Module):
@@ -104,7 +111,7 @@ class Adapter(nn.Module):
             for name, down, up in zip(shared.targets, self.down, self.up):
                 hook = self._adding(down, up, shared.scale)
                 hooks.callback(shared.net.get_submodule(name).register_forward_hook(hook).remove)
-            return shared.net(*args, **kwargs)
+            return shared(*args, **kwargs)  # by the front door, where the base may have to be gathered from other ranks
 
     @staticmethod
     def _adding(down: Tensor, up: Tensor, scale: float) -> Any:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import resource
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from shard_makers import change, members, place, tar, who
 from distill.data.info import Info
 from distill.data.pack import Part, shards
 from distill.data.shards import Shards, check
+from distill.data.write import idx
 from distill.errors import BadInput
 
 STREAMED = {"cache_mb": 0, "window": 25}
@@ -365,3 +367,31 @@ def test_memory_does_not_grow_over_50_000_samples(pictures):
         pass
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 8 * 1024, f"{grown} KiB"
+
+
+@pytest.mark.slow
+def test_fashion_mnist_is_read_as_fast_as_by_hand_without_growing(tmp_path):
+    """`FASHION_MNIST=FOLDER pytest -s -m slow tests/data/test_shards.py -k fashion` prints the numbers."""
+    source = os.environ.get("FASHION_MNIST")
+    if not source:
+        pytest.skip("FASHION_MNIST names no folder with Fashion-MNIST's four files")
+    idx(source, tmp_path / "set")
+    folder, rates = tmp_path / "set" / "train", []
+    for _ in range(3):
+        start = time.process_time()
+        count = plain_loop(folder, 50)
+        middle = time.process_time()
+        assert sum(len(b["x"]) for b in islice(Shards(folder, 50, cache_mb=0).loader(), count // 50)) == count
+        rates.append((count / (middle - start), count / (time.process_time() - middle)))
+    by_hand, ours = sorted(rates, key=lambda pair: pair[1] / pair[0])[1]
+    batches = Shards(folder, 50, cache_mb=0).loader()
+    sizes = [resident() for n, _ in enumerate(islice(batches, 1101)) if n in (100, 1100)]  # 50,000 samples apart
+    print(f"\n{by_hand:.0f} samples a second by hand, {ours:.0f} streamed, ratio {ours / by_hand:.2f}; "
+          f"{sizes[0]:.1f} MiB resident after 5,000 samples, {sizes[1]:.1f} after 55,000")  # fmt: skip
+    assert ours > 0.8 * by_hand and sizes[1] - sizes[0] < 8
+
+
+def resident() -> float:
+    """MiB of this process that belong to no file."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) / 1024 for line in file if line.startswith("RssAnon"))

@@ -102,7 +102,7 @@ def test_training_waits_for_the_copy_only(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", slow)
     monkeypatch.setattr(
-        checkpoint.Writer, "submit", lambda self, s, **m: (inner(self, s, **m), order.append(("submitted", s["step"])))[0]
+        checkpoint.Writer, "submit", lambda self, s, *a, **m: (inner(self, s, *a, **m), order.append(("submitted", s["step"])))[0]
     )
     for n in range(1, 7):
         tiny.after(monkeypatch, n, lambda n=n: order.append(("step", n)))
@@ -112,6 +112,23 @@ def test_training_waits_for_the_copy_only(tmp_path, monkeypatch):
     assert order.index(("submitted", 2)) < order.index(("written", 2)), order
     assert order.index(("written", 2)) < order.index(("write", 4))
     assert checkpoint.latest(tmp_path / "run" / "checkpoints").name == "step-00000006"  # the end waits
+
+
+def test_a_write_costs_the_training_its_copy(tmp_path, gate):
+    """Processor time of the training's own thread, while the disk has not taken a byte; `pytest -s` prints it."""
+    live = {"step": 1, "networks": {"student": {str(i): torch.zeros(1 << 20) for i in range(8)}}}
+    writer, clock = checkpoint.Writer(tmp_path), time.thread_time
+    checkpoint.copy_of(live)  # the first touches new memory
+    began = clock()
+    checkpoint.copy_of(live)
+    copied = clock()
+    writer.submit(live)
+    stall, copy = clock() - copied, copied - began
+    assert gate.written == 0
+    print(f"\nof 32 MiB: stall {1e3 * stall:.1f} ms, copy {1e3 * copy:.1f} ms, ratio {stall / copy:.2f}")
+    assert stall < 2 * copy + 0.005
+    gate.open.set()
+    writer.wait()
 
 
 def test_what_a_write_met_is_raised_at_the_next_step_and_once(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny
 
 from distill.engine import launch
 from distill.errors import BadInput
@@ -94,3 +95,38 @@ def test_a_run_of_two_processes_goes_on_under_another_strategy_and_exports(tmp_p
     assert (tmp_path / "samples.png").stat().st_size > 1000
     said = distill("train", *common, "name=other", "engine.strategy=zero2", "engine.deepspeed=nowhere.json", code=2)
     assert "engine.deepspeed: nowhere.json cannot be read" in said and not (tmp_path / "runs" / "other").exists()
+
+
+@pytest.mark.slow
+def test_torchrun_starts_all_again_when_one_is_killed_and_the_run_goes_on(tmp_path):
+    """A process that kills itself once, when it sees the checkpoint of step 6, in place of a machine that is lost."""
+    (tmp_path / "sitecustomize.py").write_text(KILLED_ONCE)
+    keys = ("log.wandb=disabled", "train.steps=60", "train.save_every=6", "train.log_every=10", "train.validate_every=0",
+            "data.batch_size=16", "eval.validation_samples=50", "engine.accelerator=cpu", "engine.strategy=ddp")  # fmt: skip
+    env = os.environ | {"PROCESSES": "2", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "KILL_AT": "6",
+                        "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}  # fmt: skip
+    done = subprocess.run(["bash", str(ROOT / "launch" / "torchrun.sh"), str(ROOT / "configs" / "toy" / "teacher.yaml"), *keys],
+                          cwd=tmp_path, capture_output=True, text=True, env=env, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "killed").exists() and "60 of 60 steps done" in done.stdout
+    assert {*(tmp_path / "starts").read_text()} == {"0", "1"}
+    rows = [int(r["step"]) for r in tiny.rows(tmp_path / "runs" / "toy-teacher") if r["student/loss"]]
+    assert rows == [10, 20, 30, 40, 50, 60]
+
+
+KILLED_ONCE = """
+import os, signal
+if "RANK" in os.environ:
+    open("starts", "a").write(os.environ["TORCHELASTIC_RESTART_COUNT"])
+if os.environ.get("RANK") == "1" and not os.path.exists("killed"):
+    import threading, time
+
+    def watch():
+        newest = os.path.join("runs", "toy-teacher", "checkpoints", "step-%08d" % int(os.environ["KILL_AT"]))
+        while not os.path.exists(newest):
+            time.sleep(0.01)
+        open("killed", "w").write(os.environ["RANK"])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+"""

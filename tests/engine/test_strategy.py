@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import places
 import pytest
 import torch
+from reference import Reference, distance, launch
 
+from distill import methods
 from distill.engine.ranks import blocks, recompute
 from distill.engine.strategy import place_of
+from distill.engine.trainer import equip
 from distill.errors import BadInput
+from distill.schema import Engine
 
 CASES = [(name, strategy) for strategy in places.STRATEGIES for name in places.METHODS]
 
@@ -29,113 +31,14 @@ def found(tmp_path_factory):
     return {s: [torch.load(folder / f"{s}-{r}.pt", weights_only=True) for r in range(2)] for s in places.STRATEGIES}
 
 
-def launch(folder: Path, arguments: list[str], seconds: int = 900) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = os.environ | {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
-        "TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": str(Path(__file__).parents[2]),
-    }  # fmt: skip
-    logs = [open(folder / f"log-{rank}.txt", "w") for rank in range(2)]
-    ranks = [
-        subprocess.Popen([sys.executable, *arguments], env=env | {"RANK": str(r), "LOCAL_RANK": str(r)},
-                         stdout=logs[r], stderr=subprocess.STDOUT) for r in range(2)
-    ]  # fmt: skip
-    try:
-        codes = [rank.wait(seconds) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert codes == [0, 0], "\n".join((folder / f"log-{r}.txt").read_text()[-2000:] for r in range(2))
-
-
-# -- the reference: replicas of the method, one for each rank and micro-batch, their gradients averaged -----------
-
-
-class Reference:
-    """`ranks` replicas of one method in one process, each with its rank's random stream."""
-
-    def __init__(self, name: str, parts: int = 1):
-        self.parts, self.replicas = parts, [places.build(name) for _ in range(places.WORLD * parts)]
-        first = self.replicas[0]
-        self.streams = []
-        for rank in range(places.WORLD):
-            torch.manual_seed(100 + rank)
-            self.streams.append(torch.get_rng_state())
-        settings = first.optim
-        self.optimizers = [
-            {r: torch.optim.AdamW(getattr(m, r).parameters(), lr=s.lr, betas=tuple(s.betas), eps=s.eps, weight_decay=0.0)
-             for r, s in settings.items()} for m in self.replicas
-        ]  # fmt: skip
-
-    def on(self, i: int, call):
-        """`call(replica)` in the random stream of its rank."""
-        rank = i // self.parts
-        torch.set_rng_state(self.streams[rank])
-        out = call(self.replicas[i])
-        self.streams[rank] = torch.get_rng_state()
-        return out
-
-    def step(self) -> None:
-        methods, n = self.replicas, self.replicas[0].step
-        turns = [list(m.turns(n)) for m in methods]
-        shared = []
-        for i, m in enumerate(methods):
-            if i:  # all micro-batches of all ranks: the same shared draws, one after another within a rank
-                m.shared.set_state(start if i % self.parts == 0 else methods[i - 1].shared.get_state())  # noqa: F821
-            else:
-                start = m.shared.get_state()  # noqa: F841
-            batch = places.batch(m, n, i // self.parts, i % self.parts)
-            shared.append(self.on(i, lambda m: m.draw(batch["x"], torch.randn_like(batch["x"]), {})))  # noqa: B023
-        for m in methods:
-            m.shared.set_state(methods[-1].shared.get_state())
-        for turn in range(len(turns[0])):
-            self.turn(turns[0][turn][0], [t[turn][1] for t in turns], shared)
-        for m in methods:
-            m.step += 1
-
-    def turn(self, role, losses, shared) -> None:
-        for i, m in enumerate(self.replicas):
-            for other in m.trainable:
-                getattr(m, other).requires_grad_(other == role).zero_grad()
-            self.on(i, lambda m: losses[i](*shared[i]).backward())  # noqa: B023
-        networks = [getattr(m, role) for m in self.replicas]
-        with torch.no_grad():
-            for same in zip(*(net.parameters() for net in networks)):
-                mean = sum(p.grad for p in same) / len(same)
-                for p in same:
-                    p.grad.copy_(mean)
-        for m, net, optimizers in zip(self.replicas, networks, self.optimizers):
-            torch.nn.utils.clip_grad_norm_(net.parameters(), m.optim[role].clip)
-            optimizers[role].step()
-            for name, (source, decay) in m._averages.items():
-                if source == role:
-                    keep = min(decay, (1 + m.step) / (10 + m.step))
-                    for a, b in zip(getattr(m, name).parameters(), net.parameters()):
-                        a.data.mul_(keep).add_(b.data, alpha=1 - keep)
-
-
 @pytest.fixture(scope="module")
 def expected():
     """Networks after the last step, by method; and where they started."""
     out = {}
     for name, parts in [*((n, 1) for n in places.METHODS), ("dpo", 2), ("scm", 2)]:
-        reference = Reference(name, parts)
-        for _ in range(places.STEPS):
-            reference.step()
-        m = reference.replicas[0]
-        weights = {n: getattr(m, n).state_dict() for n in (*m.trainable, *m.frozen, *m._averages)}
-        key = name if parts == 1 else f"{name}, accumulated"
-        out[key] = {n: {k: v.clone() for k, v in w.items()} for n, w in weights.items()}
+        build = functools.partial(places.build, name)
+        out[name if parts == 1 else f"{name}, accumulated"] = Reference(build, parts).networks(places.STEPS)
     return out
-
-
-def distance(a: dict, b: dict) -> float:
-    """Largest difference of two networks' weights over the largest weight."""
-    assert a.keys() == b.keys() and a
-    scale = max(float(v.abs().max()) for v in b.values())
-    return max(float((a[k] - b[k]).abs().max()) for k in b) / scale
 
 
 @pytest.mark.parametrize("name, strategy", CASES)
@@ -203,7 +106,7 @@ def test_ranks_that_would_go_different_ways_stop_together(strategy, found):
 @pytest.mark.parametrize("settings, says", [
     ({"strategy": "zero4"}, "engine.strategy: 'zero4' must be one of .* Did you mean 'zero"),
     ({"strategy": "ddp", "deepspeed": "x.json"}, "engine.deepspeed: strategy ddp takes no"),
-    ({"strategy": "fsdp", "precision": "16"}, "engine.precision: 16 scales losses"),
+    ({"strategy": "zero2", "precision": "16"}, "engine.precision: 16 scales losses"),
     ({"strategy": "fsdp", "offload_optimizer": True}, "engine.offload_optimizer: only zero1"),
     ({"strategy": "zero2", "offload_parameters": True}, "engine.offload_parameters: only fsdp and zero3"),
     ({"strategy": "zero2", "deepspeed": "nowhere.json"}, "engine.deepspeed: nowhere.json cannot be read"),
@@ -211,6 +114,21 @@ def test_ranks_that_would_go_different_ways_stop_together(strategy, found):
 def test_settings_that_do_not_go_together_are_one_sentence(settings, says):
     with pytest.raises(BadInput, match=says):
         place_of(places.engine(**settings), 2)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
+def test_a_method_that_needs_whole_networks_is_refused_where_they_are_cut(strategy):
+    method = methods.CTM({"teacher": places.mlp(), "student": places.mlp(flow_map=True)})
+    with pytest.raises(BadInput, match=f"{strategy} cuts networks to shards, and CTM .* its balance .*; take ddp"):
+        equip(method, Engine(strategy=strategy))
+    equip(method, Engine(strategy="zero2"))
+
+
+def test_forward_mode_is_refused_where_hooks_have_none():
+    roles = lambda: {"teacher": places.mlp(), "student": places.mlp()}  # noqa: E731
+    with pytest.raises(BadInput, match="method.jvp: zero3 has no forward-mode derivative; set method.jvp=difference"):
+        equip(methods.SCM(roles()), Engine(strategy="zero3"))
+    equip(methods.SCM(roles(), jvp="difference"), Engine(strategy="zero3"))
 
 
 @pytest.mark.parametrize("content, says", [

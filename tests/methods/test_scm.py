@@ -160,12 +160,13 @@ def test_warm_up_starts_at_the_teacher(monkeypatch):
 
 def test_who_gets_gradient():
     method = SCM({"student": Denoiser(MLP(dim=2, width=8), TrigFlow(), "v")})
-    loss = method.loss(torch.randn(8, 2), torch.randn(8, 2), {})
+    shared = method.draw(torch.randn(8, 2), torch.randn(8, 2), {})
+    loss = method.loss(*shared)
     loss.backward()
     assert all(p.grad is not None for p in method.student.parameters())
     assert all(p.grad is None for p in method.balance.parameters())
     _, turn = list(method.turns(0))[1]
-    turn().backward()
+    turn(*shared).backward()
     assert any(p.grad.abs().sum() > 0 for p in method.balance.parameters())
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import families
 import pytest
 import torch
 
@@ -22,6 +21,7 @@ from distill.grid import Grid
 from distill.methods.consistency import Consistency
 from distill.methods.tdm import TDM
 from distill.nets.diffusers import grid_of, load
+from distill.nets.diffusers import tiny as families
 from distill.nets.diffusers.prompts import Latent, decode, encode
 from distill.noise import TrigFlow
 from distill.solvers import DDIM, Ancestral, solve
@@ -341,7 +341,7 @@ def test_folders_that_cannot_be_read_as_a_teacher(tmp_path):
         load(tmp_path / "wan")
     edit(tmp_path / "wan" / "model_index.json", transformer_2=[None, None])
     shutil.rmtree(tmp_path / "wan" / "text_encoder")
-    with pytest.raises(BadInput, match="text encoders cannot be loaded"):
+    with pytest.raises(BadInput, match="wan has no text_encoder, .* copy that folder"):
         load(tmp_path / "wan")
     assert load(tmp_path / "wan", null=None).net.shape == (16, 21, 60, 104)
     edit(tmp_path / "wan" / "model_index.json", transformer=["diffusers", "DiTTransformer2DModel"])
@@ -360,13 +360,24 @@ def test_text_encoders_from_the_hub_come_with_their_tokenizers(tmp_path, monkeyp
     assert asked == [["*.json", "*/*.safetensors"], ["*.json", "*/*.safetensors", "*.txt", "*.model"]]
 
 
-def test_the_model_of_the_docs_is_a_teacher():
-    page = Path(__file__).parents[2] / "docs" / "models.md"
-    code = page.read_text().split("## Bring your own model")[1].split("```python")[1].split("```")[0]
-    scope = {}
-    exec(code, scope)
-    z, cond = torch.randn(2, *scope["Mine"].shape), {"text": torch.randn(2, 3, 6)}
-    teacher = scope["teacher"]
+def test_the_model_of_the_docs_is_a_teacher(tmp_path, monkeypatch):
+    """As a new user: both listings written to files, the command below them given."""
+    from click.testing import CliRunner
+
+    from distill.cli import main
+
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text().split("## Bring your own model")[1]
+    for kind, name in (("python", "mine.py"), ("yaml", "mine.yaml")):
+        (tmp_path / name).write_text(page.split(f"```{kind}")[1].split("```")[0])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    command = page.split("PYTHONPATH=. distill ")[1].splitlines()[0].split()
+    out = CliRunner().invoke(main, [*command, "train.steps=2"])
+    assert out.exit_code == 0 and "2 of 2 steps done" in out.output, out.output
+    import mine
+
+    z, cond = torch.randn(2, *mine.Mine.shape), {"text": torch.randn(2, 3, 6)}
+    teacher = mine.load()
     x = solve(Guided(teacher, W), z, Grid.uniform(4), DDIM(), **cond)
     assert x.shape == z.shape and x.isfinite().all()
     assert difference(x, solve(Guided(teacher, 0.0), z, Grid.uniform(4), DDIM(), **cond)) > 1e-3

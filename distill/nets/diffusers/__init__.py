@@ -8,9 +8,10 @@ from distill.nets.diffusers.backbones import DiT, Stock, UNet2D
 from distill.nets.diffusers.conditioned import Conditioned
 from distill.nets.diffusers.encoders import Geometry, fingerprints
 from distill.nets.diffusers.folder import BACKBONES, CLASSES, FAMILIES
-from distill.nets.diffusers.prompts import Latent, Prompts, decode, encode
+from distill.nets.diffusers.prompts import FirstFrames, Latent, Prompts, decode, encode
 from distill.nets.diffusers.schedulers import PREDICTIONS, grid_of, prediction_of, schedule_of, scheduler_of
 from distill.nets.diffusers.teacher import load
 
-__all__ = ["BACKBONES", "CLASSES", "FAMILIES", "PREDICTIONS", "Conditioned", "DiT", "Geometry", "Latent", "Prompts", "Stock",
-           "UNet2D", "decode", "encode", "fingerprints", "grid_of", "load", "prediction_of", "schedule_of", "scheduler_of"]
+__all__ = ["BACKBONES", "CLASSES", "FAMILIES", "PREDICTIONS", "Conditioned", "DiT", "FirstFrames", "Geometry", "Latent",
+           "Prompts", "Stock", "UNet2D", "decode", "encode", "fingerprints", "grid_of", "load", "prediction_of",
+           "schedule_of", "scheduler_of"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from contextlib import ExitStack
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from distill.errors import BadInput
 from distill.nets.small import Scalar, extra_inputs, null_index
+from distill.place import copy_of, shared_copies
 
 
 class MathAttention(AttnProcessor):
@@ -59,8 +59,8 @@ class Stock(nn.Module):
         return getattr(self, self.part)
 
     def call(self, x: Tensor, n: Tensor, label: Tensor | None) -> Tensor:
-        """The stock network's answer at timesteps n (B,)."""
-        return self.stock(x, n, self.rows(label, n)).sample
+        """The stock network's answer at timesteps n (B,); of one that predicts a variance too, the mean."""
+        return self.stock(x, n, self.rows(label, n)).sample[:, : x.shape[1]]
 
     def timestep(self, t: Tensor) -> Tensor:
         """What the stock network is told for our t, (B,)."""
@@ -88,7 +88,7 @@ class Stock(nn.Module):
 
     @torch.no_grad()
     def fold(self, w: float | None = None, gap: float | None = None) -> Any:
-        r"""A plain copy of the stock network that is always told the same w and the same t - s = gap.
+        r"""The stock network, always told the same w and the same t - s = gap; it shares the memory of the other weights.
 
         b <- b + e_w(w) + e_gap(gap) for the bias b of each time embedding's `linear_2`, to whose output both are added:
         exact.
@@ -100,10 +100,12 @@ class Stock(nn.Module):
             if (value is not None) != has:
                 raise BadInput(f"The network {'needs a fixed' if has else 'has no input'} {name}: "
                                f"{'give it to be folded in' if has else 'leave it out'}.")
-        model, t = copy.deepcopy(self.stock), torch.tensor([gap or 0.0], device=next(self.parameters()).device)
+        with shared_copies():
+            model = copy_of(self.stock)
+        t = torch.tensor([gap or 0.0], device=next(self.parameters()).device)
         extra = extra_inputs(self.guidance, self.gap, t, w, torch.zeros_like(t))
         for module in self.embeddings(model) if extra is not None else ():
-            module.linear_2.bias += extra[0]
+            module.linear_2.bias = nn.Parameter(module.linear_2.bias + extra[0])
         return model
 
 
@@ -149,10 +151,17 @@ class UNet2D(Stock):
              null_class: bool = True, math_attention: bool = False) -> UNet2D:
         """Take an existing `UNet2DModel` as it is. `null_class`: its last class embedding stands for "no class".
 
+        One that predicts a variance too, in as many channels again after the mean, is ADM's
+        (Dhariwal & Nichol 2021, https://arxiv.org/abs/2105.05233): the mean is kept.
+
         Raises:
-            BadInput: for a network that is conditioned on other things than timestep and class number.
+            BadInput: for a network that is conditioned on other things than timestep and class number, or does not
+                predict a sample, with or without its variance.
         """
         stock = unet.config
+        if stock.out_channels not in (stock.in_channels, 2 * stock.in_channels):
+            raise BadInput(f"UNet2DModel from {stock.in_channels} to {stock.out_channels} channels: only a prediction of the "
+                           "sample's own channels is read, alone or with as many of a variance.")
         if stock.time_embedding_type != "positional" or stock.class_embed_type is not None:
             raise BadInput(
                 f"UNet2DModel with time_embedding_type={stock.time_embedding_type!r} and class_embed_type="
@@ -216,9 +225,6 @@ class DiT(Stock):
         super()._adopt(model, *args)
         for block in model.transformer_blocks:
             block.norm1.emb.class_embedder.dropout_prob = 0.0
-
-    def call(self, x: Tensor, n: Tensor, label: Tensor | None) -> Tensor:
-        return super().call(x, n, label)[:, : x.shape[1]]
 
     def rows(self, label: Tensor | None, t: Tensor) -> Tensor:
         return null_index(label, max(self.classes, 1), t)

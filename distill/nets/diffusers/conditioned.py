@@ -35,6 +35,8 @@ class Conditioned(Stock):
     extras: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()  # told, and no part of the prompt: the null condition keeps it
     bones: tuple[str, ...] = ()  # parts of the pipeline whose shape the encoders ask
+    seen: tuple[str, ...] = ()  # parts that turn a first frame into conditions
+    bones_seen: tuple[str, ...] = ()  # parts whose shape these ask
     null_zero = False  # whether the family's null condition is zeros
     latent_scale: float | tuple[float, ...] = 1.0
     latent_shift: float | tuple[float, ...] = 0.0
@@ -153,4 +155,9 @@ class Conditioned(Stock):
     @staticmethod
     def prompt(encode, prompts: list[str], pipeline) -> dict[str, Tensor]:
         """The conditions of prompts; `encode(**kw)` is the `encode_prompt` of `pipeline` with its call's defaults."""
+        raise NotImplementedError
+
+    @staticmethod
+    def frame(pipeline, image, pixels: Tensor, frames: int, generator) -> dict[str, Tensor]:
+        """The conditions of one first frame, a PIL image and its `pixels` (1, 3, H, W), for `frames` frames of video."""
         raise NotImplementedError

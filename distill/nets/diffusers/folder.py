@@ -49,7 +49,12 @@ def weights(kind: type, folder: Path, **kw):
 
 
 def folder_of(path: str | Path, revision: str | None = None, more: tuple[str, ...] = ()) -> Path:
-    """A local diffusers folder, or the local snapshot of a model of the hub: configs, parts' safetensors and `more`."""
+    """A local diffusers folder, the local snapshot of a model of the hub (configs, parts' safetensors and `more`), or the
+    pipeline that `tiny:FAMILY` stands for."""
+    if str(path).startswith("tiny:"):
+        from distill.nets.diffusers import tiny
+
+        return tiny.folder(str(path).removeprefix("tiny:"))
     folder = Path(path)
     if (folder / "model_index.json").is_file():
         return folder
@@ -63,4 +68,6 @@ def folder_of(path: str | Path, revision: str | None = None, more: tuple[str, ..
         return Path(snapshot_download(str(path), revision=revision, ignore_patterns=["*.fp16.*", "*.non_ema.*"],
                                       allow_patterns=["*.json", "*/*.safetensors", *more]))
     except Exception as error:  # offline, absent, gated: each its own class
-        raise BadInput(f"'{path}' is neither a folder here nor a model that the hub gives us ({error}).") from error
+        text = str(error).strip().split("\n")[0].rstrip(".")
+        raise BadInput(f"'{path}' is neither a folder here nor a model that the hub gives us ({text}): correct the name, log in "
+                       "for a gated one, or without a network download it elsewhere and give the folder.") from error

@@ -18,6 +18,20 @@ from distill.nets.diffusers.schedulers import read_json, stock_class
 ENCODERS = ("text_encoder", "tokenizer", "projection_model", "scheduler")
 
 
+def pipeline_with(folder: Path, parts: tuple[str, ...], bones: tuple[str, ...], dtype: str, device: str):
+    """The stock pipeline of a folder with those parts alone whose names start so; `bones` are there without weights."""
+    index = read_json(folder / "model_index.json")
+    absent = {part: None for part, value in index.items() if isinstance(value, list) and not part.startswith(parts)}
+    with torch.device("meta"):
+        shapes = {part: stock_class(index[part][1]).from_config(read_json(folder / part / "config.json")) for part in bones}
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(
+        folder, **absent | shapes, dtype=getattr(torch, dtype), use_safetensors=True)
+    for part, module in pipeline.components.items():
+        if isinstance(module, torch.nn.Module) and part not in bones:
+            module.to(device)
+    return pipeline
+
+
 class Prompts:
     r"""Prompts of a diffusers folder to conditions, by the stock pipeline's `encode_prompt` and its call's defaults.
 
@@ -31,25 +45,16 @@ class Prompts:
     def __init__(self, path: str | Path, revision: str | None = None, dtype: str = "float32",
                  device: str = "cpu"):
         folder = folder_of(path, revision, ("*.txt", "*.model"))
-        index = read_json(folder / "model_index.json")
         name = network_of(folder)[1]
         if name not in FAMILIES:
             raise BadInput(f"{folder}: its network {name} is not told text: {', '.join(FAMILIES)} are.")
+        index = read_json(folder / "model_index.json")
         lack = [p for p, value in index.items() if p.startswith(ENCODERS) and isinstance(value, list) and value[0]
                 and not (folder / p).is_dir()]
         if lack:
             raise BadInput(f"{folder} has no {lack[0]}, which its model_index.json names: copy that folder too.")
-        absent = {"vae": None} | {part: None for part, value in index.items()
-                  if isinstance(value, list) and not part.startswith(ENCODERS)}
         try:
-            with torch.device("meta"):  # a shape without weights
-                bones = {part: stock_class(index[part][1]).from_config(read_json(folder / part / "config.json"))
-                         for part in FAMILIES[name].bones}
-            self.pipeline = diffusers.DiffusionPipeline.from_pretrained(
-                folder, **absent | bones, dtype=getattr(torch, dtype), use_safetensors=True)
-            for part, module in self.pipeline.components.items():
-                if isinstance(module, torch.nn.Module) and part not in bones:
-                    module.to(device)
+            self.pipeline = pipeline_with(folder, ENCODERS, FAMILIES[name].bones, dtype, device)
         except Exception as error:  # diffusers, transformers and tokenizers each raise their own
             raise BadInput(f"{folder}: its text encoders cannot be loaded, copy the folder again ({error}).") from error
         self.family, self.device = FAMILIES[name], device
@@ -77,6 +82,41 @@ class Prompts:
 def encode(path: str | Path, prompts: list[str], revision: str | None = None, **kw) -> dict[str, Tensor]:
     """`Prompts(path)(prompts)`: the conditions of a list of prompts. Keep a `Prompts` to ask more than once."""
     return Prompts(path, revision)(prompts, **kw)
+
+
+class FirstFrames:
+    r"""First frames to the conditions of an image-to-video network, by the stock pipeline's own preprocessing and encoders.
+
+    `FirstFrames(path)([image, ...], (F, H, W))` is a dict of tensors with one row a PIL image, on the CPU, for latents of
+    that size. Denoiser and text encoders are not loaded. Where the stock pipeline draws from the autoencoder's posterior
+    (CogVideoX), it is drawn from `generator`.
+
+    Raises:
+        BadInput: for a folder whose network is not told a first frame, or whose encoders cannot be loaded.
+    """
+
+    def __init__(self, path: str | Path, revision: str | None = None, dtype: str = "float32", device: str = "cpu"):
+        folder = folder_of(path, revision)
+        index, name = read_json(folder / "model_index.json"), network_of(folder)[1]
+        self.family, self.device = FAMILIES.get(name), device
+        if not getattr(self.family, "seen", ()) or "ImageToVideo" not in index["_class_name"]:
+            raise BadInput(f"{folder}: {index['_class_name']} is told no first frame: take an image-to-video pipeline of Wan 2.1 "
+                           "or CogVideoX.")
+        try:
+            self.pipeline = pipeline_with(folder, self.family.seen + ("scheduler",), self.family.bones_seen, dtype, device)
+        except Exception as error:  # diffusers and transformers each raise their own
+            raise BadInput(f"{folder}: its image encoders cannot be loaded, copy the folder again ({error}).") from error
+
+    @torch.no_grad()
+    def __call__(self, images: list, size: tuple[int, int, int],
+                 generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        stock, rows = self.pipeline, []
+        frames = (size[0] - 1) * stock.vae_scale_factor_temporal + 1
+        height, width = (stock.vae_scale_factor_spatial * side for side in size[1:])
+        for image in images:  # the stock pipelines take one a call
+            pixels = stock.video_processor.preprocess(image, height=height, width=width).to(self.device, torch.float32)
+            rows.append(self.family.frame(stock, image, pixels, frames, generator))
+        return {key: torch.cat([row[key] for row in rows]).float().cpu() for key in rows[0]}
 
 
 class Latent:

@@ -1,58 +1,97 @@
-"""Families that make video from text: x is (B, C, F, H, W)."""
+"""Families that make video from text, and from a first frame: x is (B, C, F, H, W)."""
 
 from __future__ import annotations
 
+import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from distill.errors import BadInput
 from distill.nets.diffusers.conditioned import Conditioned
 
 
 class Wan(Conditioned):
-    """Stock `WanTransformer3DModel`: Wan 2.1 text to video (text)."""
+    r"""Stock `WanTransformer3DModel`: Wan 2.1 text to video (text), and image to video (text, image, clip).
+
+    `image` (B, 4 + C, F, H, W) is what the stock pipeline puts beside x: which frames are given, and their latents with
+    grey for the others. `clip` (B, N, D) are the image encoder's features of the first frame.
+    """
+
+    seen = ("vae", "image_encoder", "image_processor")
 
     @staticmethod
     def check(model) -> None:
-        if model.config.image_dim or model.config.in_channels != model.config.out_channels:
-            raise BadInput("WanTransformer3DModel that is told an image: only text to video is here.")
+        stock = model.config
+        plain = stock.image_dim is None and stock.in_channels == stock.out_channels
+        framed = stock.image_dim is not None and stock.in_channels == 2 * stock.out_channels + 4
+        if not (plain or framed) or stock.get("pos_embed_seq_len"):
+            raise BadInput(f"WanTransformer3DModel from {stock.in_channels} to {stock.out_channels} channels, image_dim="
+                           f"{stock.image_dim}: only Wan 2.1's text to video and first frame to video are here.")
+
+    def set_sizes(self, model) -> None:
+        if model.config.image_dim is not None:
+            self.told, self.kept = ("text", "image", "clip"), ("image", "clip")
 
     @staticmethod
     def default_shape(config):
-        return config.in_channels, 21, 60, 104
+        return config.out_channels, 21, 60, 104
 
     @staticmethod
     def embeddings(model) -> list[nn.Module]:
         return [model.condition_embedder.time_embedder]
 
-    def ask(self, x, n, text):
-        return self.stock(x, timestep=n, encoder_hidden_states=text).sample
+    def ask(self, x, n, text, image=None, clip=None):
+        x = x if image is None else torch.cat([x, image], 1)
+        return self.stock(x, timestep=n, encoder_hidden_states=text, encoder_hidden_states_image=clip).sample
 
     @staticmethod
     def prompt(encode, prompts, pipeline):
         return {"text": encode(prompt=prompts, do_classifier_free_guidance=False)[0]}
 
+    @staticmethod
+    def frame(pipeline, image, pixels: Tensor, frames: int, generator) -> dict[str, Tensor]:
+        _, beside = pipeline.prepare_latents(pixels, 1, pipeline.vae.config.z_dim, *pixels.shape[2:], frames,
+                                             pixels.dtype, pixels.device, latents=pixels)
+        return {"image": beside, "clip": pipeline.encode_image(image, pixels.device)}
+
 
 class CogVideoX(Conditioned):
-    """Stock `CogVideoXTransformer3DModel`: CogVideoX text to video (text); its frames lie before its channels."""
+    r"""Stock `CogVideoXTransformer3DModel`: CogVideoX text to video (text), and image to video (text, image).
+
+    Its frames lie before its channels. `image` (B, C, 1, H, W) are the latents of the first frame; beside the other frames
+    of x lie zeros.
+    """
+
+    seen, bones_seen = ("vae",), ("transformer",)
+    offset = 2.0  # what the 1.5 image model is told as `ofs`
 
     @staticmethod
     def check(model) -> None:
-        if model.config.ofs_embed_dim or model.config.in_channels != model.config.out_channels:
-            raise BadInput("CogVideoXTransformer3DModel that is told an image: only text to video is here.")
+        stock = model.config
+        if stock.in_channels not in (stock.out_channels, 2 * stock.out_channels):
+            raise BadInput(f"CogVideoXTransformer3DModel from {stock.in_channels} to {stock.out_channels} channels: only text "
+                           "to video and first frame to video are here.")
+
+    def set_sizes(self, model) -> None:
+        if model.config.in_channels != model.config.out_channels:
+            self.told, self.kept = ("text", "image"), ("image",)
 
     @staticmethod
     def default_shape(config):
         frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
-        return config.in_channels, frames, config.sample_height, config.sample_width
+        return config.out_channels, frames, config.sample_height, config.sample_width
 
     @staticmethod
     def embeddings(model) -> list[nn.Module]:
         return [model.time_embedding]
 
-    def ask(self, x, n, text):
+    def ask(self, x, n, text, image=None):
         rotary = self.rotary(x) if self.stock.config.use_rotary_positional_embeddings else None
-        return self.stock(x.transpose(1, 2), encoder_hidden_states=text, timestep=n,
+        offset = x.new_full((1,), self.offset) if self.stock.config.ofs_embed_dim else None
+        if image is not None:
+            x = torch.cat([x, functional.pad(image, (0, 0, 0, 0, 0, x.shape[2] - image.shape[2]))], 1)
+        return self.stock(x.transpose(1, 2), encoder_hidden_states=text, timestep=n, ofs=offset,
                           image_rotary_emb=rotary).sample.transpose(1, 2)
 
     def rotary(self, x):
@@ -73,6 +112,12 @@ class CogVideoX(Conditioned):
     @staticmethod
     def prompt(encode, prompts, pipeline):
         return {"text": encode(prompt=prompts, do_classifier_free_guidance=False)[0]}
+
+    @staticmethod
+    def frame(pipeline, image, pixels: Tensor, frames: int, generator) -> dict[str, Tensor]:
+        _, beside = pipeline.prepare_latents(pixels, 1, pipeline.vae.config.latent_channels, frames, *pixels.shape[2:],
+                                             pixels.dtype, pixels.device, generator, latents=pixels)
+        return {"image": beside[:, :1].transpose(1, 2)}
 
 
 class LTX(Conditioned):

@@ -1,15 +1,53 @@
-"""Stock pipelines of each family with tiny random networks, tokenizers and text encoders, made without a network."""
+"""Tiny twins: stock pipelines of each family with tiny random networks, tokenizers and encoders, made without a network.
+
+`folder("sdxl")` is where one is, and `load("tiny:sdxl")` its Denoiser: the same classes, conditions and conventions as
+the published model's, in a few hundred kilobytes.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import os
+import shutil
 import string
+import tempfile
+from pathlib import Path
 
 import diffusers
 import torch
 import transformers
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
+from distill.errors import BadInput, suggest
+
 LENGTH = 12  # tokens of a CLIP prompt
+
+
+def folder(family: str) -> Path:
+    """The folder of a family's tiny pipeline in the user's cache ($XDG_CACHE_HOME/distill), written at the first use.
+
+    Raises:
+        BadInput: for a family that has none.
+    """
+    if family not in FAMILIES:
+        raise BadInput(f"'tiny:{family}' is no tiny pipeline.{suggest(family, FAMILIES)} There are "
+                       f"{', '.join(FAMILIES)}.")
+    made_by = Path(__file__).read_bytes() + f"{diffusers.__version__} {transformers.__version__}".encode()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "distill" / "tiny"
+    out = cache / f"{family}-{hashlib.sha256(made_by).hexdigest()[:12]}"
+    if not out.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=cache, prefix=f".{family}-"))
+        try:
+            with torch.random.fork_rng(devices=[]):  # a run's own draws are the same whether the cache was empty or not
+                FAMILIES[family]().save_pretrained(staging)
+            os.replace(staging, out)
+        except OSError:
+            if not out.exists():  # else another process was faster
+                raise
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    return out
 
 
 def shake(model, scale=0.1, seed=0):
@@ -80,7 +118,8 @@ def sd(prediction="epsilon"):
 
 def sdxl(zeros=True):
     network = unet(16 + 24, addition_embed_type="text_time", addition_time_embed_dim=4,
-                   projection_class_embeddings_input_dim=24 + 6 * 4, transformer_layers_per_block=1)
+                   projection_class_embeddings_input_dim=24 + 6 * 4, transformer_layers_per_block=1,
+                   use_linear_projection=True)
     return diffusers.StableDiffusionXLPipeline(
         vae=vae(), text_encoder=clip(16), text_encoder_2=clip(24, projection=24), tokenizer=clip_tokenizer(),
         tokenizer_2=clip_tokenizer(), unet=network, scheduler=scaled(), force_zeros_for_empty_prompt=zeros,
@@ -118,33 +157,51 @@ def flux(dev=True):
         tokenizer_2=t5_tokenizer(), transformer=network)
 
 
-def wan():
+def wan_network(**kw):
     torch.manual_seed(2)
-    network = shake(diffusers.WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16,
-        text_dim=16, freq_dim=16, ffn_dim=16, num_layers=1, rope_max_seq_len=32), 0.05)
+    return shake(diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, out_channels=16, text_dim=16, freq_dim=16,
+        ffn_dim=16, num_layers=1, rope_max_seq_len=32, **kw), 0.05)
+
+
+def wan_vae():
     torch.manual_seed(3)
-    coder = diffusers.AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
-                                       temperal_downsample=[False, True, True])
+    return diffusers.AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
+                                      temperal_downsample=[False, True, True])
+
+
+def wan():
     return diffusers.WanPipeline(
-        tokenizer=t5_tokenizer(), text_encoder=t5(16, "UMT5"), vae=coder, transformer=network,
+        tokenizer=t5_tokenizer(), text_encoder=t5(16, "UMT5"), vae=wan_vae(), transformer=wan_network(in_channels=16),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
 
 
-def cogvideox(rotary=False, span=None):
+def wan_i2v():
+    torch.manual_seed(4)
+    sees = shake(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=8, patch_size=4)))
+    looks = transformers.CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    return diffusers.WanImageToVideoPipeline(
+        tokenizer=t5_tokenizer(), text_encoder=t5(16, "UMT5"), vae=wan_vae(), image_encoder=sees, image_processor=looks,
+        transformer=wan_network(in_channels=36, image_dim=16, added_kv_proj_dim=24),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
+
+
+def cogvideox(rotary=False, span=None, image=False, **kw):
     torch.manual_seed(2)
     network = shake(diffusers.CogVideoXTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8,
+        num_attention_heads=2, attention_head_dim=16, in_channels=8 if image else 4, out_channels=4, time_embed_dim=8,
         text_embed_dim=16, num_layers=1, sample_width=4, sample_height=4, sample_frames=9, patch_size=2,
-        patch_size_t=span, max_text_seq_length=226, use_rotary_positional_embeddings=rotary, patch_bias=span is None), 0.05)
+        patch_size_t=span, max_text_seq_length=226, use_rotary_positional_embeddings=rotary, patch_bias=span is None,
+        **kw), 0.05)
     torch.manual_seed(3)
     coder = diffusers.AutoencoderKLCogVideoX(
         down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4,
         block_out_channels=(4, 4, 4, 4), latent_channels=4, layers_per_block=1, norm_num_groups=2,
         temporal_compression_ratio=4)
     scheduler = ddim("v_prediction", diffusers.CogVideoXDDIMScheduler, rescale_betas_zero_snr=True, snr_shift_scale=3.0)
-    return diffusers.CogVideoXPipeline(tokenizer=t5_tokenizer(), text_encoder=t5(), vae=coder, transformer=network,
-                                       scheduler=scheduler)
+    kind = diffusers.CogVideoXImageToVideoPipeline if image else diffusers.CogVideoXPipeline
+    return kind(tokenizer=t5_tokenizer(), text_encoder=t5(), vae=coder, transformer=network, scheduler=scheduler)
 
 
 def gemma_tokenizer():
@@ -205,3 +262,21 @@ def ltx():
                                                 base_image_seq_len=1024, max_image_seq_len=4096, shift_terminal=0.1)
     return diffusers.LTXPipeline(scheduler=scheduler, vae=coder.eval(), text_encoder=t5(), tokenizer=t5_tokenizer(),
                                  transformer=network)
+
+
+def adm():
+    """A pixel model of ADM's kind: it predicts the noise and, in as many channels again, the variance."""
+    torch.manual_seed(2)
+    network = shake(diffusers.UNet2DModel(
+        sample_size=8, in_channels=3, out_channels=6, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1,
+        attention_head_dim=8, resnet_time_scale_shift="scale_shift", upsample_type="resnet", downsample_type="resnet",
+        down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "ResnetUpsampleBlock2D")))
+    return diffusers.DDPMPipeline(unet=network, scheduler=diffusers.DDPMScheduler(
+        variance_type="learned_range", timestep_spacing="trailing", clip_sample=False))
+
+
+FAMILIES = {
+    "sd15": sd, "sdxl": sdxl, "pixart": pixart, "sd3": sd3, "flux": flux, "sana": sana, "cogvideox": cogvideox, "wan": wan,
+    "wan_i2v": wan_i2v, "cogvideox_i2v": lambda: cogvideox(image=True), "ltx": ltx, "stable_audio": stable_audio, "adm": adm,
+}

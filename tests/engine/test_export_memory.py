@@ -1,0 +1,110 @@
+"""What reading a run and exporting its student costs in memory: one network, not one a role, and no moments."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import threading
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from distill import config, run
+from distill.data.toy import Conditions
+from distill.engine import checkpoint
+from distill.place import copy_of, shared_copies
+
+WIDTH, DEPTH, LIBC = 256, 4, ctypes.CDLL(None)
+
+RECIPE = f"""
+name: big
+roles:
+  teacher:
+    _target_: distill.denoise.Denoiser
+    net: {{_target_: distill.nets.diffusers.DiT, size: 8, channels: 1, width: {WIDTH}, depth: {DEPTH}, heads: 4, classes: 4}}
+    schedule: {{_target_: distill.noise.Table.of, schedule: {{_target_: distill.noise.RectifiedFlow}}}}
+    prediction: v
+method: {{_target_: distill.methods.TDM, grid: 2}}
+data: {{_target_: {Conditions.__module__}.Conditions, shape: [1, 8, 8], classes: 4, batch_size: 2}}
+optim: {{student: {{lr: 1.0e-4}}, critic: {{lr: 1.0e-4}}}}
+"""
+
+
+def anonymous() -> int:
+    """Bytes of this process that belong to no file."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+
+
+class Peak:
+    """The most such bytes within, beyond those at the start."""
+
+    def __enter__(self):
+        gc.collect()
+        LIBC.mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed goes back to the system at once
+        LIBC.malloc_trim(0)
+        self.start = self.most = anonymous()
+        self.end = threading.Event()
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
+        return self
+
+    def _watch(self):
+        while not self.end.wait(0.002):
+            self.most = max(self.most, anonymous())
+
+    def __exit__(self, *error):
+        self.end.set()
+        self.thread.join()
+        self.bytes = max(self.most, anonymous()) - self.start
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run's folder as training leaves it, with moments that count."""
+    folder = tmp_path_factory.mktemp("runs") / "big"
+    recipe = folder.parent / "big.yaml"
+    recipe.write_text(RECIPE)
+    cfg = config.load([recipe], ["log.wandb=disabled"])
+    session = run.assemble(cfg)
+    session.method.configure_optimizers()
+    for role in session.method.trainable:
+        for p in getattr(session.method, role).parameters():
+            p.grad = torch.ones_like(p)
+        session.method.place.bare_step(role)
+    folder.mkdir()
+    config.save(cfg, folder / "config.yaml")
+    checkpoint.save(folder / "checkpoints", session.method.snapshot())
+    return folder, sum(p.nbytes for p in session.method.ema.parameters()), session.method.ema.state_dict()
+
+
+def test_opening_a_run_reads_one_network(trained):
+    folder, size, weights = trained
+    run.open_run(folder)  # imports, caches
+    with Peak() as peak:
+        session = run.open_run(folder)
+    assert peak.bytes < 1.3 * size, peak.bytes / size  # the teacher; the checkpoint has seven times as much
+    assert tiny.same(dict(session.method.ema.state_dict()), dict(weights))
+    assert not tiny.same(dict(session.method.student.state_dict()), dict(session.method.teacher.state_dict()))
+
+
+def test_exporting_holds_one_copy_of_the_student(trained, tmp_path):
+    folder, size, _ = trained
+    run.export(folder, tmp_path / "before")
+    with Peak() as peak:
+        run.export(folder, tmp_path / "student")
+    assert peak.bytes < 1.5 * size, peak.bytes / size
+    files = [(tmp_path / name / "transformer" / "diffusion_pytorch_model.safetensors") for name in ("before", "student")]
+    assert Path(files[0]).read_bytes() == Path(files[1]).read_bytes()
+
+
+def test_a_copy_that_shares_is_a_network_of_its_own():
+    net = torch.nn.Linear(3, 3)
+    with shared_copies():
+        twin = copy_of(net)
+    other = copy_of(net)
+    assert twin.weight is not net.weight and twin.weight.data_ptr() == net.weight.data_ptr() != other.weight.data_ptr()
+    twin.requires_grad_(False)
+    assert net.weight.requires_grad

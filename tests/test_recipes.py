@@ -1,0 +1,203 @@
+"""Every recipe of a published model: at its real size without weights, and trained for two steps on its tiny twin."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+
+import diffusers
+import published
+import pytest
+import torch
+from click.testing import CliRunner
+from torch.utils.flop_counter import FlopCounterMode
+
+from distill import config, run, session
+from distill.cli import main
+from distill.errors import BadInput
+from distill.nets.diffusers import folder, load, teacher, tiny
+from distill.nets.heads import Head, Layers
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+FAMILIES = ("sd15", "sdxl", "pixart", "sd3", "flux", "sana", "cogvideox", "wan")
+RECIPES = [f"{family}/{method}" for family in FAMILIES for method in ("lcm_lora", "dmd2", "tdm")]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cheap(tmp_path_factory):
+    """Tiny pipelines go to a folder of the tests, and no test waits for a busy disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
+def test_each_is_a_small_difference_and_says_what_it_follows():
+    assert sorted(f"{p.parent.name}/{p.stem}" for f in FAMILIES for p in (CONFIGS / f).glob("*.yaml")
+                  if p.stem != "base") == sorted(RECIPES)
+    page = (CONFIGS.parent / "docs" / "recipes.md").read_text()
+    for name in RECIPES:
+        lines = (CONFIGS / f"{name}.yaml").read_text().splitlines()
+        said = " ".join(line for line in lines if line.startswith("#"))
+        assert len([line for line in lines if not line.startswith("#")]) <= 25, name
+        assert "Not reproduced here." in said and "Expected cost: about" in said, name
+        hours = said.split("Expected cost: about ")[1].split(" A100")[0]
+        assert re.search(rf"\[{name}\].* \| {hours} \| [0-9,]* \|", page), (name, hours)
+        assert "https://" in said or "No published row" in said, name
+
+
+# -- at its real size ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made():
+    """The network of the last recipe, for the next one of its model."""
+    return {}
+
+
+@pytest.fixture
+def meta(made, tmp_path_factory, monkeypatch):
+    """`load` without weights: the hub's files are configs, and networks are on the meta device."""
+    root = tmp_path_factory.mktemp("hub")
+
+    def fetched(path, revision=None, more=()):
+        out = root / path
+        return out if out.exists() else published.folder(out, path)
+
+    def weights(kind, path, dtype):
+        settings = folder.read_json(path / "config.json")
+        if made.get("settings") != settings:
+            with torch.device("meta"):
+                made.update(settings=settings, network=kind.from_config(settings).to(dtype))
+        return made["network"]
+
+    def null(path, revision, prompt):
+        told = published.MODELS[path][7]
+        return {k: torch.zeros(1, *shape, dtype=torch.long if "mask" in k else torch.float32) for k, shape in told.items()}
+
+    for place in (folder, teacher):
+        monkeypatch.setattr(place, "folder_of", fetched)
+    monkeypatch.setattr(teacher, "weights", weights)
+    monkeypatch.setattr(teacher, "_null", null)
+
+
+SIZED = [pytest.param(name, marks=[pytest.mark.slow] * (not name.endswith("tdm"))) for name in RECIPES]
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_at_its_real_size(name, meta):
+    """Shapes, conditions, adapter targets and layers resolve; the network has the published number of parameters."""
+    cfg = config.load([CONFIGS / f"{name}.yaml"])
+    *_, shape, told, billions = published.MODELS[cfg.roles.teacher.path]
+    recipe = cfg.data.path
+    assert recipe.startswith(f"data/{name.split('/')[0]}")
+    cfg.data = {"_target_": "distill.data.toy.Tensors", "shape": list(shape), "batch_size": 1,
+                "told": {k: list(v) for k, v in told.items()}, "samples": not recipe.endswith("prompts/train")}
+    method = session.assemble(cfg).method
+    network = getattr(method.teacher.net, "net", method.teacher.net).stock
+    count = sum(p.numel() for p in network.parameters())
+    trained = sum(p.numel() for p in method.student.parameters())
+    assert abs(count / 1e9 / billions - 1) < (1e-6 if billions != round(billions, 3) else 5e-3)
+    lora = cfg.roles.get("layout") == "shared_base"
+    assert (0.001 < trained / count < 0.3) if lora else trained == count
+    batch = {k: torch.empty(1, *s, device="meta", dtype=torch.long if "mask" in k else None) for k, s in told.items()}
+    x, t = torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        assert method.student(x, t, **batch).shape == x.shape
+    if hasattr(method, "head"):
+        found = Layers(method.critic, method.layers)(x, t, **batch)
+        assert [h.shape[-1] for h in found] == method.head.channels
+    print(f"{name}: {count / 1e9:.3f} B parameters, {trained / 1e6:.1f} M trained, {counter.get_total_flops() / 1e12:.3f} "
+          "TFLOP a call")  # fmt: skip
+
+
+@pytest.mark.parametrize("settings, billions", [(published.WAN_14B, 14.288), (published.WAN_I2V_14B, 16.396)])
+def test_the_large_wan_is_of_its_published_size(settings, billions):
+    with torch.device("meta"):
+        network = diffusers.WanTransformer3DModel.from_config(settings)
+    folder.FAMILIES["WanTransformer3DModel"].check(network)
+    assert sum(p.numel() for p in network.parameters()) / 1e9 == pytest.approx(billions, abs=2e-3)
+
+
+# -- on its tiny twin ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_two_steps_on_its_tiny_twin(name, tmp_path):
+    cfg = config.load([CONFIGS / f"{name}.yaml"], ["model=tiny"])
+    assert cfg.name.endswith("-tiny") and cfg.roles.teacher.path == f"tiny:{name.split('/')[0]}"
+    method = run.train(cfg, tmp_path / "run").method
+    assert method.step == 2
+    for role in set(method.trainable) - {"head"}:
+        net = getattr(method, role).net
+        pairs = ((up, torch.zeros_like(up)) for up in net.up) if hasattr(net, "up") else zip(
+            net.parameters(), method.teacher.net.parameters())
+        assert any(not torch.equal(now, before) for now, before in pairs), role
+    rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    column = rows[0].split(",").index("validation/latent_fd")
+    assert all(math.isfinite(float(v)) for v in (r.split(",")[column] for r in rows[1:]) if v)
+    kept = (tmp_path / "run" / "reference.safetensors").exists()
+    assert kept == (not cfg.data.samples) and len(list((tmp_path / "run" / "samples").glob("*.png"))) == 2
+
+
+def test_as_a_new_user_would_try_it(tmp_path):
+    """The commands of docs/recipes.md: the tiny twin from the command line, with its checks, measured and drawn."""
+    ask = CliRunner().invoke
+    recipe, runs = str(CONFIGS / "sd15" / "tdm.yaml"), str(tmp_path)
+    out = ask(main, ["train", recipe, "model=tiny", "train.steps=3", "--runs", runs])
+    assert out.exit_code == 0 and "sd15-tdm-tiny: 3 of 3 steps done" in out.output, out.output
+    where = f"{runs}/sd15-tdm-tiny"
+    reference = (tmp_path / "sd15-tdm-tiny" / "reference.safetensors").stat().st_mtime_ns
+    out = ask(main, ["eval", where])
+    assert out.exit_code == 0 and "latent_fd" in out.output, out.output
+    assert (tmp_path / "sd15-tdm-tiny" / "reference.safetensors").stat().st_mtime_ns == reference
+    out = ask(main, ["sample", where, f"{runs}/few.png", "-n", "4"])
+    assert out.exit_code == 0, out.output
+    out = ask(main, ["train", recipe, "engine.devices=1", "--runs", runs])
+    assert out.exit_code == 2 and "data/sd15-prompts/train does not exist" in out.output
+
+
+def test_overrides_come_above_the_twin_and_a_saved_run_is_not_merged_again(tmp_path):
+    cfg = config.load([CONFIGS / "sd15" / "tdm.yaml"], ["train.steps=7", "model=tiny", "name=mine"])
+    assert (cfg.train.steps, cfg.name, cfg.engine.precision) == (7, "mine", "32") and not cfg.tiny
+    config.save(cfg, tmp_path / "config.yaml")
+    assert config.load([tmp_path / "config.yaml"], ["model=tiny"]).train.steps == 7
+    assert config.load([CONFIGS / "sd15" / "tdm.yaml"]).model == "full"
+    with pytest.raises(BadInput, match="says under 'tiny'.*copy the one of configs/sd15/base.yaml"):
+        config.load([CONFIGS / "toy" / "tdm.yaml"], ["model=tiny"])
+    with pytest.raises(BadInput, match="'tinny' must be one of full, tiny"):
+        config.load([CONFIGS / "sd15" / "tdm.yaml"], ["model=tinny"])
+
+
+# -- what is wrong, in one sentence --------------------------------------------------------------------------------
+
+
+def refused(match, *overrides, recipe="sd15/tdm"):
+    with pytest.raises(BadInput, match=match):
+        session.assemble(config.load([CONFIGS / f"{recipe}.yaml"], ["model=tiny", *overrides]))
+
+
+def test_a_recipe_that_cannot_be(tmp_path, monkeypatch):
+    refused(r"adapter.targets: no linear layer of TextUNet matches '\*.to_qq'. Did you mean '\*.to_q'",
+            'roles.adapter.targets=["*.to_k","*.to_qq"]', recipe="sd15/lcm_lora")
+    refused("'tiny:sd14' is no tiny pipeline. Did you mean 'sd15'", "roles.teacher.path=tiny:sd14")
+    refused(r"holds samples of shape \(4, 16, 16\), the network of critic expects \(4, 8, 8\)", "data.shape=[4,16,16]")
+    refused("holds no samples, and Consistency trains on them", "data.samples=false", recipe="sd15/lcm_lora")
+    with pytest.raises(BadInput, match="told text are not measured; give roles.head: {_target_: distill.nets.heads.Head"):
+        Head.of(Layers(load("tiny:sd15"), "unet.mid_block"), (4, 8, 8))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    refused("roles.teacher: 'some/body' is neither a folder here nor a model that the hub gives us.*download it",
+            "roles.teacher.path=some/body")
+
+
+def test_a_pipeline_without_the_expected_part(tmp_path):
+    for part, match in (("unet", "the network's weights .* are missing"), ("text_encoder", "has no text_encoder")):
+        there = tmp_path / part
+        shutil.copytree(tiny.folder("sd15"), there)
+        shutil.rmtree(there / part)
+        refused(match, f"roles.teacher.path={there}")
