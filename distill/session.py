@@ -82,16 +82,17 @@ class Session:
             raise BadInput("data holds conditions alone, to which no sample compares; use distill.data.shards.Shards.")
         metric = getattr(self.method, "metric", None)
         reward = None if getattr(metric, "paired", False) else metric
-        return suite.Images(real["x"], real.get("label"), held_out, reward, metrics=self._metrics(), decode=self._decode(),
-                            allow=self.allow)  # fmt: skip
+        return suite.Images(real["x"], real.get("label"), held_out, reward, metrics=self._metrics(),
+                            decode=_decoder(self.cfg.eval.decode), allow=self.allow)  # fmt: skip
 
     def _metrics(self) -> Any:
         return OmegaConf.to_container(self.cfg.eval)["metrics"]
 
-    def _decode(self, folder: Any = None) -> Any:
-        """Latents to pixels by the autoencoder of `eval.decode`, else of `folder`; None without one."""
-        folder = self.cfg.eval.decode or folder
-        return decoder(str(folder), "cuda" if torch.cuda.is_available() else "cpu") if folder else None
+    def _captions(self, n: int) -> list[str]:
+        """Those of the rows that `noise` takes its conditions from."""
+        light = {"conditions": False} if getattr(self.data.info, "members", None) else {}
+        found = self.data.all(-(-n // 2), **light)["caption"]
+        return [found[i % len(found)] for i in range(n)]
 
     def _held_out(self, *most: int) -> Tensor | None:
         if not self.cfg.eval.reference:
@@ -100,16 +101,17 @@ class Session:
         return _samples(config.build(self.cfg.eval.reference, self.allow, "eval.reference"), *most)
 
     def _latents(self, folder: Path | None) -> latents.Latents:
-        net = getattr(getattr(self.method, "teacher", None), "net", None)
-        home = getattr(getattr(net, "net", net), "folder", None)
-        captions = (lambda n: self.data.all(n, conditions=False)["caption"]) if self.data.info.captions else None
-        more = {"decode": self._decode(home if home is not None and (home / "vae").is_dir() else None),
-                "metrics": self._metrics(), "captions": captions, "allow": self.allow}  # fmt: skip
+        settings, decode = self.cfg.roles.get("teacher") or {}, None
+        if str(settings.get(config.TARGET, "")).endswith("diffusers.load"):
+            decode = latents.decoder(settings["path"], lambda: next(self.method.student.parameters()).device)
+        asked = {"metrics": self._metrics(), "allow": self.allow,
+                 "look": _decoder(self.cfg.eval.decode or (settings["path"] if decode else None)),
+                 "captions": self._captions if getattr(self.data.info, "captions", False) else None}  # fmt: skip
         count, seed, steps = self.cfg.eval.samples, self.cfg.eval.seed + 1, max(self.cfg.eval.evaluations)
         held_out, own = self._held_out(count), getattr(self.data, "samples", True)
         if own or held_out is not None:
             x, other = (_samples(self.data, count), held_out) if own else (held_out, None)
-            return latents.Latents(x, held_out=other, **more)
+            return latents.Latents(x, decode=decode, held_out=other, **asked)
         if self.teacher is None:
             raise BadInput("data holds conditions alone, and without a teacher no sample compares to them; use "
                            "distill.data.shards.Shards.")  # fmt: skip
@@ -120,9 +122,12 @@ class Session:
             made = baselines.baseline(self.teacher, z, cond, (steps * price,), ("ddim",), ("uniform",), batch=self.rows)
             return made[steps * price]["ddim/uniform"]
 
-        path = (self.cfg.roles.get("teacher") or {}).get("path")
-        key = f"{path}, {count} samples of seed {seed}, {steps} steps, w = {self.method.guidance:g}"
-        return latents.Latents(reference, folder and Path(folder) / "reference.safetensors", key, **more)
+        key = f"{settings.get('path')}, {count} samples of seed {seed}, {steps} steps, w = {self.method.guidance:g}"
+        return latents.Latents(reference, folder and Path(folder) / "reference.safetensors", key, decode, **asked)
+
+
+def _decoder(folder: str | None) -> Any:
+    return decoder(folder, "cuda" if torch.cuda.is_available() else "cpu") if folder else None
 
 
 def _samples(data: Any, *most: int) -> Tensor:

@@ -193,7 +193,8 @@ class Images:
         import hashlib
 
         x = self.x.detach().cpu().float().contiguous()
-        coder = getattr(self.decode, "key", None) or getattr(getattr(self.decode, "__self__", None), "key", None)
+        owner = getattr(self.decode, "__self__", None)  # a method of those that hold a decoder
+        coder = getattr(self.decode, "key", None) or getattr(getattr(owner, "look", None), "key", None)
         total = hashlib.sha256(f"{tuple(x.shape)} {coder}".encode())
         total.update(x.numpy())
         return total.hexdigest()[:16]

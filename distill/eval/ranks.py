@@ -21,9 +21,9 @@ class Ranks:
         """The rows of n that this rank has; those of all ranks in order are all rows."""
         return slice(n * self.rank // self.world, n * (self.rank + 1) // self.world)
 
-    def before(self, n: int) -> int:
-        """Rows of the ranks before this one, which has n; all call it."""
-        return 0
+    def counts(self, n: int) -> list[int]:
+        """Rows of every rank, of which this one has n; all call it."""
+        return [n]
 
     def gather(self, x: Tensor) -> Tensor | None:
         """The rows of all ranks in order of rank, on the CPU of the first one; None on the others."""
@@ -44,10 +44,10 @@ class Group(Ranks):
     def __init__(self):
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
 
-    def before(self, n: int) -> int:
-        counts: list[Any] = [None] * self.world
-        dist.all_gather_object(counts, n)
-        return sum(counts[: self.rank])
+    def counts(self, n: int) -> list[int]:
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, n)
+        return found
 
     def gather(self, x: Tensor) -> Tensor | None:
         x = x.detach().cpu().contiguous()

@@ -216,16 +216,21 @@ def test_text_runs_on_latents_are_looked_at_decoded_and_with_their_captions(tmp_
     clip, words = looks.clip(tmp_path / "clip"), ["a cat", "two dogs", "y"]
     x, real = (torch.randn(n, 4, 8, 8, generator=torch.Generator().manual_seed(n)) for n in (20, 30))
     asked = {"clip_score": {"weights": clip}, "fd_own": {"features": SHRINK}}
-    tests = Latents(real, decode=decode, metrics=asked, captions=lambda n: words[:n], allow=("looks",))
-    found = tests.score(x, {})
-    assert list(found) == ["latent_fd", "mean", "std", "latent_mmd", "clip_score", "fd_own"] and tests.headline == "fd_own"
-    told = [words[i % 3] for i in range(20)]
+    told = [words[i // 2 % 3] for i in range(20)]
+    tests = Latents(real, metrics=asked, look=decode, captions=lambda n: told[:n], allow=("looks",))
+    found = tests.score(x, {}, quick=True)
+    assert list(found) == ["latent_fd", "mean", "std", "clip_score", "fd_own"] and tests.headline == "fd_own"
     assert found["clip_score"] == pytest.approx(float(Clip(clip)(decode(x), caption=told).mean()), rel=1e-4)
-    assert found["fd_own"] == pytest.approx(measure({"fd_own": {"features": SHRINK}}, decode(x), decode(real))["fd_own"],
-                                            rel=1e-4)
-    assert Latents(real).score(x, {}, quick=True)["latent_fd"] == found["latent_fd"]
-    with pytest.raises(BadInput, match="eval.metrics: mmd of latents themselves is not measured"):
-        Latents(real, metrics=["mmd"])
+    own = measure({"fd_own": {"features": SHRINK}}, decode(x), decode(real))
+    assert found["fd_own"] == pytest.approx(own["fd_own"], rel=1e-4)
+    plain = Latents(real).score(x, {}, quick=True)
+    assert plain == {name: found[name] for name in ("latent_fd", "mean", "std")}
+    both = Latents(lambda: real, metrics=asked, look=decode, held_out=x, allow=("looks",)).floor()
+    assert both == {"latent_fd": plain["latent_fd"], "fd_own": pytest.approx(found["fd_own"])}
+    with pytest.raises(BadInput, match="eval.metrics: mmd of latents is latent_fd and latent_mmd"):
+        Latents(real, metrics=["mmd"], look=decode)
+    with pytest.raises(BadInput, match="nothing decodes them; name the folder of their autoencoder by eval.decode"):
+        Latents(real, metrics=asked)
 
 
 def _tiny(folder):

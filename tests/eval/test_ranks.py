@@ -39,7 +39,7 @@ def test_two_ranks_gather_in_order_and_share_what_the_first_one_finds():
         group = here()
         rows = torch.arange(7.0)[group.share(7)]
         whole, none = group.gather(rows[:, None]), group.gather(rows[:0] if rank == 0 else rows[:1])
-        assert group.before(len(rows)) == (0 if rank == 0 else 3)
+        assert group.counts(len(rows)) == [3, 4]
         return *(x if x is None else x.tolist() for x in (whole, none)), group.tell(lambda: "from " + str(rank))
 
     first, second = two.ranks(work)
@@ -109,3 +109,26 @@ def test_a_samplers_nan_on_one_rank_ends_both(tmp_path):
 
     folder = looks.dinov2(tmp_path / "dino")
     assert two.ranks(work) == ["BadInput: samples hold NaN or infinite values; look at the sampler that made them."] * 2
+
+
+def test_latents_of_two_ranks_are_told_their_own_captions():
+    from distill.eval.latents import Latents
+
+    x = torch.randn(9, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+    asked = {"letters_score": {"_target_": "test_ranks.Letters"}}
+
+    def work(rank):
+        tests = Latents(x.flip(0), metrics=asked, look=lambda x: x[:, :3], captions=lambda n: ["a" * i for i in range(n)],
+                        allow=("test_ranks",))  # fmt: skip
+        return tests.score(x[here().share(9)], {}, ranks=here())
+
+    one, (first, second) = work(0), two.ranks(work)
+    assert first == second == {name: pytest.approx(value) for name, value in one.items()}
+    assert one["letters_score"] == pytest.approx(float((x[:, :3].clamp(-1, 1).mean((1, 2, 3)) * torch.arange(9)).mean()))
+
+
+class Letters:
+    """Brightness times the caption's length: pairs a sample with its words."""
+
+    def __call__(self, x, data=None, **cond):
+        return x.mean((1, 2, 3)) * torch.tensor([len(c) for c in cond["caption"]])
