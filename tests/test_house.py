@@ -24,7 +24,7 @@ RANKS = [
     {"engine"},
     {"session"},
     {"run"},
-    {"demo", "compare", "merge", "bench", "check"},
+    {"demo", "compare", "merge", "bench", "check", "plan"},
     {"cli"},
 ]
 DOORS = {
@@ -32,7 +32,7 @@ DOORS = {
     "peft": {"nets/diffusers/", "export/"},
     "deepspeed": {"engine/strategy.py"},
     "wandb": {"engine/callbacks.py"},
-    "omegaconf": {"config.py", "session.py", "run.py", "demo.py", "compare.py", "bench.py"},
+    "omegaconf": {"config.py", "session.py", "run.py", "demo.py", "compare.py", "bench.py", "plan/"},
     "webdataset": {"data/"},
     "lightning": {"methods/base.py", "engine/", "cli/", "compare.py", "bench.py"},
 }
