@@ -26,7 +26,7 @@ RANKS = [
     {"run"},
     {"bands"},
     {"report"},
-    {"demo", "compare", "merge", "bench", "check", "encode", "audit", "score"},
+    {"demo", "compare", "merge", "bench", "check", "encode", "audit", "score", "plan"},
     {"cli"},
 ]
 DOORS = {
@@ -35,7 +35,8 @@ DOORS = {
     "deepspeed": {"engine/strategy.py"},
     "wandb": {"engine/dashboards.py"},
     "tensorboard": {"engine/dashboards.py"},
-    "omegaconf": {"config.py", "session.py", "run.py", "demo.py", "compare.py", "bench.py", "bands.py", "score.py", "report/"},
+    "omegaconf": {"config.py", "session.py", "run.py", "demo.py", "compare.py", "bench.py", "bands.py", "score.py", "report/",
+                  "plan/"},
     "webdataset": {"data/"},
     "plotly": {"report/"},
     "jinja2": {"report/"},

@@ -1,4 +1,4 @@
-"""Verbs that take configs: train, check, bench, compare."""
+"""Verbs that take configs: train, check, plan, bench, compare."""
 
 from __future__ import annotations
 
@@ -80,6 +80,41 @@ def check(configs: tuple[str, ...], runs: Path) -> None:
     for finding in found:
         click.echo(str(finding))
     module.refuse(found)
+
+
+@main.command()
+@click.argument("configs", nargs=-1, required=True, metavar="CONFIG... [KEY=VALUE...]")
+@click.option("--gpus", type=click.IntRange(1), default=1, show_default=True, help="How many, one process each.")
+@click.option("--gpu", metavar="NAME", help="h100, h200, a100, 4090 ...: sets --memory and --flops.  [default: h100]")
+@click.option("--memory", type=click.FloatRange(0, min_open=True), help="GB of each.")
+@click.option("--flops", type=click.FloatRange(0, min_open=True), help="Operations a second at most, such as 989e12.")
+@click.option("--utilisation", type=click.FloatRange(0, 1, min_open=True), default=0.4, show_default=True,
+              help="Share of --flops that is reached.")
+@click.option("--batch", is_flag=True, help="Find the largest data.batch_size that fits, too.")
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the numbers to this file too.")
+def plan(configs: tuple[str, ...], gpus: int, gpu: str | None, memory: float | None, flops: float | None,
+         utilisation: float, batch: bool, out: Path | None) -> None:  # fmt: skip
+    """Bytes a rank for each strategy and layout, hours and disk of the run that CONFIGs describe, before it costs anything.
+
+    No GPU is needed, no weight is built: networks are traced as shapes.
+
+    \b
+    Example:
+      distill plan configs/bench/dit-12b.yaml --gpus 8 --memory 80
+      distill plan configs/digits/tdm.yaml --gpu 4090 --batch
+    """
+    from distill import config
+    from distill import plan as module
+    from distill.plan.show import show, write
+
+    if out and out.exists():
+        raise BadInput(f"{out} exists; name another file so nothing is overwritten.")
+    cfg = config.load([c for c in configs if "=" not in c], [c for c in configs if "=" in c])
+    machine = module.machine_of(cfg.engine.precision, gpus, gpu, memory, flops, utilisation)
+    found = module.plan(cfg, machine, allowed(), batch)
+    if out:
+        write(found, out)
+    show(found)
 
 
 @main.command()

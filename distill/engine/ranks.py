@@ -118,6 +118,7 @@ class Sharded(Ranks):
         from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
         self.rank, self.world, self.method = dist.get_rank(), dist.get_world_size(), method
+        torch.set_autocast_cache_enabled(False)  # it would keep whole networks, cast, until the step ends
         self.start_alike()
         mesh = init_device_mesh(self.device.type, (self.world,))
         policy = {"offload_policy": CPUOffloadPolicy(pin_memory=self.device.type == "cuda")} if self.offload else {}
