@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
@@ -45,7 +46,7 @@ def card(record: dict, recipe: str | None, name: str, pictured: bool) -> str:
         licence=record["licence"],
         library="onnx" if record.get("kind") == "onnx" else "diffusers",
         task=task(record),
-        base=f"base_model: {base}\n" if base else "",
+        base=f"base_model: {base}\n" if base and not Path(base).exists() else "",  # a name on the hub
         name=name,
         what=f"A diffusion model{KINDS[record.get('kind', 'pipeline')]}, made{method} by distill {record['distill']}; "
              f"it samples in {steps} step{'s' * (steps != 1)}.",

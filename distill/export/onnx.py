@@ -45,10 +45,11 @@ def write(job: Job) -> dict:
     """The graph, the noise, conditions and samples of the trainer's own sampler; the record of distill.json.
 
     Raises:
-        BadInput: if onnx is not installed, or the network does something that ONNX has not.
+        BadInput: if onnx is not installed, or the network does something that ONNX or onnxruntime has not.
     """
     try:
         import onnx  # noqa: F401
+        import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise BadInput("ONNX needs packages: pip install 'distill[onnx]'.") from error
@@ -69,6 +70,10 @@ def write(job: Job) -> dict:
         t, s = (torch.full((rows,), time) for time in (t, s))
         x = step(x, t, s, *told.values(), *([fresh[k]] if fresh else []))[1]
     batch = _trace(graph, given, job.staging / FILE)
+    try:
+        onnxruntime.InferenceSession(job.staging / FILE)
+    except Exception as error:  # onnxruntime's own classes
+        raise BadInput(f"{type(net).__name__} becomes a graph that onnxruntime does not load: {error}") from error
     stored = {"noise": noise, "samples": x} | told | ({"fresh": torch.stack(fresh)} if fresh else {})
     save_file({k: v.contiguous() for k, v in stored.items()}, job.staging / "reference.safetensors")
     record = {
