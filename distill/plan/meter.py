@@ -189,9 +189,13 @@ class Accelerator(TorchFunctionMode):
         asked, torch.autograd.has_torch_function = torch.autograd.has_torch_function, lambda some: False
         try:
             with self:
-                return func(*args, **kwargs)
+                found = func(*args, **kwargs)
         finally:
             torch.autograd.has_torch_function = asked
+        if isinstance(args[0], Tensor) and args[0].is_meta:
+            return found
+        number = lambda v: torch.randn(v.shape).to(v.dtype) if v.is_meta else v  # a weight's gradient, asked for by a loss
+        return tree_map_only(Tensor, number, found)
 
     def _lower(self, tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point() or tensor.dtype in (self.dtype, torch.float64):

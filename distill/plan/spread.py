@@ -193,7 +193,7 @@ def _steps(trained, shares, strategy: str, n: int, settings: Settings) -> list[M
     for role, x in trained.items():
         own, others = shares[role]["gradients"], sum(p["gradients"] for r, p in shares.items() if r != role)
         if strategy == "ddp":
-            found.append((f"{role}, reduction", x.weights + others, 0, x.weights + BUCKET))
+            found.append((f"{role}, reduction", x.weights + others, 0, x.weights + min(BUCKET, x.weights)))
         elif strategy == "zero1":
             found.append((f"{role}, reduction", x.weights, 0, 4 * settings.reduce_bucket + own))
         elif strategy == "zero2":

@@ -39,6 +39,7 @@ class Trace:
     warm_flops: float = 0.0  # a step of the warm start
     warm_steps: int = 0
     peaks: dict[str, dict[Any, tuple[int, int]]] = field(default_factory=dict)
+    kept: dict[str, int] = field(default_factory=dict)  # bytes alive when a role's backward pass begins
     units: dict[str, dict[int, int]] = field(default_factory=dict)  # bytes of a network's units, -1: of the rest
     steps: int = 0  # traced
 
@@ -55,9 +56,9 @@ class Where:
 class Watched(Place):
     """Backward passes without steps: nothing moves, gradients stay for as long as `Place` keeps them."""
 
-    def __init__(self, meter: Meter, accumulate: int):
+    def __init__(self, meter: Meter, accumulate: int, kept: dict[str, int]):
         super().__init__(accumulate)
-        self.meter = meter
+        self.meter, self.kept = meter, kept
 
     def turn(self, role: str) -> None:
         self.meter.role, self.meter.place = role, Where()
@@ -71,6 +72,7 @@ class Watched(Place):
             p.grad = None
 
     def backward(self, role, loss, last=True):
+        self.kept[role] = max(self.kept.get(role, 0), self.meter.live)
         torch.autograd.backward(loss / self.accumulate)  # `Tensor.backward` would leave `Accelerator` behind
         self.meter.place = Where()
 
@@ -104,7 +106,7 @@ def trace(session: Any, batch: int | None = None, dtype: torch.dtype | None = No
     found = Trace(batch or batch_size(one), units={name: units_of(m) for name, m in networks(method).items()})
     parts = enlarged(one, found.batch * accumulate)
     meter = Meter()
-    place, before = Watched(meter, accumulate), method.place
+    place, before = Watched(meter, accumulate, found.kept), method.place
     method.place, place.method = place, method
     undo = _watch(method, meter)
     meter.ignore([*tree_leaves([*_tensors(method)]), *[v for v in parts.values() if isinstance(v, Tensor)]])
@@ -276,7 +278,8 @@ def _asked(inner: Any, meter: Meter, args: tuple, kwargs: dict) -> Any:
         return out
 
     args, kwargs = tree_map_only(Tensor, enter, args), tree_map_only(Tensor, enter, kwargs)
-    return tree_map_only(Tensor, FromShape.apply, inner(*args, **kwargs))
+    leave = lambda v: FromShape.apply(v) if v.is_meta else v
+    return tree_map_only(Tensor, leave, inner(*args, **kwargs))
 
 
 def _random(shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -308,7 +311,7 @@ class FromShape(torch.autograd.Function):
 
     @staticmethod
     def forward(x):
-        return torch.randn(x.shape).to(x.dtype) if x.is_meta else x.clone()
+        return torch.randn(x.shape).to(x.dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

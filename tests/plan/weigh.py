@@ -30,11 +30,16 @@ METHODS = {
 }  # fmt: skip
 
 
-def recipe(name: str, **engine: Any):
-    """A run of a transformer of 0.2 M parameters."""
+def recipe(name: str, layout: str = "full", **engine: Any):
+    """A run of a transformer of 0.14 M parameters; `adapters` is TDM on one base."""
+    layout, name = ("shared_base", "tdm") if name == "adapters" else (layout, name)
+    roles = {"teacher": NET, "layout": layout}
     return config.checked(config.DictConfig({
-        "name": name, "roles": {"teacher": NET}, "method": METHODS[name], "data": DATA, "engine": engine,
+        "name": name, "roles": roles, "method": METHODS[name], "data": DATA, "engine": engine,
     }))  # fmt: skip
+
+
+CASES = (*METHODS, "adapters")
 
 
 def held(cfg: Any, place: Any) -> dict[str, dict[str, int]]:
@@ -109,10 +114,12 @@ def main(folder: Path, strategies: list[str]) -> None:
     rank = torch.distributed.get_rank()
     found: dict[str, Any] = {}
     for strategy in strategies:
-        for name in METHODS:
+        for name in CASES:
             engine = SimpleNamespace(strategy=strategy, accumulate=1, precision="32", deepspeed=None,
                                      offload_optimizer=False, offload_parameters=False)  # fmt: skip
+            torch.set_autocast_cache_enabled(True)
             found.setdefault(strategy, {})[name] = held(recipe(name), place_of(engine, 2))
+        found[strategy]["keeps_casts"] = torch.is_autocast_cache_enabled()
     Path(f"weighed-{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 
