@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import families
 import torch
 import transformers
 
 from distill.data import image
+from distill.nets.diffusers import tiny as families
 
 
 def clip(folder: Path, side: int = 32, scale: float | None = None) -> str:

@@ -77,7 +77,7 @@ def test_curation_by_clip_keeps_what_clip_prefers(reward):
 
 
 def test_latents_are_decoded_for_the_reward(tmp_path, reward):
-    import families
+    from distill.nets.diffusers import tiny as families
 
     pipeline = families.sd()
     pipeline.save_pretrained(tmp_path / "sd")
