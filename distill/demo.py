@@ -47,8 +47,18 @@ def demo(out: Path, steps: int | None = None) -> int:
     kept = promises(result, difference)
     for text, value, holds in kept:
         console.print(f"{'kept  ' if holds else 'BROKEN'} {text}: {value}", highlight=False)
-    console.print(f"{time.monotonic() - started:.0f} s in all; look at {out / 'samples.png'}, load {student}")
+    page = _page(out, session)
+    console.print(f"{time.monotonic() - started:.0f} s in all; open {page}, load {student}")
     return 0 if all(holds for _, _, holds in kept) else 1
+
+
+def _page(out: Path, session: run.Session) -> Path:
+    """The run's report with what the demo has measured; `distill report` adds the solvers of stock diffusers."""
+    from distill.report import report
+    from distill.report.measure import measure
+
+    measure(out, session, (STUDENT_AT,), stock=False)
+    return report([out], out / "report.html", quick=True)
 
 
 def promises(result: dict, difference: float) -> list[tuple[str, str, bool]]:

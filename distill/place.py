@@ -224,7 +224,7 @@ def optimizer_of(settings: Optim, parameters: list[nn.Parameter], role: str) -> 
     if settings.name != "SGD":
         keywords |= {"betas": tuple(float(b) for b in settings.betas), "eps": settings.eps}
     if settings.name in ("Adam", "AdamW"):
-        keywords["fused"] = True
+        keywords["fused"] = not parameters[0].is_meta
     return kind(parameters, **keywords)
 
 

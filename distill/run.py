@@ -18,6 +18,7 @@ from distill import config
 from distill.denoise import Guided
 from distill.engine import callbacks as see
 from distill.engine import checkpoint, code, dashboards, home, launch, lines, sinks
+from distill.engine.cost import Cost
 from distill.engine.home import CHECKPOINTS, CONFIG, METRICS
 from distill.engine.preempt import Signals
 from distill.engine.rollback import Rollback
@@ -112,6 +113,7 @@ def _callbacks(session: Session, folder: Path, opened: list[Any], tests: Any, be
         see.Bar(train.steps, train.log_every),
         record,
         home.Exactness(facts, before),
+        Cost(folder / "cost.json"),
         Rollback(folder / CHECKPOINTS, saves, undone),
         validation,
         saves,  # last: a process killed after it has lost no row of the step
@@ -293,24 +295,26 @@ def _about(session: Session, samples: int) -> dict[str, Any]:
     }
 
 
-def export(folder: Path, out: Path, allow: tuple[str, ...] = ()) -> Path:
-    """The averaged student as a stock diffusers folder."""
+def export(folder: Path, out: Path, allow: tuple[str, ...] = (), kind: str = "pipeline") -> Path:
+    """The averaged student in a form that others load: pipeline, lora, single-file or onnx."""
     folder, out = Path(folder), Path(out)
     if out.exists():
         raise BadInput(f"{out} exists; name another folder so nothing is overwritten.")
     session, metrics = open_run(folder, allow, alone=True), folder / METRICS
     try:
-        return write_export(session, out, json.loads(metrics.read_text()) if metrics.exists() else None)
+        return write_export(session, out, json.loads(metrics.read_text()) if metrics.exists() else None, kind)
     except json.JSONDecodeError:
         raise BadInput(f"{metrics} is not JSON; write it again by `distill eval {folder}`, or remove it.") from None
 
 
-def write_export(session: Session, out: Path, metrics: dict[str, Any] | None) -> Path:
+def write_export(session: Session, out: Path, metrics: dict[str, Any] | None, kind: str = "pipeline") -> Path:
     """`session`'s averaged student under `out`."""
-    from distill.export import folder as stock
+    from distill.export import export as write
 
-    method = session.method
-    return stock.export(
-        method.ema, method.grid, method.serving, out,
+    method, x = session.method, None
+    if len(method.shape) == 3 and method.shape[0] in (1, 3):  # pixels; latents are decoded by the pipeline they came from
+        x = batched(method.sample, *session.noise(64, session.cfg.eval.seed), method)
+    return write(
+        method.ema, method.grid, method.serving, out, kind=kind, samples=x,
         method=type(method).__name__, recipe=OmegaConf.to_yaml(session.cfg), metrics=metrics, w=method.guidance,
     )  # fmt: skip

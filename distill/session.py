@@ -135,8 +135,8 @@ def _samples(data: Any, *most: int) -> Tensor:
     return data.all(*most, **{"conditions": False} if getattr(data.info, "members", None) else {})["x"]
 
 
-def assemble(cfg: DictConfig, allow: tuple[str, ...] = ()) -> Session:
-    """Seed, then build data, roles and method, and check that they fit each other."""
+def assemble(cfg: DictConfig, allow: tuple[str, ...] = (), build: Any = config.build) -> Session:
+    """Seed, then build data, roles (by `build`) and method, and check that they fit each other."""
     for key in ("method", "data", "roles"):
         if not cfg[key]:
             raise BadInput(f"The config has no '{key}'; start from one in configs/, for example configs/toy/tdm.yaml.")
@@ -150,7 +150,7 @@ def assemble(cfg: DictConfig, allow: tuple[str, ...] = ()) -> Session:
     data = config.build(cfg.data, allow, "data")
     if not (hasattr(data, "info") and hasattr(data, "loader")):
         raise BadInput(f"data._target_: {cfg.data[config.TARGET]} is no source of data; name one of distill.data.")
-    roles = _roles(cfg, allow)
+    roles = _roles(cfg, allow, build)
     _remember(roles, data)
     if hasattr(data, "together"):
         data.together = cfg.engine.accumulate
@@ -187,8 +187,8 @@ def _remember(roles: dict[str, Any], data: Any) -> None:
                 net.remember(null)
 
 
-def _roles(cfg: DictConfig, allow: tuple[str, ...]) -> dict[str, Any]:
-    roles = config.build(cfg.roles, allow, "roles")
+def _roles(cfg: DictConfig, allow: tuple[str, ...], build: Any) -> dict[str, Any]:
+    roles = build(cfg.roles, allow, "roles")
     layout, settings = (roles.pop(k, None) if isinstance(roles, dict) else None for k in ("layout", "adapter"))
     for name, role in roles.items() if isinstance(roles, dict) else [("_target_", None)]:
         if not isinstance(role, (torch.nn.Module, str)):

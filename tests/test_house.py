@@ -24,7 +24,9 @@ RANKS = [
     {"engine"},
     {"session"},
     {"run"},
-    {"demo", "compare", "merge", "bench", "check", "encode", "audit", "score"},
+    {"bands"},
+    {"report"},
+    {"demo", "compare", "merge", "bench", "check", "encode", "audit", "score", "plan"},
     {"cli"},
 ]
 DOORS = {
@@ -33,8 +35,11 @@ DOORS = {
     "deepspeed": {"engine/strategy.py"},
     "wandb": {"engine/dashboards.py"},
     "tensorboard": {"engine/dashboards.py"},
-    "omegaconf": {"config.py", "session.py", "run.py", "demo.py", "compare.py", "bench.py", "score.py"},
+    "omegaconf": {"config.py", "session.py", "run.py", "demo.py", "compare.py", "bench.py", "bands.py", "score.py", "report/",
+                  "plan/"},
     "webdataset": {"data/"},
+    "plotly": {"report/"},
+    "jinja2": {"report/"},
     "lightning": {"methods/base.py", "engine/", "cli/", "compare.py", "bench.py"},
 }
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -7,8 +8,13 @@ import pytest
 import torch
 
 from distill import config, run
+from distill.denoise import Denoiser
 from distill.errors import BadInput
-from distill.merge import merge
+from distill.merge import _mixing, merge
+from distill.nets import MLP
+from distill.nets.diffusers import tiny as families
+from distill.nets.lora import Adapter, Shared
+from distill.noise import RectifiedFlow
 
 RECIPE = Path(__file__).parents[1] / "configs" / "toy" / "diversity.yaml"
 SMALL = ["log.wandb=disabled", "train.steps=4", "train.validate_every=0", "train.threads=1", "data.batch_size=8",
@@ -43,3 +49,17 @@ def test_what_cannot_be_mixed_is_refused(students):
     with pytest.raises(BadInput, match="other grids"):
         merge(students / "a", students / "short", students / "none", (0.5,))
     assert not (students / "none").exists()
+
+
+def test_adapters_of_one_base_are_mixed_by_their_product():
+    torch.manual_seed(0)
+    base = Shared(MLP(dim=2), rank=2, alpha=4)
+    ours, theirs = (Denoiser(families.shake(Adapter(base), 0.3, seed), RectifiedFlow()) for seed in (1, 2))
+    ends = [copy.deepcopy(d.net).merged().state_dict() for d in (ours, theirs)]
+    mix = _mixing(ours, theirs)
+    for share in (0.3, 1.0, 0.0):  # each from the ends, not from the last
+        mix(share)
+        for key, value in ours.net.merged().state_dict().items():
+            torch.testing.assert_close(value, torch.lerp(ends[0][key], ends[1][key], share), rtol=1e-5, atol=1e-6)
+    with pytest.raises(BadInput, match="an adapter and the other a whole network"):
+        _mixing(ours, Denoiser(MLP(dim=2), RectifiedFlow()))

@@ -107,18 +107,28 @@ def serves(p: Probe) -> Said:
         return
     from distill.export import folder
 
-    if not isinstance(student.schedule, Table) or student.prediction not in ("eps", "x", "v"):
-        yield "skipped", f"no stock scheduler serves {student.prediction} under {type(student.schedule).__name__}."
-        return
     if serving not in folder.SAMPLERS:
         yield "WARN", f"the sampler '{serving}' has no stock scheduler: the student will not export."
         return
+    told = getattr(getattr(student.net, "body", student.net), "source", None) is not None  # from a pipeline folder
+    if not told and (not isinstance(student.schedule, Table) or student.prediction not in ("eps", "x", "v")):
+        yield "skipped", f"no stock scheduler serves {student.prediction} under {type(student.schedule).__name__}."
+        return
     try:
-        scheduler = folder.stock_scheduler(student, grid, serving)
+        scheduler = _of_pipeline(student, grid, serving) if told else folder.stock_scheduler(student, grid, serving)
     except BadInput as error:
         yield "FAIL", f"method.grid: {error}"
         return
     yield "ok", f"{type(scheduler).__name__} serves the {grid.steps} steps at the times that are trained."
+
+
+def _of_pipeline(student: Any, grid: Any, serving: str) -> Any:
+    """The stock scheduler of a student that is told text."""
+    from distill.denoise import Denoiser
+    from distill.export import text
+
+    net = getattr(student.net, "body", student.net)
+    return text.serving(Denoiser(net, student.schedule, student.prediction), grid, serving, text.source(net))[0]
 
 
 def disk(p: Probe) -> Said:

@@ -1,4 +1,4 @@
-"""Verbs that take a run or its images: sample, eval, score, export, merge."""
+"""Verbs that take a run or its images: sample, eval, score, report, export, verify, merge."""
 
 from __future__ import annotations
 
@@ -69,38 +69,89 @@ def score_images(given: tuple[str, ...], names: str | None) -> None:
 
 
 @main.command()
+@click.argument("run_folders", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True)
+@click.option("--quick", is_flag=True, help="Measure nothing: the page has what the runs' folders hold.")
+@click.option("--evaluations", help="At which stock solvers are tried, as 2,4,8; those of eval.evaluations by default.")
+@click.option("-n", "samples", type=click.IntRange(2), help="Samples of a stock solver; by default eval.samples.")
+def report(run_folders: tuple[Path, ...], out: Path, quick: bool, evaluations: str | None, samples: int | None) -> None:
+    """Write one self-contained page of RUN, or of several beside each other: samples, quality against cost, curves, cost.
+
+    What is not measured yet is measured first and kept in RUN: metrics.json as by eval, the rest in report.json.
+
+    \b
+    Example:
+      distill report runs/digits-tdm -o report.html
+      distill report runs/digits-tdm runs/digits-dmd2 -o both.html --quick
+    """
+    from distill.report import report as write
+
+    try:
+        nfes = [int(n) for n in evaluations.split(",")] if evaluations else None
+    except ValueError:
+        raise BadInput(f"--evaluations '{evaluations}' is no list of numbers; write it as 2,4,8.") from None
+    click.echo(f"{write(run_folders, out, quick, nfes, samples, allowed())}: written.")
+
+
+@main.command()
 @click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-def export(run_folder: Path, out: Path) -> None:
-    """Write RUN's student to OUT as a folder that stock diffusers loads, and verify it there.
+@click.option("--as", "kind", type=click.Choice(["pipeline", "lora", "single-file", "onnx"]), default="pipeline",
+              show_default=True, help="A folder of stock diffusers, adapters on its base, the network alone, or ONNX.")
+def export(run_folder: Path, out: Path, kind: str) -> None:
+    """Write RUN's student to OUT in a form that others load, and verify it there.
 
     \b
     Example:
       distill export runs/digits-tdm student
+      distill export runs/sdxl-lcm lcm-lora --as lora
     """
     from distill import run
     from distill.export.verify import verify
 
-    run.export(run_folder, out, allowed())
-    click.echo(f"{out}: loads in stock diffusers, largest difference to our samples {verify(out):.1e}.")
+    run.export(run_folder, out, allowed(), kind)
+    click.echo(f"{out}: loads without distill, largest difference to our samples {verify(out):.1e}.")
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--steps", type=click.IntRange(1), default=None, help="Others than it is made for; not judged.")
+@click.option("--base", default="", help="Where the base of a LoRA or a single file lies, if not where it was.")
+def verify(out: Path, steps: int | None, base: str) -> None:
+    """Sample from the export OUT in a process without distill and compare with the trainer's own samples.
+
+    Exit code 0 if they agree to 1e-4, else 2.
+
+    \b
+    Example:
+      distill verify student
+    """
+    from distill.export.verify import verify as prove
+
+    prove(out, steps, base)
 
 
 @main.command()
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--share", "shares", type=click.FloatRange(0, 1), multiple=True,
-              help="Of B's weights; several times for a front.  [default: 0, 1/4, 1/2, 3/4, 1]")
+@click.option("--share", "--weight", "shares", type=click.FloatRange(0, 1), multiple=True,
+              help="Of B's weights; of runs several times for a front.  [default: 0, 1/4, 1/2, 3/4, 1]")
 @click.option("--samples", type=click.IntRange(2), help="How many; the run's own number by default.")
 def merge(a: Path, b: Path, out: Path, shares: tuple[float, ...], samples: int | None) -> None:
-    """Mix the weights of two runs' students and measure each mixture; one --share alone is exported too.
+    """Mix two students: runs, each mixture measured and one --share alone exported; or two exports or LoRA files.
 
     \b
     Example:
       distill merge runs/quality runs/diverse runs/front
       distill merge runs/quality runs/diverse runs/half --share 0.5
+      distill merge quality-lora diverse-lora half-lora --weight 0.5
+      distill merge fast.safetensors style.safetensors both.safetensors --weight 0.3
     """
-    from distill.merge import markdown
+    from distill.merge import exported, markdown
     from distill.merge import merge as mix
 
+    if exported(a, b, out, shares):
+        click.echo(f"{out}: {a.name} and {b.name}, {shares[0]:g} of the latter.")
+        return
     click.echo(markdown(mix(a, b, out, shares or (0.0, 0.25, 0.5, 0.75, 1.0), samples, allowed())))

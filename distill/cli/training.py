@@ -1,4 +1,4 @@
-"""Verbs that take configs: train, check, bench, compare."""
+"""Verbs that take configs: train, check, plan, bench, compare."""
 
 from __future__ import annotations
 
@@ -84,6 +84,41 @@ def check(configs: tuple[str, ...], runs: Path) -> None:
 
 @main.command()
 @click.argument("configs", nargs=-1, required=True, metavar="CONFIG... [KEY=VALUE...]")
+@click.option("--gpus", type=click.IntRange(1), default=1, show_default=True, help="How many, one process each.")
+@click.option("--gpu", metavar="NAME", help="h100, h200, a100, 4090 ...: sets --memory and --flops.  [default: h100]")
+@click.option("--memory", type=click.FloatRange(0, min_open=True), help="GB of each.")
+@click.option("--flops", type=click.FloatRange(0, min_open=True), help="Operations a second at most, such as 989e12.")
+@click.option("--utilisation", type=click.FloatRange(0, 1, min_open=True), default=0.4, show_default=True,
+              help="Share of --flops that is reached.")
+@click.option("--batch", is_flag=True, help="Find the largest data.batch_size that fits, too.")
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the numbers to this file too.")
+def plan(configs: tuple[str, ...], gpus: int, gpu: str | None, memory: float | None, flops: float | None,
+         utilisation: float, batch: bool, out: Path | None) -> None:  # fmt: skip
+    """Bytes a rank for each strategy and layout, hours and disk of the run that CONFIGs describe, before it costs anything.
+
+    No GPU is needed, no weight is built: networks are traced as shapes.
+
+    \b
+    Example:
+      distill plan configs/bench/dit-12b.yaml --gpus 8 --memory 80
+      distill plan configs/digits/tdm.yaml --gpu 4090 --batch
+    """
+    from distill import config
+    from distill import plan as module
+    from distill.plan.show import show, write
+
+    if out and out.exists():
+        raise BadInput(f"{out} exists; name another file so nothing is overwritten.")
+    cfg = config.load([c for c in configs if "=" not in c], [c for c in configs if "=" in c])
+    machine = module.machine_of(cfg.engine.precision, gpus, gpu, memory, flops, utilisation)
+    found = module.plan(cfg, machine, allowed(), batch)
+    if out:
+        write(found, out)
+    show(found)
+
+
+@main.command()
+@click.argument("configs", nargs=-1, required=True, metavar="CONFIG... [KEY=VALUE...]")
 @click.option("--steps", type=click.IntRange(1), default=30, show_default=True, help="Measured steps of each kind.")
 @click.option("--layout", type=click.Choice(["full", "shared_base"]), help="Each role its own network, or adapters on one.")
 @click.option("--peak", type=click.FloatRange(0, min_open=True), help="TFLOP a second of the device, to give a share of.")
@@ -124,18 +159,44 @@ def bench(configs: tuple[str, ...], steps: int, layout: str | None, peak: float 
               help="Folder of the runs, rows and table.")
 @click.option("--seconds", type=click.FloatRange(1), default=360, show_default=True,
               help="Processor seconds of training for each: 360 are three minutes on two cores.")
-def compare(configs: tuple[str, ...], out: Path, seconds: float) -> None:
+@click.option("--record", is_flag=True, help="Write the band of a recipe: RUN... RECIPE, three seeds or more.")
+def compare(configs: tuple[str, ...], out: Path, seconds: float, record: bool) -> None:
     """Train every CONFIG for the same time and print one table; rows already in OUT are kept.
+
+    With RUN RECIPE: say where the run leaves the band of the recipe's curves and metrics (exit code 1 if it does).
 
     \b
     Example:
       distill compare configs/digits/tdm.yaml configs/digits/pcm.yaml --seconds 360
       distill compare configs/digits/m*.yaml train.threads=1 --out runs/compare
+      distill compare runs/toy-tdm configs/toy/tdm.yaml
+      distill compare --record runs/seed-1 runs/seed-2 runs/seed-3 configs/toy/tdm.yaml
     """
+    if record or Path(configs[0]).is_dir():
+        sys.exit(_bands([Path(c) for c in configs], record))
     from distill.compare import compare as run_all
 
     files = [Path(c) for c in configs if "=" not in c]
     click.echo(run_all(files, out, seconds, [c for c in configs if "=" in c], allowed()))
+
+
+def _bands(paths: list[Path], record: bool) -> int:
+    """Record a band from runs, or compare one run with it; the exit code."""
+    from distill import bands
+
+    *runs, recipe = paths
+    if not runs or recipe.is_dir() or not (record or len(runs) == 1):
+        raise BadInput("Give RUN RECIPE, or --record RUN RUN RUN RECIPE: run folders first, then one recipe.")
+    if record:
+        click.echo(f"{bands.record(runs, recipe, allowed())}: written.")
+        return 0
+    left, notes = bands.compare(runs[0], recipe, allowed())
+    for note in notes:
+        click.echo(f"note   {note}")
+    for departure in left:
+        click.echo(f"LEAVES {departure}")
+    click.echo(f"{runs[0]}: {'leaves' if left else 'within'} the band of {recipe}.")
+    return 1 if left else 0
 
 
 @main.command()

@@ -118,10 +118,12 @@ class Sharded(Ranks):
         from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
         self.rank, self.world, self.method = dist.get_rank(), dist.get_world_size(), method
+        torch.set_autocast_cache_enabled(False)  # it would keep whole networks, cast, until the step ends
         self.start_alike()
         mesh = init_device_mesh(self.device.type, (self.world,))
         policy = {"offload_policy": CPUOffloadPolicy(pin_memory=self.device.type == "cuda")} if self.offload else {}
         self.units: list[nn.Module] = []
+        opened: set[nn.Module] = set()
         for name in self.names:
             if tensors(self.module(name)):
                 network, seen = root(self.module(name)), set()
@@ -130,6 +132,8 @@ class Sharded(Ranks):
                     for layer in part.modules():
                         if layer not in seen:
                             layer.register_forward_hook(functools.partial(_wake, part))
+                            layer.register_forward_pre_hook(functools.partial(_open, opened, part))
+                            layer.register_forward_hook(functools.partial(_close, opened, part), always_call=True)
                     seen.update(part.modules())
                     self.units.append(part)
         method.to(self.device) if not self.offload else None
@@ -180,6 +184,19 @@ def _wake(unit: nn.Module, layer: nn.Module, args: Any, out: Any) -> None:
     for value in (out if isinstance(out, (tuple, list)) else (out,)) if torch.is_grad_enabled() else ():
         if isinstance(value, Tensor) and value.requires_grad:
             value.register_hook(lambda _: unit.unshard())
+
+
+def _open(opened: set[nn.Module], unit: nn.Module, layer: nn.Module, args: Any) -> None:
+    """Gather a unit's weights for one of its layers that is called from outside of it, as DiT's first block's embedding is."""
+    if any(isinstance(p, DTensor) for p in layer.parameters(recurse=False)):
+        opened.add(layer)
+        unit.unshard()
+
+
+def _close(opened: set[nn.Module], unit: nn.Module, layer: nn.Module, args: Any, out: Any) -> None:
+    if layer in opened:
+        opened.remove(layer)
+        unit.reshard()
 
 
 def _like(target: Tensor, whole: Tensor) -> Tensor:

@@ -68,6 +68,8 @@ class Zero(Ranks):
         os.environ.setdefault("LOCAL_RANK", str(self.rank))
         if not self.sharded:
             method.to(self.device)
+        else:
+            torch.set_autocast_cache_enabled(False)  # it would keep whole networks, cast, until the step ends
         self.start_alike()
         self.offloads: list[Any] = []
         self.engines, frozen = {}, [n for n in self.names if n not in method.trainable] if self.sharded else []

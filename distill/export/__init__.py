@@ -1,5 +1,5 @@
-"""Students (and teachers) as stock diffusers folders, and the proof that stock diffusers samples from them as we do."""
+"""Students (and teachers) in the forms that others load, and the proof that they sample there as they do here."""
 
-from distill.export.folder import export
+from distill.export.ship import export
 
 __all__ = ["export"]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
 
+from distill.export.usage import KINDS, task, usage
+
 CARD = """---
 license: {licence}
-library_name: diffusers
-pipeline_tag: unconditional-image-generation
-tags: [distillation, few-step]
+library_name: {library}
+pipeline_tag: {task}
+{base}tags: [distillation, few-step]
 ---
 
 # {name}
@@ -19,60 +22,60 @@ tags: [distillation, few-step]
 {what}
 
 ```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("{name}")  # the path of this folder
-images = pipe({call}).images
-images[0].save("sample.png")
+{code}
 ```
 
-{picture}Ask for exactly {steps} step{s}: {advice}
+{picture}{advice}
 
 | convention | value |
 |---|---|
-| steps | {steps} |
-| timesteps | {timesteps} |
-| times (data 0, noise 1) | {times} |
-| sampler | {sampler} |
-| prediction | {prediction} |
-| guidance (1 is conditional) | {guidance} |
-| classes | {classes} |
-{metrics}{recipe}
+{conventions}{metrics}{recipe}
 ## Licence
 
 {licence}
 """
+SAMPLERS = {"ode": "deterministic (DDIM)", "renoise": "predict, then add fresh noise (LCM)"}
 
 
 def card(record: dict, recipe: str | None, name: str, pictured: bool) -> str:
     """README.md for the record of distill.json: what it is, how to load it, conventions, metrics, recipe, licence."""
-    classes, steps = record["classes"], record["steps"]
-    labels = f"class_labels=[i % {classes} for i in range(10)]"
-    first = "batch_size=10" + f", {labels}" * (classes > 0)
-    if record.get("part") == "transformer":  # its pipeline guides by default; here guidance is in the weights
-        first = f"{labels}, guidance_scale=1"
-    null = f"0 to {classes - 1}" + (f"; {classes} is \"no class\"" if record["null_class"] else "")
+    code, advice = usage(record, name)
     method = f" with `{record['method']}`" if record["method"] else ""
-    many = steps > 16
+    steps, base = record["steps"], record.get("base")
     return CARD.format(
         licence=record["licence"],
+        library="onnx" if record.get("kind") == "onnx" else "diffusers",
+        task=task(record),
+        base=f"base_model: {base}\n" if base and not Path(base).exists() else "",  # a name on the hub
         name=name,
-        what=f"A diffusion model for stock diffusers, made{method} by distill {record['distill']}; "
+        what=f"A diffusion model{KINDS[record.get('kind', 'pipeline')]}, made{method} by distill {record['distill']}; "
              f"it samples in {steps} step{'s' * (steps != 1)}.",
-        call=f"{first}, num_inference_steps={steps}",
+        code=code,
         picture="![samples](samples.png)\n\n" if pictured else "",
-        s="s" * (steps != 1),
-        steps=steps,
-        advice="the numbers below were measured there." if many else "it was trained on these times only.",
-        timesteps=_list(record["timesteps"]),
-        times=_list(record["times"]),
-        sampler={"ode": "deterministic (DDIM)", "renoise": "predict, then add fresh noise (LCM)"}[record["sampler"]],
-        prediction=record["prediction"],
-        guidance="none" if record["guidance"] is None else f"{record['guidance']:g}, in the weights",
-        classes=null if classes else "none",
+        advice=advice,
+        conventions="".join(f"| {key} | {value} |\n" for key, value in _conventions(record).items()),
         metrics=_metrics(record["metrics"]),
         recipe=f"\n## Recipe\n\n```yaml\n{recipe.rstrip()}\n```\n" if recipe else "",
     )
+
+
+def _conventions(record: dict) -> dict[str, str]:
+    classes, guidance = record["classes"], record["guidance"]
+    null = f"0 to {classes - 1}" + (f"; {classes} is \"no class\"" if record["null_class"] else "")
+    found = {
+        "steps": record["steps"],
+        "timesteps": _list(record["timesteps"]),
+        "times (data 0, noise 1)": _list(record["times"]),
+        "shift of time": f"{record['shift']:g}" if record.get("shift") else None,
+        "sampler": SAMPLERS[record["sampler"]],
+        "scheduler": record.get("scheduler"),
+        "prediction": record["prediction"],
+        "guidance (1 is conditional)": "none" if guidance is None else f"{guidance:g}, in the weights",
+        "classes": (null if classes else "none") if "call" not in record else None,
+        "base": record.get("base"),
+        "LoRA": f"rank {record['rank']}, for weight 1.0" if "rank" in record else None,
+    }
+    return {key: value for key, value in found.items() if value not in (None, "")}
 
 
 def picture(samples: Tensor) -> Image.Image:

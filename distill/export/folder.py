@@ -12,77 +12,36 @@ its grid picks the stock scheduler:
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import json
-import os
-import shutil
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from distill import __version__
 from distill.denoise import Denoiser
 from distill.errors import BadInput
-from distill.export.card import card, picture
+from distill.export.job import SEED, Job
 from distill.export.pixels import autoencoder
 from distill.grid import Grid
 from distill.noise import Table
 from distill.solvers import DDIM, Renoise, solve
 
 SAMPLERS = {"ode": DDIM(), "renoise": Renoise()}
-SEED, REFERENCES = 0, 4  # the seed and the number of the reference samples that `verify` repeats
+REFERENCES = 4  # how many samples `verify` repeats
 
 
-def export(student: Denoiser, grid: Grid | int | list, sampler: str, out: str | Path, *, method: str = "",
-           recipe: dict | str | None = None, metrics: dict | None = None, samples: Tensor | None = None,
-           w: float | None = None, licence: str = "apache-2.0") -> Path:
-    """Write `student` as a diffusers folder: all of it, or nothing.
-
-    Args:
-        student: a Denoiser around a `UNet2D` or `DiT`, under a Table, that predicts eps, x or v.
-        grid: the times it was trained on.
-        sampler: "ode" or "renoise", the way it walks them.
-        out: the folder to make; it must not exist.
-        method, recipe, metrics: for the model card; recipe is the run's configuration (mapping or YAML text).
-        samples: (B, C, H, W) in [-1, 1] for the picture on the card.
-        w: the guidance that the student imitates, for the card; folded into a student that has it as an input.
-        licence: of the weights, an SPDX name in lower case.
-
-    Returns:
-        the folder, with model_index.json, unet/ or transformer/, scheduler/, distill.json, README.md and
-        reference.safetensors.
+def write(job: Job) -> dict:
+    """The pipeline, its reference samples and what distill.json says of it.
 
     Raises:
-        BadInput: if `out` exists, or no stock network, scheduler or prediction type serves this student.
+        BadInput: if no stock network, scheduler or prediction type serves this student.
     """
-    out, grid = Path(out), Grid.of(grid)
-    if out.exists():
-        raise BadInput(f"{out} exists already: remove it or export to another folder.")
-    student = copy.deepcopy(student)
-    if hasattr(student.net, "merged"):  # an adapter leaves as the network that it makes of its base
-        student.net = student.net.merged()
-    student = student.cpu().float().eval()
-    scheduler = stock_scheduler(student, grid, sampler)
-    network = stock_network(student, grid, sampler, w)
-    text = recipe if isinstance(recipe, str) or recipe is None else _yaml(recipe)
-    record = describe(student, grid, sampler, scheduler, w) | {
-        "method": method, "metrics": metrics or {}, "licence": licence,
-        "recipe_hash": text and hashlib.sha256(text.encode()).hexdigest(),
-    }
-    staging = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        _write(staging, network, scheduler, student.net)
-        _save_references(student, grid, sampler, w, staging / "reference.safetensors")
-        (staging / "distill.json").write_text(json.dumps(record, indent=2) + "\n")
-        if samples is not None:
-            picture(samples).save(staging / "samples.png")
-        (staging / "README.md").write_text(card(record, text, out.name, samples is not None))
-        staging.rename(out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return out
+    scheduler = stock_scheduler(job.student, job.grid, job.sampler)
+    network = stock_network(job.student, job.grid, job.sampler, job.w)
+    _write(job.staging, network, scheduler, job.student.net)
+    _save_references(job.student, job.grid, job.sampler, job.w, job.staging / "reference.safetensors")
+    return describe(job.student, job.grid, job.sampler, scheduler, job.w)
+
 
 
 def stock_network(student: Denoiser, grid: Grid, sampler: str, w: float | None):
@@ -95,23 +54,24 @@ def stock_network(student: Denoiser, grid: Grid, sampler: str, w: float | None):
 
     net = getattr(student, "net", None)
     if not isinstance(net, (DiT, UNet2D)):
-        raise BadInput(f"{type(net).__name__} has no stock class in diffusers: networks that export are UNet2D and DiT.")
+        raise BadInput(f"{type(net).__name__} has no stock class in diffusers: networks that export are UNet2D, DiT and "
+                       "those that `distill.nets.diffusers.load` reads from a pipeline folder.")
     if net.part == "transformer" and not net.classes:
         raise BadInput("DiTPipeline draws by class only: export a DiT with classes, or a UNet2D.")
     if net.timesteps != len(student.schedule.alphas_cumprod):
         raise BadInput(f"The network counts timesteps={net.timesteps} but its schedule has "
                        f"{len(student.schedule.alphas_cumprod)}: train with the same number in both.")
-    gap = _gap(grid, sampler) if net.flow_map else None
+    gap = gap_of(grid, sampler) if net.flow_map else None
     return net.fold(w=w if net.guided else None, gap=gap)
 
 
-def stock_scheduler(student: Denoiser, grid: Grid, sampler: str):
-    """The stock scheduler that walks the student's grid the way the student does.
+def stock_scheduler(student: Denoiser, grid: Grid, sampler: str, first: list | None = None):
+    """The stock scheduler that walks the student's grid the way the student does; one of `first` if it is of the same table.
 
     Raises:
         BadInput: if there is none; the message shows the times that the stock scheduler would serve.
     """
-    from distill.nets.diffusers import PREDICTIONS, scheduler_of
+    from distill.nets.diffusers import PREDICTIONS, schedule_of, scheduler_of
 
     if sampler not in SAMPLERS:
         raise BadInput(f"sampler '{sampler}' is none of {', '.join(SAMPLERS)}.")
@@ -125,7 +85,8 @@ def stock_scheduler(student: Denoiser, grid: Grid, sampler: str):
         "prediction_type": stock[student.prediction], "clip_sample": False, "set_alpha_to_one": True,
     }
     if sampler == "ode":
-        return _serving(grid, [scheduler_of("DDIMScheduler", **settings, timestep_spacing="trailing")])
+        ours = scheduler_of("DDIMScheduler", **settings, timestep_spacing="trailing")
+        return _serving(grid, [*(s for s in first or () if schedule_of(s) == student.schedule), ours])
     # K itself gives the uniform grid, multiples of it and others the coarser choices out of a finer lattice.
     total = len(student.schedule.alphas_cumprod)
     lattices = [grid.steps, *(m for m in range(grid.steps + 1, total) if total % m == 0)]
@@ -184,7 +145,6 @@ def describe(student: Denoiser, grid: Grid, sampler: str, scheduler, w: float | 
     """The conventions of an exported student, for distill.json."""
     scheduler.set_timesteps(grid.steps)
     return {
-        "distill": __version__,
         "part": student.net.part,
         "steps": grid.steps,
         "timesteps": scheduler.timesteps.tolist(),
@@ -214,7 +174,7 @@ def _save_references(student: Denoiser, grid: Grid, sampler: str, w: float | Non
         cond["w"] = w
     generator = torch.Generator().manual_seed(SEED)
     noise = torch.randn(REFERENCES, *net.shape, generator=generator)
-    told = FlowMap(student, _gap(grid, sampler)) if net.flow_map else student
+    told = FlowMap(student, gap_of(grid, sampler)) if net.flow_map else student
     samples = solve(told, noise, grid.times, SAMPLERS[sampler], generator=generator, **cond)
     save_file(tensors | {"noise": noise, "samples": samples.contiguous()}, file)
 
@@ -230,7 +190,7 @@ class FlowMap(Denoiser):
         return self.student(x_t, t, s=t - self.gap, **cond)
 
 
-def _gap(grid: Grid, sampler: str) -> float:
+def gap_of(grid: Grid, sampler: str) -> float:
     """t - s of every step of the walk: s is the next time for ode, data for renoise."""
     ends = grid.times[1:] if sampler == "ode" else (0.0,) * grid.steps
     gaps = [t - s for t, s in zip(grid.times, ends)]
@@ -241,28 +201,27 @@ def _gap(grid: Grid, sampler: str) -> float:
 
 
 def _write(staging: Path, network, scheduler, net) -> None:
-    """model_index.json and the parts of the pipeline, without what diffusers notes in them and warns of when it loads."""
+    """model_index.json and the parts of the pipeline."""
     import diffusers
 
-    staging.mkdir(parents=True)
+    staging.mkdir(parents=True, exist_ok=True)
     if net.part == "transformer":
         names = {i: str(i) for i in range(net.classes)}
         pipeline = diffusers.DiTPipeline(network, autoencoder(net.shape[0]), scheduler, names)
     else:
         pipeline = diffusers.ConsistencyModelPipeline(network, scheduler)
     pipeline.save_pretrained(staging)
-    for file in staging.rglob("*.json"):
+    strip(staging)
+
+
+def strip(folder: Path) -> None:
+    """Take out of configs where their weights came from, and what diffusers notes of a tiny autoencoder and warns of."""
+    for file in folder.rglob("*.json"):
         config = json.loads(file.read_text())
         noted = {"_name_or_path"} | ({"block_out_channels"} if file.parent.name == "vae" else set())
         if noted & config.keys():
             config = {k: v for k, v in config.items() if k not in noted}
             file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def _yaml(recipe: dict) -> str:
-    import yaml
-
-    return yaml.safe_dump(recipe, sort_keys=False)
 
 
 def _show(grid: Grid) -> str:

@@ -101,6 +101,11 @@ class Adapter(nn.Module):
             self.up.append(nn.Parameter(down.new_zeros(weight.shape[0], shared.rank)))
 
     @property
+    def shared(self) -> Shared:
+        """What it is an adapter on."""
+        return self._shared[0]
+
+    @property
     def body(self) -> nn.Module:
         """The base network, for those who read its layers."""
         return self._shared[0].net

@@ -15,9 +15,11 @@ import torch
 from torch import nn
 
 from distill import methods
+from distill.denoise import Denoiser
 from distill.engine.trainer import equip
 from distill.methods.base import Method
 from distill.nets.lora import lay_out
+from distill.noise import RectifiedFlow, Table
 from distill.place import shared_copies
 from distill.schema import Engine
 
@@ -43,6 +45,15 @@ def small() -> Method:
                                optim={"student": ADAM}, ema=0.9)  # fmt: skip
 
 
+def stock() -> Method:
+    """diffusers' DiT, whose last layer calls the embedding of its first block."""
+    from distill.nets.diffusers import DiT
+
+    net = DiT(size=4, channels=1, patch=2, width=16, depth=2, heads=2, classes=2)
+    roles = {"teacher": Denoiser(net, Table.of(RectifiedFlow()), "v")}
+    return methods.TDM(roles, grid=2, student_every=2, optim=BOTH, ema=0.9)
+
+
 def scm(jvp: str) -> Method:
     """Its loss differentiates the student along a direction."""
     return methods.SCM({"teacher": places.mlp(), "student": places.mlp()}, warm_up=2, ema=0.9, jvp=jvp,
@@ -57,13 +68,14 @@ METHODS = {
                                     "critic": {"name": "SGD", "lr": 0.01, "clip": 0.0}}),
     "lora": functools.partial(tdm, BOTH, "shared_base"),
     "small": small,
+    "stock": stock,
     "scm": functools.partial(scm, "forward"),
     "scm, difference": functools.partial(scm, "difference"),
 }  # fmt: skip
 REFERENCES = {  # what one process trains: method, micro-batches, precision
     "plain": ("plain", 1, "32"), "clip": ("clip", 1, "32"), "lora": ("lora", 1, "32"), "two": ("plain", 2, "32"),
     "bf16": ("plain", 1, "bf16"), "16": ("plain", 1, "16"), "small": ("small", 1, "32"),
-    "scm": ("scm", 1, "32"), "scm, difference": ("scm, difference", 1, "32"),
+    "stock": ("stock", 1, "32"), "scm": ("scm", 1, "32"), "scm, difference": ("scm, difference", 1, "32"),
 }  # fmt: skip
 EVERY = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 CASES = {  # feature: strategies, settings of the engine, method, reference
@@ -72,6 +84,7 @@ CASES = {  # feature: strategies, settings of the engine, method, reference
     "recompute, accumulate": (EVERY[:-1], {"checkpoint_activations": True, "accumulate": 2}, "plain", "two"),
     "bf16": (EVERY, {"precision": "bf16"}, "plain", "bf16"),
     "16": (("ddp", "fsdp"), {"precision": "16"}, "plain", "16"),
+    "stock network": (("fsdp",), {}, "stock", "stock"),
     "forward mode": (("ddp", "fsdp", "zero2"), {}, "scm", "scm"),
     "difference": (("zero3",), {}, "scm, difference", "scm, difference"),
     "offload optimizer": (("zero1", "zero2"), {"offload_optimizer": True}, "plain", "plain"),

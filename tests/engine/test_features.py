@@ -46,6 +46,8 @@ def test_a_feature_trains_what_one_process_does(feature, strategy, found, expect
         got, began = found[feature, strategy][0]["networks"][network], getattr(start, network).state_dict()
         if network in start.frozen:
             assert all(torch.equal(got[k], v) for k, v in began.items()), network
+        elif feature == "difference":  # which magnifies rounding
+            assert away(got, weights, began) < 0.05, network
         elif (feature, strategy) == ("bf16", "zero3"):  # its linear layers are deepspeed's own, which round elsewhere
             assert away(got, weights, began) < 0.2, network
             assert away(expected["two"][network], weights, began) > 0.5, "other data would be as near"

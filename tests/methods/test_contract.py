@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill import config, methods, run
+from distill import bands, config, methods, run
 from distill.denoise import Denoiser, Gaussian
 from distill.engine import checkpoint
 from distill.errors import BadInput
@@ -156,6 +156,8 @@ def test_the_toy_run_reaches_its_stated_distance(recipe, tmp_path):
     for key, bound in cfg.expect.items():
         assert scores[key] <= bound, f"{key} is {scores[key]:.4g}, promised {bound}"
     assert not session.validation.alarms, "a healthy run raised alarms"
+    left, _ = bands.compare(tmp_path / "run", recipe, found=scores)
+    assert not left, "; ".join(map(str, left))
 
 
 def test_a_student_of_an_exploding_schedule_starts_from_its_own_noise():

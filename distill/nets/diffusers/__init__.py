@@ -11,7 +11,8 @@ from distill.nets.diffusers.folder import BACKBONES, CLASSES, FAMILIES
 from distill.nets.diffusers.prompts import FirstFrames, Latent, Prompts, decode, encode
 from distill.nets.diffusers.schedulers import PREDICTIONS, grid_of, prediction_of, schedule_of, scheduler_of
 from distill.nets.diffusers.teacher import load
+from distill.nets.diffusers.walk import applicable, cost, walk
 
 __all__ = ["BACKBONES", "CLASSES", "FAMILIES", "PREDICTIONS", "Conditioned", "DiT", "FirstFrames", "Geometry", "Latent",
-           "Prompts", "Stock", "UNet2D", "decode", "encode", "fingerprints", "grid_of", "load", "prediction_of",
-           "schedule_of", "scheduler_of"]
+           "Prompts", "Stock", "UNet2D", "applicable", "cost", "decode", "encode", "fingerprints", "grid_of", "load",
+           "prediction_of", "schedule_of", "scheduler_of", "walk"]

@@ -81,7 +81,7 @@ class Stock(nn.Module):
         """Row of the class embedding for each label, (B,), or None for an unconditional network."""
         if not self.classes:
             return None
-        if not self.null_class and (label is None or bool((label < 0).any())):
+        if not self.null_class and (label is None or not label.is_meta and bool((label < 0).any())):
             raise BadInput(f"label -1 (no class) reached a {type(self.stock).__name__} without such a class: "
                            "label every sample.")
         return null_index(label, self.classes, t)

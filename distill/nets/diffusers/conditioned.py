@@ -41,6 +41,7 @@ class Conditioned(Stock):
     latent_scale: float | tuple[float, ...] = 1.0
     latent_shift: float | tuple[float, ...] = 0.0
     pixels = 8  # a side of a latent in pixels
+    source: tuple[str, str | None] | None = None  # the folder or hub name that it was loaded from, and the revision
 
     @classmethod
     def wrap(cls, model: Any, schedule: Schedule, timesteps: int = 1000, guided: bool = False, flow_map: bool = False,

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
+
+import torch
 
 from distill.errors import BadInput
 from distill.nets.diffusers.audio import StableAudio
@@ -23,6 +27,19 @@ FAMILIES: dict[str, type[Conditioned]] = {
 BACKBONES = {name: kind.wrap for name, kind in (CLASSES | FAMILIES).items()}  # `wrap(model, timesteps=N, **kw)`
 
 
+_SHAPES: ContextVar[bool] = ContextVar("shapes alone", default=False)
+
+
+@contextmanager
+def shapes_alone():
+    """Networks are built from their config.json on the meta device, and no weight is downloaded or read."""
+    token = _SHAPES.set(True)
+    try:
+        yield
+    finally:
+        _SHAPES.reset(token)
+
+
 def network_of(folder: Path) -> tuple[str, str]:
     """(part, class name) of the denoising network of a folder; BadInput for one that nothing here can load."""
     index = read_json(folder / "model_index.json")
@@ -35,6 +52,9 @@ def network_of(folder: Path) -> tuple[str, str]:
 
 def weights(kind: type, folder: Path, **kw):
     """A stock model from a folder with config.json and safetensors, every weight of it."""
+    if _SHAPES.get():
+        with torch.device("meta"):
+            return torch.nn.Module.to(kind.from_config(kind.load_config(folder)), kw.get("dtype"))
     if not list(folder.glob("*.safetensors")):
         mend = "save the pickled weights again as safetensors" if list(folder.glob("*.bin")) else "copy them there"
         raise BadInput(f"{folder}: the network's weights (*.safetensors) are missing: {mend}.")
@@ -65,8 +85,9 @@ def folder_of(path: str | Path, revision: str | None = None, more: tuple[str, ..
 
     try:
         # Single-file copies of the whole pipeline lie at the top, and other precisions beside the weights.
+        wanted = ["*.json"] if _SHAPES.get() else ["*.json", "*/*.safetensors", *more]
         return Path(snapshot_download(str(path), revision=revision, ignore_patterns=["*.fp16.*", "*.non_ema.*"],
-                                      allow_patterns=["*.json", "*/*.safetensors", *more]))
+                                      allow_patterns=wanted))
     except Exception as error:  # offline, absent, gated: each its own class
         text = str(error).strip().split("\n")[0].rstrip(".")
         raise BadInput(f"'{path}' is neither a folder here nor a model that the hub gives us ({text}): correct the name, log in "

@@ -63,9 +63,11 @@ def _told(folder: Path, path: str | Path, revision: str | None, part: str, name:
     schedule = schedule_of(folder, **dynamic_shift(folder, family.tokens(size)))
     steps = int(scheduler_of(folder).config.get("num_train_timesteps", 1000))
     net = family.wrap(model, schedule=schedule, timesteps=steps, size=size, **kw)
+    net.source = str(path), revision
     net.latent_scale, net.latent_shift, pixels = scaling(folder)
     net.pixels, net.folder = pixels or net.pixels, folder
-    if isinstance(null, str) and null == "" and (family.null_zero or index.get("force_zeros_for_empty_prompt")):
+    zeros = family.null_zero or index.get("force_zeros_for_empty_prompt")
+    if null is not None and (next(model.parameters()).is_meta or null == "" and zeros):
         net.remember(None)
     elif null is not None:
         net.remember(_null(path, revision, null) if isinstance(null, str) else null)

@@ -1,0 +1,54 @@
+"""What a run costs in memory, and on what machine: `cost.json` in its folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import sys
+from pathlib import Path
+
+import lightning
+import torch
+
+from distill.engine.home import leads, world
+
+
+class Cost(lightning.Callback):
+    """Peak memory of the first rank: of the accelerator's allocator where there is one, else resident memory.
+
+    A resumed run keeps the highest of its parts.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_train_start(self, trainer, method):
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def on_train_end(self, trainer, method):
+        if not leads():
+            return
+        before = json.loads(self.path.read_text()) if self.path.exists() else {}
+        kind, peak = peak_memory()
+        found = {"memory": kind, "peak_bytes": max(peak, before.get("peak_bytes", 0) if before.get("memory") == kind else 0)}
+        staging = self.path.with_suffix(".writing")
+        staging.write_text(json.dumps(found | {"device": device(), "processes": world()}, indent=2) + "\n")
+        os.replace(staging, self.path)
+
+
+def peak_memory() -> tuple[str, int]:
+    """("accelerator" or "resident", bytes) of this process so far."""
+    if torch.cuda.is_available():
+        return "accelerator", torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return "resident", peak if sys.platform == "darwin" else peak * 1024
+
+
+def device() -> str:
+    """The accelerator by name, else the processor."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()}, {os.cpu_count()} cores"

@@ -1,0 +1,122 @@
+r"""An adapter on a shared base as a LoRA file that is right at weight 1.0.
+
+y = W x + B' A x with B' = (alpha / rank) B: the factor is in the weights, so that the alpha of the file is its rank and
+readers that look for an alpha and readers that do not agree. Layouts of keys:
+
+    diffusers            unet.down_blocks.0.[...].to_q.lora_A.weight, .lora_B.weight; transformer.* for transformers
+    kohya, ComfyUI       lora_unet_down_blocks_0_[...]_to_q.lora_down.weight, .lora_up.weight, .alpha      (U-Nets)
+    ComfyUI              diffusion_model.blocks.0.self_attn.q.lora_A.weight, .lora_B.weight                (Wan)
+    peft                 base_model.model.[...].lora_A.weight, and adapter_config.json         (PixArt, whose pipelines
+                         load no LoRA: `peft.PeftModel.from_pretrained(pipe.transformer, folder)`)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.errors import BadInput
+from distill.export import text
+from distill.export.job import Job
+from distill.nets.diffusers.schedulers import read_json
+
+STOCK = "pytorch_lora_weights.safetensors"
+PEFT = "adapter_model.safetensors"
+# Where kohya's names and the original code's are not those of diffusers.
+SDXL = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
+WAN = {".attn1.to_": ".self_attn.", ".attn2.to_": ".cross_attn.", ".out.0": ".o", ".ffn.net.0.proj": ".ffn.0",
+       ".ffn.net.2": ".ffn.2", "condition_embedder.time_proj": "time_projection.1", "proj_out": "head.head",
+       "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+       "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+       "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+       "condition_embedder.text_embedder.linear_2": "text_embedding.2"}
+
+
+def write(job: Job) -> dict:
+    """The adapter's files, the student's scheduler and references; the record of distill.json.
+
+    Raises:
+        BadInput: for a student without an adapter, one that is told w or s, or adapters on layers that are not the stock
+            network's own.
+    """
+    if job.adapter is None:
+        raise BadInput("A full fine-tune is no LoRA: train with roles.layout=shared_base, or export it as a pipeline.")
+    net = job.student.net
+    if not text.told(job.student):
+        raise BadInput(f"{type(net).__name__} has no stock pipeline that loads a LoRA: export it as a pipeline.")
+    if net.guided or net.flow_map:
+        raise BadInput("A student that is told w or s changes biases of its base, which a LoRA does not hold: export it "
+                       "as a pipeline.")
+    base = text.source(net)
+    kind = text.pipeline_class(read_json(base / "model_index.json"))
+    scheduler, call = text.serving(job.student, job.grid, job.sampler, base)
+    weights = factors(job.adapter, net.part)
+    if hasattr(kind, "load_lora_weights"):
+        files = {STOCK: stock_keys(weights, net.part)}
+        files |= {f"{job.name}.safetensors": OTHERS[name](weights) for name in (type(net).__name__,) if name in OTHERS}
+    else:
+        files = {PEFT: stock_keys(weights, "base_model.model")}
+        (job.staging / "adapter_config.json").write_text(json.dumps(_peft(weights, text.source_name(net)), indent=2) + "\n")
+    for name, keys in files.items():
+        save(keys, job.staging / name)
+    scheduler.save_pretrained(job.staging / "scheduler")
+    call = text.ask(kind, net, job.grid, call, guided=True)
+    return text.describe(job, scheduler, call) | {
+        "pipeline": kind.__name__, "files": list(files), "rank": len(next(iter(weights.values()))[0]),
+    } | text.references(job, base, kind)
+
+
+def factors(adapter: Any, part: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """(A, B') of every layer by its name in the stock network: W + B' A is the student's weight."""
+    shared, prefix, found = adapter.shared, f"{part}.", {}
+    for name, down, up in zip(shared.targets, adapter.down, adapter.up):
+        if not name.startswith(prefix):
+            raise BadInput(f"The adapter has a layer {name}, which is not the stock network's: set roles.adapter.targets "
+                           f"to '{prefix}*'.")
+        found[name.removeprefix(prefix)] = (down.detach().cpu().float(), shared.scale * up.detach().cpu().float())
+    return found
+
+
+def stock_keys(weights: dict[str, tuple[Tensor, Tensor]], part: str) -> dict[str, Tensor]:
+    """The layout of peft and diffusers, without alpha: that is the rank."""
+    return {f"{part}.{name}.lora_{ab}.weight": w for name, pair in weights.items() for ab, w in zip("AB", pair)}
+
+
+def kohya_keys(weights: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """The layout of kohya's scripts and of ComfyUI for a U-Net of diffusers, with alpha = rank."""
+    found = {}
+    for name, (down, up) in weights.items():
+        key = f"lora_unet_{SDXL.get(name, name).replace('.', '_')}"
+        found |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up,
+                  f"{key}.alpha": torch.tensor(float(len(down)))}
+    return found
+
+
+def wan_keys(weights: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """The layout of Wan's own code, which ComfyUI reads."""
+    found = {}
+    for name, pair in weights.items():
+        for theirs, original in WAN.items():
+            name = name.replace(theirs, original)
+        found |= {f"diffusion_model.{name}.lora_{ab}.weight": w for ab, w in zip("AB", pair)}
+    return found
+
+
+OTHERS: dict[str, Callable[[dict], dict]] = {"TextUNet": kohya_keys, "Wan": wan_keys}
+
+
+def _peft(weights: dict[str, tuple[Tensor, Tensor]], base: str) -> dict:
+    rank = len(next(iter(weights.values()))[0])
+    return {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(weights), "bias": "none",
+            "base_model_name_or_path": base, "inference_mode": True}
+
+
+def save(weights: dict[str, Tensor], file: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({k: w.contiguous() for k, w in weights.items()}, file, metadata={"format": "pt"})

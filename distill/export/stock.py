@@ -1,0 +1,148 @@
+"""What `verify` runs in a process of its own, where importing this package fails: argv = (steps, base, folder, folder, ...).
+
+Prints a list with, for each folder, the largest difference to the trainer's samples, or a sentence that says what failed.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+
+def read(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "reference.safetensors")
+
+
+def randomness(record, noise):
+    """The generator as it was when the references' noise had been drawn; torch's own as well."""
+    import torch
+
+    generator = torch.Generator().manual_seed(record["reference"]["seed"])
+    start = generator.get_state()
+    if not torch.equal(torch.randn(noise.shape, generator=generator), noise):
+        raise ValueError("torch draws other numbers here than where the references were made")
+    torch.set_rng_state(generator.get_state())  # for pipelines that give their scheduler no generator
+    return generator, start
+
+
+def away(x, ours):
+    return ((x - ours).abs().max() / ours.abs().max().clamp(min=1)).nan_to_num(nan=float("inf")).item()
+
+
+def drawn(pipe, folder, record, steps):
+    """From prompts, by the call that distill.json tells."""
+    stored = read(folder)
+    generator, _ = randomness(record, stored["noise"])
+    pipe.set_progress_bar_config(disable=True)
+    call = record["reference"]["call"] | record["call"]
+    if steps != record["steps"]:
+        call = {k: v for k, v in call.items() if k not in ("sigmas", "timesteps")} | {"num_inference_steps": steps}
+    latents = pipe(prompt=record["reference"]["prompts"], latents=stored["noise"].clone(), generator=generator,
+                   output_type="latent", return_dict=False, **call)[0]
+    return away(latents, stored["samples"])
+
+
+def pixels(folder, record, steps, base):
+    """From class labels or from nothing, by a pipeline that makes its own noise; the images that it shows count too."""
+    import torch
+    from diffusers import DiffusionPipeline
+
+    stored, states = read(folder), []
+    noise, ours = stored["noise"], stored["samples"]
+    generator, start = randomness(record, noise)
+    generator.set_state(start)
+    pipe = DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
+    pipe.set_progress_bar_config(disable=True)
+    step = pipe.scheduler.step
+
+    def watched(*args, **kw):
+        states.append(step(*args, **kw))
+        return states[-1]
+
+    pipe.scheduler.step = watched
+    call = {"class_labels": stored["labels"].tolist()} if "labels" in stored else {}
+    call |= {"guidance_scale": 1} if "transformer" in pipe.components else {"batch_size": len(noise)}
+    images = pipe(num_inference_steps=steps, generator=generator, output_type="np", **call).images
+    shown = torch.from_numpy(images).permute(0, 3, 1, 2) - (ours / 2 + 0.5).clamp(0, 1)
+    return max(away(states[-1].prev_sample, ours), 2 * shown.abs().max().nan_to_num(nan=float("inf")).item())
+
+
+def pipeline(folder, record, steps, base):
+    from diffusers import DiffusionPipeline
+
+    if "prompts" not in record["reference"]:
+        return pixels(folder, record, steps, base)
+    return drawn(DiffusionPipeline.from_pretrained(folder, use_safetensors=True), folder, record, steps)
+
+
+def on_base(folder, record, base):
+    """The base's pipeline with the export's scheduler."""
+    import diffusers
+
+    scheduler = getattr(diffusers, record["scheduler"]).from_pretrained(folder, subfolder="scheduler")
+    return diffusers.DiffusionPipeline.from_pretrained(base or record["base"], scheduler=scheduler)
+
+
+def lora(folder, record, steps, base):
+    """Each file at weight 1.0 on the base."""
+    worst = 0.0
+    for file in record["files"]:
+        pipe = on_base(folder, record, base)
+        if hasattr(pipe, "load_lora_weights"):
+            pipe.load_lora_weights(folder, weight_name=file)
+        else:
+            from peft import PeftModel
+
+            part = record["part"]
+            setattr(pipe, part, PeftModel.from_pretrained(getattr(pipe, part), folder).merge_and_unload())
+        worst = max(worst, drawn(pipe, folder, record, steps))
+    return worst
+
+
+def single_file(folder, record, steps, base):
+    import diffusers
+
+    kind, part = getattr(diffusers, record["network"]), record["part"]
+    pipe = on_base(folder, record, base)
+    # Given to from_pretrained instead, it would be ignored where it is optional, as in WanPipeline.
+    setattr(pipe, part, kind.from_single_file(str(folder / record["file"]), config=base or record["base"], subfolder=part))
+    return drawn(pipe, folder, record, steps)
+
+
+def onnx(folder, record, steps, base):
+    """All steps in onnxruntime, from the stored noise and conditions."""
+    import numpy as np
+    import onnxruntime
+    from safetensors.numpy import load_file
+
+    if steps != record["steps"]:
+        raise ValueError(f"the stored noise is that of {record['steps']} steps")
+    stored, session = load_file(folder / "reference.safetensors"), onnxruntime.InferenceSession(folder / record["file"])
+    x = stored["noise"]
+    for k, (t, s) in enumerate(zip(record["times"], record["times"][1:])):
+        told = {name: stored[name] for name in record["told"]}
+        told |= {"x_t": x, "t": np.full(len(x), t, np.float32), "s": np.full(len(x), s, np.float32)}
+        if record["sampler"] == "renoise":
+            told["noise"] = stored["fresh"][k]
+        size = record["batch"] or len(x)
+        x = np.concatenate([session.run(["x_s"], {name: v[i : i + size] for name, v in told.items()})[0]
+                            for i in range(0, len(x), size)])
+    found = np.abs(x - stored["samples"]).max() / max(np.abs(stored["samples"]).max(), 1)
+    return float(found) if np.isfinite(found) else float("inf")
+
+
+def attempt(folder, steps, base):
+    try:
+        record = json.loads((folder / "distill.json").read_text())
+        kind = record.get("kind", "pipeline").replace("-", "_")
+        return {"pipeline": pipeline, "lora": lora, "single_file": single_file, "onnx": onnx}[kind](
+            folder, record, steps, base)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+if __name__ == "__main__":
+    sys.modules["distill"] = None  # from here on, importing it fails
+    counts, given, *folders = sys.argv[1:]
+    print(json.dumps([attempt(Path(f), k, given) for f, k in zip(folders, json.loads(counts))]))

@@ -1,0 +1,120 @@
+"""What a run's folder says of it, without building its objects."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distill import bands, config
+from distill.engine import checkpoint, home
+from distill.errors import BadInput
+from distill.eval import table
+
+RECIPES = Path(__file__).parents[2] / "configs"
+COST, ALARMS, MEASURED = "cost.json", "alarms.jsonl", "report.json"
+
+
+@dataclass
+class Run:
+    """A run as the page shows it."""
+
+    folder: Path
+    cfg: Any
+    rows: list[dict[str, float]]  # metrics.csv
+    manifest: Mapping[str, Any]
+    metrics: dict[str, Any] | None = None  # metrics.json
+    measured: dict[str, Any] = field(default_factory=dict)  # report.json
+    cost: dict[str, Any] = field(default_factory=dict)
+    alarms: list[dict[str, Any]] = field(default_factory=list)
+    band: dict[str, Any] | None = None
+
+    @property
+    def name(self) -> str:
+        return str(self.folder.name if self.cfg.name == "run" else self.cfg.name)
+
+    @property
+    def method(self) -> str:
+        return str(self.cfg.method[config.TARGET]).rpartition(".")[2]
+
+    @property
+    def steps(self) -> int:
+        """The student's evaluations a sample."""
+        grid = self.cfg.method.get("grid", 4)
+        return len(grid) - 1 if hasattr(grid, "__len__") else int(grid)
+
+    @property
+    def step(self) -> int:
+        """Training steps done."""
+        return int(self.manifest.get("step") or max((row["step"] for row in self.rows), default=0))
+
+    @property
+    def seconds(self) -> float | None:
+        """Of training, from the logged rates; what validation and checkpoints take is not in it."""
+        logged = [(row["step"], row["steps_per_second"]) for row in self.rows if row.get("steps_per_second")]
+        starts = [0, *(step for step, _ in logged)]
+        return sum((step - start) / rate for start, (step, rate) in zip(starts, logged)) if logged else None
+
+    @property
+    def samples(self) -> int | None:
+        """Samples seen in training, over all ranks."""
+        size = self.cfg.data.get("batch_size")
+        return size and self.step * int(size) * self.cfg.engine.accumulate * int(self.manifest.get("world") or 1)
+
+    def scores(self, row: str) -> dict[int, dict[str, float]]:
+        """{nfe: {metric: value}} of a row of metrics.json: teacher, student, training_free."""
+        return {int(nfe): values for nfe, values in sorted((self.metrics or {}).get(row, {}).items(), key=lambda i: int(i[0]))}
+
+
+def read(folder: Path) -> Run:
+    """The run in `folder`.
+
+    Raises:
+        BadInput: no run there, or a file of it is damaged.
+    """
+    folder = Path(folder)
+    cfg, found = home.config_of(folder), checkpoint.complete(folder / home.CHECKPOINTS)
+    metrics = table.read(folder / home.METRICS) if (folder / home.METRICS).exists() else None
+    return Run(
+        folder, cfg, bands.rows(folder), checkpoint.manifest(found[-1]) if found else {}, metrics,
+        json_of(folder / MEASURED), json_of(folder / COST), _alarms(folder / ALARMS), band_of(cfg),
+    )  # fmt: skip
+
+
+def json_of(path: Path) -> dict[str, Any]:
+    """A JSON file's mapping; empty where there is no file."""
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        raise BadInput(f"{path} is not JSON; remove it, it is made again.") from None
+
+
+def _alarms(path: Path) -> list[dict[str, Any]]:
+    """One alarm a line; a line that a killed run left half written is not one."""
+    out = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue
+        out += [found] if isinstance(found, dict) else []
+    return out
+
+
+def band_of(cfg: Any) -> dict[str, Any] | None:
+    """The band of the shipped recipe that a config follows, wherever its files lie."""
+    mine = bands.fingerprint(cfg)
+    for path in sorted(RECIPES.glob("*/bands/*.json")):
+        found = json_of(path)
+        if found.get("recipe") == mine:
+            return found
+    return None
+
+
+def finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

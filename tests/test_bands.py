@@ -1,0 +1,145 @@
+"""The band of a recipe: arithmetic by hand, runs that leave it, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import statistics
+from pathlib import Path
+
+import pytest
+import tiny
+from click.testing import CliRunner
+
+from distill import bands, config
+from distill.cli import main
+from distill.errors import BadInput
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted((ROOT / "configs").glob("*/bands/*.json"))
+
+
+def test_a_curve_is_the_median_of_a_twentieth():
+    found = [{"step": s, "student/loss": float(s), "steps_per_second": 1.0, "student/skipped": 0.0} for s in range(1, 41)]
+    found += [{"step": 0, "validation/energy": 3.0, "validation/teacher@2/energy": 1.0}]
+    got = bands.curves(found, 40)
+    assert set(got) == {"student/loss", "validation/energy"} and got["validation/energy"] == {0: 3.0}
+    assert got["student/loss"] == {2 * k: 2 * k - 0.5 for k in range(1, 21)}
+
+
+def test_a_band_of_losses_is_in_logarithms_with_pooled_deviations():
+    runs = [[1.0, 4.0], [2.0, 4.0], [4.0, 4.0]]  # of three seeds, two windows
+    pooled = math.sqrt((math.log(2) ** 2 + 0) / 2)
+    (low, high), (low2, high2) = bands._logged([list(c) for c in zip(*runs)])
+    assert low == pytest.approx(2 / 2**4, rel=1e-3) and high == pytest.approx(2 * 2**4, rel=1e-3)  # 4 own deviations
+    assert high2 == pytest.approx(4 * math.exp(4 * pooled), rel=1e-3) and low2 == pytest.approx(16 / high2, rel=1e-3)
+
+
+def test_a_band_of_metrics_is_as_they_are_and_never_narrower_than_a_quarter():
+    values = [0.01, 0.012, 0.014]
+    [[low, high]] = bands._measured([values])
+    half = 8 * statistics.stdev(values)
+    assert (low, high) == pytest.approx((0.012 - half, 0.012 + half))
+    assert bands._measured([[2.0, 2.0, 2.0]]) == [[1.5, 2.5]]
+
+
+def test_a_departure_is_named_with_its_step_value_and_band():
+    band = {"student/loss": {"step": [2, 4, 6], "low": [1.0, 1.0, 1.0], "high": [2.0, 2.0, 2.0]}}
+    assert bands.outside({"student/loss": {2: 1.5, 4: 2.0}}, band) == []
+    [left] = bands.outside({"student/loss": {2: 1.5, 4: 3.0, 6: math.nan}}, band)
+    assert str(left) == "student/loss at step 4: 3, above the band 1 to 2; outside in 2 of 3 windows"
+    [left] = bands.outside({"student/loss": {2: 0.5}}, band)
+    assert "0.5, below the band" in str(left)
+
+
+def test_of_a_metric_only_the_worse_side_counts():
+    band = {"energy": [0.01, 0.02], "recall": [0.4, 0.5], "nll_gap": [-0.1, 0.1]}
+    good = {"energy": 0.001, "recall": 0.9, "nll_gap": 0.0}
+    assert bands.beyond(good, band, {}) == []
+    names = lambda found, expect=(): [d.name for d in bands.beyond(found, band, dict(expect))]
+    assert names({"energy": 0.021, "recall": 0.39, "nll_gap": -0.2}) == ["energy", "recall", "nll_gap"]
+    assert names(good, [("energy", 0.0005)]) == ["energy"]
+    assert names({"energy": math.nan} | good | {"energy": math.nan}) == ["energy"]
+    assert [str(d) for d in bands.beyond({"map_error": 0.2}, {}, {"map_error": 0.1})] == [
+        "map_error: 0.2, above the band -inf to 0.1"]
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A small recipe, runs of three seeds, and its band, by the command."""
+    folder = tmp_path_factory.mktemp("recorded")
+    recipe = folder / "small.yaml"
+    cfg = tiny.recipe("train.steps=40", name="teacher")
+    cfg.expect = {}  # it is too small for what the toy promises
+    config.save(cfg, recipe)
+    for seed in (1, 2, 3, 4):
+        result = distill("train", recipe, f"seed={seed}", f"name=s{seed}", "--runs", folder, "--no-check")
+        assert result.exit_code == 0, result.output
+    result = distill("compare", "--record", *(folder / f"s{s}" for s in (1, 2, 3)), recipe)
+    assert result.exit_code == 0, result.output
+    return folder, recipe
+
+
+def distill(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def test_a_run_of_another_seed_stays_within(recorded):
+    folder, recipe = recorded
+    band = json.loads((folder / "bands" / "small.json").read_text())
+    assert band["seeds"] == [1, 2, 3] and len(band["curves"]["student/loss"]["step"]) == 20
+    assert {"energy", "nll_gap", "mode_kl"} <= set(band["metrics"])
+    result = distill("compare", folder / "s4", recipe)
+    assert result.exit_code == 0 and f"{folder / 's4'}: within the band of {recipe}." in result.output, result.output
+
+
+def test_a_run_that_went_wrong_is_told_where(recorded):
+    folder, recipe = recorded
+    result = distill("train", recipe, "optim.student.lr=0.2", "name=wrong", "--runs", folder, "--no-check")
+    assert result.exit_code == 0, result.output
+    result = distill("compare", folder / "wrong", recipe)
+    assert result.exit_code == 1
+    assert "note   differs from the recipe: optim.student.lr is 0.2, there 0.002" in result.output
+    assert "LEAVES student/" in result.output and "above the band" in result.output
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--record", "s1", "s2"], "2 runs are too few"), (["--record", "s1", "s2", "s1"], "has seed 1, as another run has"),
+    (["s1", "s2"], "Give RUN RECIPE"), (["--record"], "Give RUN RECIPE"),
+])  # fmt: skip
+def test_what_is_no_band_is_refused(recorded, arguments, says):
+    folder, recipe = recorded
+    flags = [a for a in arguments if a.startswith("--")]
+    result = distill("compare", *flags, *(folder / a for a in arguments if a not in flags), recipe)
+    assert result.exit_code == 2 and says in result.stderr, result.stderr
+
+
+def test_a_changed_recipe_asks_for_a_new_band(recorded, tmp_path):
+    folder, recipe = recorded
+    other = tmp_path / "small.yaml"
+    other.write_text(recipe.read_text().replace("steps: 40", "steps: 50"))
+    (tmp_path / "bands").mkdir()
+    (tmp_path / "bands" / "small.json").write_text((folder / "bands" / "small.json").read_text())
+    with pytest.raises(BadInput, match="recorded for another version"):
+        bands.read(other)
+    with pytest.raises(BadInput, match="s1 is not a run of .*train.steps is 40, there 50"):
+        bands.record([folder / "s1"] * 3, other)
+
+
+def test_where_files_lie_does_not_change_a_recipe():
+    one = config.load([ROOT / "configs" / "digits" / "tdm.yaml"])
+    two = copy.deepcopy(one)
+    two.data.path, two.roles.teacher.path, two.seed, two.name = "/elsewhere/train", "/elsewhere/teacher", 7, "mine"
+    assert bands.fingerprint(one) == bands.fingerprint(two) and not bands.differences(one, two)
+    two.method.grid = 2
+    assert bands.fingerprint(one) != bands.fingerprint(two)
+    assert bands.differences(one, two) == ["method.grid is 4, there 2"]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parts[-3]}-{p.stem}")
+def test_a_shipped_band_is_of_its_recipe(path):
+    band = bands.read(path.parents[1] / f"{path.stem}.yaml")
+    assert len(set(band["seeds"])) >= bands.LEAST and band["metrics"] and band["curves"]
+    for curve in band["curves"].values():
+        assert all(low < high for low, high in zip(curve["low"], curve["high"]))
