@@ -145,7 +145,7 @@ def test_a_run_on_a_plateau_stops_and_says_so_and_a_resume_stays_stopped(tmp_pat
     assert checkpoint.latest(tmp_path / "run" / "checkpoints").name == "step-00000006"
     again = tiny.train(tmp_path / "run", *STOP, resume=True)
     assert again.method.step == 6 and again.stopped and seen == [0, 2, 4, 6]
-    assert "has stopped at step 6" in capsys.readouterr().out.replace("\n", " ")
+    assert "has stopped at step 6" in " ".join(capsys.readouterr().out.split())
     more = tiny.train(tmp_path / "run", *STOP, "train.patience=4", resume=True)
     assert more.method.step == 10 and seen[4:] == [8, 10] and more.stopped
 
