@@ -102,7 +102,7 @@ def _line(name: str, found: list[tuple], colour: str, *, dash: str = "solid", wi
         "type": "scatter", "mode": "lines+markers" if size else "lines", "name": name, "opacity": opacity,
         "x": [c for c, _, _ in found], "y": [v for _, v, _ in found], "customdata": [n for _, _, n in found],
         "line": {"color": f"var:{'solver-strong' if strong else colour}", "width": width, "dash": dash},
-        "marker": {"color": f"var:{colour}", "size": size or 1, "symbol": symbol},
+        "marker": {"color": f"var:{colour}", "size": size or 1, "symbol": symbol, "opacity": 1},
         "hovertemplate": f"<b>{name}</b><br>%{{customdata}} evaluations: %{{y:.4g}}<extra></extra>",
     }  # fmt: skip
     if not group:

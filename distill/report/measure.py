@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from distill import run
 from distill.engine import home
 from distill.engine.callbacks import console
-from distill.eval import baselines, pictures, table
+from distill.eval import baselines, table
 from distill.grid import Grid
 from distill.report.gather import MEASURED, json_of
 from distill.session import Session
@@ -60,7 +61,8 @@ def measure(folder: Path, session: Session, evaluations: Sequence[int] | None = 
 def _machine(session: Session) -> str:
     device = next(session.method.student.parameters()).device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return f"{name}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def timed(session: Session, call: Callable, z: Tensor, cond: dict[str, Tensor]) -> tuple[Tensor, float]:
@@ -161,7 +163,23 @@ def _png(tests: Any, kind: str, x: Tensor) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.png"
         if kind == "images":
-            pictures.grid(x.float(), len(x), path)
+            strip(x).save(path)
         else:
             tests.picture({"": x}, path)
         return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def strip(x: Tensor, side: int = 96, gap: int = 4) -> Any:
+    """Images (B, C, H, W) in [-1, 1] beside each other, about `side` pixels wide each, with clear gaps between them."""
+    from PIL import Image
+
+    x = x.float().clamp(-1, 1)
+    if x.shape[-1] > side:
+        x = interpolate(x, scale_factor=side / x.shape[-1], mode="area")
+    scale = max(side // x.shape[-1], 1)
+    x = ((x + 1) * 127.5).round().byte().expand(-1, 3, -1, -1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    width, height = x.shape[-1], x.shape[-2]
+    sheet = Image.new("RGBA", (len(x) * (width + gap) - gap, height), (0, 0, 0, 0))
+    for i, one in enumerate(x.permute(0, 2, 3, 1).contiguous()):
+        sheet.paste(Image.fromarray(one.numpy()), (i * (width + gap), 0))
+    return sheet

@@ -49,13 +49,15 @@
   const layout = (figure, id) => {
     const all = (key) => figure.data.flatMap((t) => t[key]).filter((v) => typeof v === "number" && v > 0);
     const [x, y] = [figure.layout.xaxis, figure.layout.yaxis];
+    const fixed = root.classList.contains("printing") ? { width: 336, height: 268, autosize: false } : { autosize: true };
     return {
+      ...fixed,
       font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: named("ink") },
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       title: { text: y.title, x: 0, xref: "container", xanchor: "left", y: 1, yanchor: "top", pad: { t: 4 }, font: { size: 14, color: named("ink") } },
       margin: { l: 44, r: 12, t: 34, b: 44 }, hovermode: "closest",
       hoverlabel: { bgcolor: named("paper"), bordercolor: named("line"), font: { color: named("ink") } },
-      legend: { orientation: "h", x: 0, y: -0.2, yanchor: "top", font: { size: 12 }, bgcolor: "rgba(0,0,0,0)", traceorder: "normal" },
+      legend: { orientation: "h", x: 0, y: fixed.height ? -0.34 : -0.2, yanchor: "top", font: { size: 12 }, bgcolor: "rgba(0,0,0,0)", traceorder: "normal" },
       annotations: figure.layout.note ? [{
         text: figure.layout.note, xref: "paper", yref: "paper", x: 1, y: 1, xanchor: "right", yanchor: "bottom", showarrow: false,
         font: { size: 12, color: named("soft") },
@@ -82,7 +84,7 @@
   const printing = (on) => {
     root.classList.toggle("printing", on);
     draw();
-    places.forEach((id) => Plotly.Plots.resize(id));
+    if (!on) places.forEach((id) => Plotly.Plots.resize(id));
   };
   dark.addEventListener("change", draw);
   paper.addEventListener("change", (event) => printing(event.matches));
