@@ -6,8 +6,8 @@ A curve is read in windows of a twentieth of the run, by the median of the rows 
 
 For losses and gradient norms in logarithms, where all are positive, with REACH 4 and a margin of 10 %; for validation and
 the metrics of the finished run as they are, relative deviations pooled, with REACH 8 and 25 % of the mean, because a metric
-has no windows to pool over. Of metrics only the worse side counts. Three seeds say little of a tail, so the bands are wide:
-they are for runs that went wrong, not for the second digit.
+has no windows to pool over, and not less than what two draws of the data have between them. Of metrics only the worse side
+counts. Three seeds say little of a tail, so the bands are wide: they are for runs that went wrong, not for the second digit.
 """
 
 from __future__ import annotations
@@ -154,29 +154,33 @@ def record(folders: Sequence[Path], recipe: Path, allow: tuple[str, ...] = ()) -
         if own.seed in seeds:
             raise BadInput(f"{folder} has seed {own.seed}, as another run has; give each run its own seed.")
         seeds.append(own.seed)
-    found, metrics = [], []
+    found, metrics, floor = [], [], {}
     for folder in folders:
         session = run.open_run(folder, allow)
         if session.method.step < cfg.train.steps:
             raise BadInput(f"{folder} has done {session.method.step} of {cfg.train.steps} steps; finish it by --resume.")
         found.append(curves(rows(folder), cfg.train.steps))
-        metrics.append(scores(session, folder))
+        floor = session.suite().floor()
+        kept = {session.suite().headline, *cfg.expect, *table.HIGHER}
+        metrics.append({k: v for k, v in scores(session, folder).items() if k in kept})
     path = path_of(recipe)
     path.parent.mkdir(exist_ok=True)
-    whole = {"recipe": fingerprint(cfg), "steps": cfg.train.steps, "seeds": seeds, "curves": _bands(found)}
-    whole["metrics"] = {k: _measured([[m[k] for m in metrics]])[0] for k in metrics[0] if all(k in m for m in metrics)}
+    whole = {"recipe": fingerprint(cfg), "steps": cfg.train.steps, "seeds": seeds, "curves": _bands(found, floor)}
+    shared = [k for k in metrics[0] if all(k in m for m in metrics)]
+    whole["metrics"] = {k: _measured([[m[k] for m in metrics]], floor.get(k, 0.0))[0] for k in shared}
     staging = path.with_suffix(".writing")
     staging.write_text(_compact(whole))
     os.replace(staging, path)
     return path
 
 
-def _bands(found: Sequence[Mapping[str, Curve]]) -> dict[str, dict[str, list[float]]]:
+def _bands(found: Sequence[Mapping[str, Curve]], floor: Mapping[str, float]) -> dict[str, dict[str, list[float]]]:
     out = {}
     for name in (n for n in found[0] if all(n in some for some in found)):
         ends = sorted(set.intersection(*(set(some[name]) for some in found)))
         columns = [[some[name][end] for some in found] for end in ends]
-        bands = _measured(columns) if name.startswith(VALIDATION) else _logged(columns)
+        least = 2 * floor.get(name.removeprefix(VALIDATION), 0.0)  # validation has fewer samples, and so more noise
+        bands = _measured(columns, least) if name.startswith(VALIDATION) else _logged(columns)
         out[name] = {"step": ends, "low": [low for low, _ in bands], "high": [high for _, high in bands]}
     return out
 
@@ -194,14 +198,14 @@ def _logged(columns: Sequence[Sequence[float]]) -> list[list[float]]:
     return out
 
 
-def _measured(columns: Sequence[Sequence[float]]) -> list[list[float]]:
-    """[low, high] of each measurement of one metric."""
+def _measured(columns: Sequence[Sequence[float]], least: float = 0.0) -> list[list[float]]:
+    """[low, high] of each measurement of one metric, at least `least` around its mean."""
     relative = [statistics.variance(c) / statistics.fmean(c) ** 2 if statistics.fmean(c) else 0.0 for c in columns]
     pooled, (reach, margin) = math.sqrt(statistics.fmean(relative)), METRICS
     out = []
     for column in columns:
         mean = statistics.fmean(column)
-        half = max(reach * max(statistics.stdev(column), pooled * abs(mean)), margin * abs(mean))
+        half = max(reach * max(statistics.stdev(column), pooled * abs(mean)), margin * abs(mean), abs(least))
         out.append([_short(mean - half), _short(mean + half)])
     return out
 

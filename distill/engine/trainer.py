@@ -82,7 +82,7 @@ def equip(method: lightning.LightningModule, engine: Any) -> None:
     """Give a method its place, and its networks what the config asks for."""
     alone = not (dist.is_available() and dist.is_initialized())
     method.place = place_of(engine, 1 if alone else dist.get_world_size())
-    if method.place.sharded and (why := method.unsharded()):
+    if method.place.sharded and (why := method.unsharded):
         raise BadInput(
             f"engine.strategy: {engine.strategy} cuts networks to shards, and {type(method).__name__} needs them whole: "
             f"{why}; take ddp, zero1 or zero2."

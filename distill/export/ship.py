@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
@@ -18,6 +17,7 @@ from distill.errors import BadInput, suggest
 from distill.export.card import card, picture
 from distill.export.job import Job
 from distill.grid import Grid
+from distill.place import copy_of, shared_copies
 
 KINDS = ("pipeline", "lora", "single-file", "onnx")
 
@@ -78,7 +78,8 @@ def export(student: Denoiser, grid: Grid | int | list, sampler: str, out: str | 
 
 def _whole(student: Denoiser) -> tuple[Denoiser, Any]:
     """A copy of the student that can be written, an adapter merged into its base; and that adapter."""
-    student, adapter = copy.deepcopy(student), None
+    with shared_copies():  # of a network as large as memory there is room for one
+        student, adapter = copy_of(student), None
     if hasattr(student.net, "merged"):
         adapter, student.net = student.net, student.net.merged()
     return student.cpu().float().eval(), adapter

@@ -46,19 +46,12 @@ class CTM(Method):
         BadInput: if the student's network has no input s.
     """
 
+    unsharded = "its balance differentiates by the student's last weight matrix"
+
     def __init__(
-        self,
-        roles: dict[str, Any],
-        *,
-        intervals: int = 18,
-        longest: int | None = None,
-        solver: str = "heun",
-        target_ema: float = 0.999,
-        gamma: float = 0.0,
-        denoise: float = 1.0,
-        density: Any = None,
-        **base,
-    ):
+        self, roles: dict[str, Any], *, intervals: int = 18, longest: int | None = None, solver: str = "heun",
+        target_ema: float = 0.999, gamma: float = 0.0, denoise: float = 1.0, density: Any = None, **base,
+    ):  # fmt: skip
         super().__init__(roles, averages={"target": ("student", target_ema)}, **base)
         if not getattr(self.student.net, "flow_map", False):
             raise BadInput("roles.student: CTM needs a network with an input s; set flow_map: true.")
@@ -66,9 +59,6 @@ class CTM(Method):
         self.solver, self.sampler = solver_of(solver), Gamma(gamma)
         self.denoise, self.density = denoise, density or Uniform(1e-3, 1.0)
         self.guided, self.schedule = Guided(self.teacher, self.guidance), self.student.schedule
-
-    def unsharded(self):
-        return "its balance differentiates by the student's last weight matrix"
 
     def turns(self, step):
         yield "student", self.loss

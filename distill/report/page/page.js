@@ -57,7 +57,7 @@
       title: { text: y.title, x: 0, xref: "container", xanchor: "left", y: 1, yanchor: "top", pad: { t: 4 }, font: { size: 14, color: named("ink") } },
       margin: { l: 44, r: 12, t: 34, b: 44 }, hovermode: "closest",
       hoverlabel: { bgcolor: named("paper"), bordercolor: named("line"), font: { color: named("ink") } },
-      legend: { orientation: "h", x: 0, y: -0.2, yanchor: "top", font: { size: 12 }, bgcolor: "rgba(0,0,0,0)", traceorder: "normal" },
+      legend: { orientation: "h", x: 0, y: fixed.height ? -0.34 : -0.2, yanchor: "top", font: { size: 12 }, bgcolor: "rgba(0,0,0,0)", traceorder: "normal" },
       annotations: figure.layout.meta ? [{
         text: figure.layout.meta, xref: "paper", yref: "paper", x: 1, y: 1, xanchor: "right", yanchor: "bottom", showarrow: false,
         font: { size: 12, color: named("soft") },
