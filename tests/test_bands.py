@@ -41,7 +41,7 @@ def test_a_band_of_metrics_is_as_they_are_and_never_narrower_than_a_quarter():
     [[low, high]] = bands._measured([values])
     half = 8 * statistics.stdev(values)
     assert (low, high) == pytest.approx((0.012 - half, 0.012 + half))
-    assert bands._measured([[2.0, 2.0, 2.0]]) == [[1.5, 2.5]]
+    assert bands._measured([[2.0, 2.0, 2.0]]) == [[1.5, 2.5]] and bands._measured([[2.0, 2.0, 2.0]], 0.7) == [[1.3, 2.7]]
 
 
 def test_a_departure_is_named_with_its_step_value_and_band():
@@ -59,8 +59,7 @@ def test_of_a_metric_only_the_worse_side_counts():
     assert bands.beyond(good, band, {}) == []
     names = lambda found, expect=(): [d.name for d in bands.beyond(found, band, dict(expect))]
     assert names({"energy": 0.021, "recall": 0.39, "nll_gap": -0.2}) == ["energy", "recall", "nll_gap"]
-    assert names(good, [("energy", 0.0005)]) == ["energy"]
-    assert names({"energy": math.nan} | good | {"energy": math.nan}) == ["energy"]
+    assert names(good, [("energy", 0.0005)]) == ["energy"] and names(good | {"energy": math.nan}) == ["energy"]
     assert [str(d) for d in bands.beyond({"map_error": 0.2}, {}, {"map_error": 0.1})] == [
         "map_error: 0.2, above the band -inf to 0.1"]
 
@@ -89,7 +88,7 @@ def test_a_run_of_another_seed_stays_within(recorded):
     folder, recipe = recorded
     band = json.loads((folder / "bands" / "small.json").read_text())
     assert band["seeds"] == [1, 2, 3] and len(band["curves"]["student/loss"]["step"]) == 20
-    assert {"energy", "nll_gap", "mode_kl"} <= set(band["metrics"])
+    assert set(band["metrics"]) == {"energy"}  # what a suite mainly measures, and what a recipe expects
     result = distill("compare", folder / "s4", recipe)
     assert result.exit_code == 0 and f"{folder / 's4'}: within the band of {recipe}." in result.output, result.output
 
