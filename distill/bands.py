@@ -29,6 +29,7 @@ from distill import config, run
 from distill.engine import home
 from distill.errors import BadInput
 from distill.eval import table
+from distill.schema import Optim
 from distill.session import Session
 
 WINDOWS, LEAST = 20, 3  # of a curve; seeds
@@ -87,7 +88,9 @@ def fingerprint(cfg: Any) -> str:
 
 def _essence(cfg: Any) -> dict[str, Any]:
     whole = OmegaConf.to_container(cfg)
-    flat = dict(_leaves({k: whole[k] for k in ("roles", "method", "data", "optim")}))
+    default = vars(Optim())  # left out, so that a key that optimisers gain later changes no recipe
+    optim = {role: {k: v for k, v in o.items() if v != default.get(k)} for role, o in whole["optim"].items()}
+    flat = dict(_leaves({k: whole[k] for k in ("roles", "method", "data")} | {"optim": optim}))
     return flat | {"train.steps": whole["train"]["steps"], "engine.accumulate": whole["engine"]["accumulate"]}
 
 
