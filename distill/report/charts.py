@@ -60,7 +60,7 @@ def quality(runs: Sequence[Run], metric: str, cost: str) -> Figure:
     traces = [t for t in traces if t["x"]]
     x = "network evaluations a sample" if cost == "nfe" else "seconds for 1,000 samples"
     note = f"off the chart: {', '.join(far)}" if far else ""
-    return {"data": traces, "layout": {"xaxis": _log(x), "yaxis": _scale(traces, title(metric))}, "note": note}
+    return {"data": traces, "layout": {"xaxis": _log(x), "yaxis": _scale(traces, title(metric)), "meta": note}}
 
 
 def _bound(runs: Sequence[Run], metric: str, solvers: Sequence[Any]) -> Callable[[float], bool]:

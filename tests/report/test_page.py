@@ -100,7 +100,7 @@ def test_every_figure_is_one_of_plotly(folder):
     assert list(figures) == ["quality-nfe", "quality-seconds", "validation-energy", "loss", "grad-norm"]
     for found in figures.values():
         for figure in found.values():
-            Figure(plain({k: figure[k] for k in ("data", "layout")}))  # raises on a key or value that plotly does not have
+            Figure(plain(figure))  # raises on a key or value that plotly does not have
     names = [trace.get("name") for trace in figures["quality-nfe"]["energy"]["data"]]
     assert names == ["UniPC", "Heun", "best stock solver", "teacher, DDIM", "student"]
     student = figures["quality-seconds"]["energy"]["data"][-1]
@@ -112,7 +112,7 @@ def test_a_solver_that_would_hide_the_rest_is_named_instead(folder):
     run = gather.read(folder)
     run.measured["points"].append(point("DPM2", "stock", 3, 0.4, 31.0))
     figure = charts.quality([run], "energy", "nfe")
-    assert figure["note"] == "off the chart: DPM2 at 3" and max(y for t in figure["data"] for y in t["y"]) < 1
+    assert figure["layout"]["meta"] == "off the chart: DPM2 at 3" and max(y for t in figure["data"] for y in t["y"]) < 1
 
 
 def test_the_teachers_lines_are_the_runs_own_where_it_logged_them(folder):

@@ -58,8 +58,8 @@
       margin: { l: 44, r: 12, t: 34, b: 44 }, hovermode: "closest",
       hoverlabel: { bgcolor: named("paper"), bordercolor: named("line"), font: { color: named("ink") } },
       legend: { orientation: "h", x: 0, y: fixed.height ? -0.34 : -0.2, yanchor: "top", font: { size: 12 }, bgcolor: "rgba(0,0,0,0)", traceorder: "normal" },
-      annotations: figure.note ? [{
-        text: figure.note, xref: "paper", yref: "paper", x: 1, y: 1, xanchor: "right", yanchor: "bottom", showarrow: false,
+      annotations: figure.layout.meta ? [{
+        text: figure.layout.meta, xref: "paper", yref: "paper", x: 1, y: 1, xanchor: "right", yanchor: "bottom", showarrow: false,
         font: { size: 12, color: named("soft") },
       }] : [],
       xaxis: axis(x, all("x"), false, id === "quality-nfe"), yaxis: axis(y, all("y"), true, false),
