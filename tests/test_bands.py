@@ -41,7 +41,8 @@ def test_a_band_of_metrics_is_as_they_are_and_never_narrower_than_a_quarter():
     [[low, high]] = bands._measured([values])
     half = 8 * statistics.stdev(values)
     assert (low, high) == pytest.approx((0.012 - half, 0.012 + half))
-    assert bands._measured([[2.0, 2.0, 2.0]]) == [[1.5, 2.5]] and bands._measured([[2.0, 2.0, 2.0]], 0.7) == [[1.3, 2.7]]
+    assert bands._measured([[2.0, 2.0, 2.0]]) == [[1.5, 2.5]] and bands._measured([[2.0, 2.0, 2.0]], least=0.7) == [[1.3, 2.7]]
+    assert bands._measured([[0.98] * 3], "accuracy") == [[0.955, 1.0]] and bands._measured([[0.4] * 3], "recall") == [[0.3, 0.5]]
 
 
 def test_a_departure_is_named_with_its_step_value_and_band():

@@ -122,8 +122,9 @@ def validation(runs: Sequence[Run], metric: str) -> Figure:
     for who, value in _teacher(runs[0], metric).items():
         dash = "dash" if who == list(_teacher(runs[0], metric))[-1] else "dot"
         text = f"teacher at {who.partition('@')[2]} evaluations" if "@" in who else who
-        traces.append({"type": "scatter", "mode": "lines", "name": text, "x": [0, end], "y": [value, value],
-                       "line": {"color": "var:teacher", "width": 1.5, "dash": dash}, "hovertemplate": f"{text}: %{{y:.4g}}<extra></extra>"})  # noqa: E501
+        trace = {"type": "scatter", "mode": "lines", "name": text, "x": [0, end], "y": [value, value]}
+        hover = f"{text}: %{{y:.4g}}<extra></extra>"
+        traces.append(trace | {"line": {"color": "var:teacher", "width": 1.5, "dash": dash}, "hovertemplate": hover})
     for run, colour, shape in zip(runs, COLOURS * len(runs), SHAPES * len(runs)):
         text = f"student at {run.steps}" if len(runs) == 1 else run.name
         traces.append(_curve(run, name, text, colour, "lines+markers", symbol=shape, width=2.5))
@@ -171,7 +172,8 @@ def _band(run: Run, name: str, colour: str = "student") -> list[Figure]:
     band = (run.band or {}).get("curves", {}).get(name)
     if not band:
         return []
-    floor = min(band["high"]) / 4  # a metric's band may reach below 0, where a logarithmic axis has no place
+    seen = [row[name] for row in run.rows if finite(row.get(name)) and row[name] > 0]
+    floor = min([*seen, min(band["high"])]) / 2  # a metric's band may reach below 0, where a logarithmic axis has no place
     low = [max(v, floor) if floor > 0 and min(band["low"]) <= 0 else v for v in band["low"]]
     edge = {"type": "scatter", "mode": "lines", "x": band["step"], "line": {"width": 0}, "hoverinfo": "skip"}
     area = {"fill": "tonexty", "fillcolor": f"var:{colour}-pale", "name": f"band of the recipe, {len(run.band['seeds'])} seeds"}

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from distill import run
 from distill.engine import home
 from distill.engine.callbacks import console
@@ -94,8 +92,8 @@ def html(runs: Sequence[Run]) -> str:
         metrics=[(name, charts.TITLES.get(name, name)) for name in names], ids=list(figures),
         tiles=tables.tiles(runs[0]) if len(runs) == 1 else [], compared=tables.compared(runs),
         results=[(r, tables.results(r), tables.floor(r)) for r in runs], costs=tables.costs(runs), settings=tables.settings(runs),
-        environment=tables.environment(runs), notes=[tables.note(r) for r in runs],
-        configs=[(r.name, OmegaConf.to_yaml(r.cfg)) for r in runs], pictures=_pictures(runs),
+        environment=tables.environment(runs), notes=tables.notes(runs),
+        configs=[(r.name, (r.folder / home.CONFIG).read_text()) for r in runs], pictures=_pictures(runs),
     )  # fmt: skip
 
 

@@ -61,7 +61,8 @@ def tiles(run: Run) -> list[Tile]:
         beside = f"teacher at {most}: {number(best)}" if finite(best) else ""
         out.append(Tile(number(own), f"{name}, student at {run.steps}", beside))
         if finite(best) and best > 0 and own > 0 and metric not in table.HIGHER:
-            out.append(Tile(f"{own / best:.2f}×", "of the teacher's distance", f"with {most / run.steps:.3g}× fewer evaluations"))
+            fewer = f"with {most / run.steps:.3g}× fewer evaluations"
+            out.append(Tile(f"{number(own / best)}×", "of the teacher's distance", fewer))
         free = run.scores("training_free").get(run.steps, {}).get(metric)
         stock = [p["scores"].get(metric) for p in _stock(run) if p["nfe"] <= run.steps]
         rivals = [v for v in [free, *stock] if finite(v)]
@@ -127,16 +128,21 @@ def compared(runs: Sequence[Run]) -> dict[str, Any] | None:
     own = [run.scores("student").get(run.steps) or run.scores("teacher").get(run.steps, {}) for run in runs]
     for run, values in zip(runs, own):
         cells = [(number(values.get(n)), _best(n, values.get(n), [v.get(n) for v in own])) for n in names]
-        rows.append({"name": run.name, "method": run.method, "steps": run.steps, "cells": cells,
-                     "trained": f"{run.step:,}", "time": seconds(run.seconds), "memory": size(run.cost.get("peak_bytes"))})  # noqa: E501
+        row = {"name": run.name, "method": run.method, "steps": run.steps, "cells": cells, "trained": f"{run.step:,}"}
+        rows.append(row | {"time": seconds(run.seconds), "memory": size(run.cost.get("peak_bytes"))})
     return {"heads": [_head(n) for n in names], "rows": rows}
+
+
+def notes(runs: Sequence[Run]) -> list[str]:
+    """A note a run, named where there are several."""
+    return [note(run) if len(runs) == 1 else f"{run.name}: {note(run)}" for run in runs]
 
 
 def note(run: Run) -> str:
     """How the numbers came about."""
     about, said = (run.metrics or {}).get("about", {}), []
     if not run.metrics:
-        return f"{run.name}: nothing is measured yet; make the page without --quick."
+        return "Nothing is measured yet; make the page without --quick."
     said.append(f"{about['samples']:,} samples a row, all from the same noise" if "samples" in about else "")
     said.append(f"seconds on {run.measured['machine']}, measured once" if run.measured.get("machine") else "")
     said.append(f"checkpoint of step {about['step']:,}" if "step" in about else "")

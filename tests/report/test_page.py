@@ -61,7 +61,7 @@ def test_a_folder_is_read_as_numbers(folder):
 def test_the_tiles_say_what_was_measured(folder):
     found = tables.tiles(gather.read(folder))
     assert found[0] == ("0.01", "Energy distance, student at 2", "teacher at 50: 0.02")
-    assert found[1].value == "0.50×" and "25× fewer" in found[1].beside
+    assert found[1].value == "0.5×" and "25× fewer" in found[1].beside
     assert found[2].value == "0.3"  # the best of ours at two evaluations is below UniPC's 0.35; Heun costs three
     assert found[3].value == "0.1 s" and found[3].beside == "teacher at 50: 5 s"
     assert found[4].value == "10 s"
@@ -106,6 +106,13 @@ def test_every_figure_is_one_of_plotly(folder):
     student = figures["quality-seconds"]["energy"]["data"][-1]
     assert (student["x"], student["y"]) == ([0.1], [0.01])
     assert "band of the recipe, 3 seeds" in [trace.get("name") for trace in figures["loss"][""]["data"]]
+
+
+def test_a_solver_that_would_hide_the_rest_is_named_instead(folder):
+    run = gather.read(folder)
+    run.measured["points"].append(point("DPM2", "stock", 3, 0.4, 31.0))
+    figure = charts.quality([run], "energy", "nfe")
+    assert figure["layout"]["meta"] == "off the chart: DPM2 at 3" and max(y for t in figure["data"] for y in t["y"]) < 1
 
 
 def test_the_teachers_lines_are_the_runs_own_where_it_logged_them(folder):
@@ -160,7 +167,8 @@ def test_quick_measures_nothing_and_says_so(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(page, "_complete", lambda *a: pytest.fail("measured"))
     (folder / "metrics.json").unlink()
     report([folder], tmp_path / "page.html", quick=True)
-    assert "nothing is measured yet; make the page without --quick" in " ".join(tables.note(r) for r in [gather.read(folder)])
+    assert "Nothing is measured yet; make the page without --quick." == tables.note(gather.read(folder))
+    assert "quality-nfe" not in page._figures([gather.read(folder)])
 
 
 def test_what_is_missing_is_measured_once(tmp_path, monkeypatch):
