@@ -82,10 +82,10 @@ def equip(method: lightning.LightningModule, engine: Any) -> None:
     """Give a method its place, and its networks what the config asks for."""
     alone = not (dist.is_available() and dist.is_initialized())
     method.place = place_of(engine, 1 if alone else dist.get_world_size())
-    if method.place.sharded and (why := method.unsharded()):
+    if method.place.sharded and method.unsharded:
         raise BadInput(
             f"engine.strategy: {engine.strategy} cuts networks to shards, and {type(method).__name__} needs them whole: "
-            f"{why}; take ddp, zero1 or zero2."
+            f"{method.unsharded}; take ddp, zero1 or zero2."
         )
     if not method.place.forward_mode and getattr(method, "jvp", None) == "forward":
         raise BadInput(f"method.jvp: {engine.strategy} has no forward-mode derivative; set method.jvp=difference, or take fsdp.")

@@ -49,6 +49,7 @@ class Method(lightning.LightningModule):
     frozen: tuple[str, ...] = ("teacher",)
     sampler: Any = DDIM()  # how the student walks its grid
     serving: str = "ode"  # the kind of stock scheduler that walks the same way: ode or renoise
+    unsharded: str = ""  # why no network of this method may be cut to shards; empty where they may
     needs_data: bool = True  # False: conditions and a shape are enough
 
     def __init__(
@@ -107,10 +108,6 @@ class Method(lightning.LightningModule):
     def clock(self) -> tuple[int, int]:
         """(step, of how many) for learning rates and averages; a method that starts anew midway counts from there."""
         return self.step, self.total_steps
-
-    def unsharded(self) -> str:
-        """Why no network of this method may be cut to shards; empty where they may."""
-        return ""
 
     # -- sampling ------------------------------------------------------------------------------------------------
 

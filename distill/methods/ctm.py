@@ -46,10 +46,10 @@ class CTM(Method):
         BadInput: if the student's network has no input s.
     """
 
+    unsharded = "its balance differentiates by the student's last weight matrix"
+
     def __init__(
-        self,
-        roles: dict[str, Any],
-        *,
+        self, roles: dict[str, Any], *,
         intervals: int = 18,
         longest: int | None = None,
         solver: str = "heun",
@@ -66,9 +66,6 @@ class CTM(Method):
         self.solver, self.sampler = solver_of(solver), Gamma(gamma)
         self.denoise, self.density = denoise, density or Uniform(1e-3, 1.0)
         self.guided, self.schedule = Guided(self.teacher, self.guidance), self.student.schedule
-
-    def unsharded(self):
-        return "its balance differentiates by the student's last weight matrix"
 
     def turns(self, step):
         yield "student", self.loss

@@ -50,17 +50,9 @@ class SCM(Method):
     sampler, serving = Renoise(), "renoise"
 
     def __init__(
-        self,
-        roles: dict[str, Any],
-        *,
-        sigma_data: float = 1.0,
-        mean: float = -1.0,
-        std: float = 1.4,
-        warm_up: int = 10_000,
-        c: float | None = 0.1,
-        jvp: str = "forward",
-        **base,
-    ):
+        self, roles: dict[str, Any], *, sigma_data: float = 1.0, mean: float = -1.0, std: float = 1.4,
+        warm_up: int = 10_000, c: float | None = 0.1, jvp: str = "forward", **base,
+    ):  # fmt: skip
         if "teacher" not in roles:
             self.frozen = ()
         super().__init__(roles, **base)

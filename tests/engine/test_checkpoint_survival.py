@@ -127,6 +127,8 @@ def test_a_write_costs_the_training_its_copy(tmp_path, gate):
     assert gate.written == 0
     print(f"\nof 32 MiB: stall {1e3 * stall:.1f} ms, copy {1e3 * copy:.1f} ms, ratio {stall / copy:.2f}")
     assert stall < 2 * copy + 0.005
+    gate.open.set()
+    writer.wait()
 
 
 def test_what_a_write_met_is_raised_at_the_next_step_and_once(tmp_path, monkeypatch):
