@@ -136,7 +136,7 @@ class Saves(Every):
     def _save(self, method):
         state = method.snapshot()  # on every rank: the parts of one may lie on another
         if self.writer:
-            self.writer.submit(state, method.place.fresh, clean=method.skips.clean(), **self.facts())
+            self.writer.submit(state, fresh=method.place.fresh, clean=method.skips.clean(), **self.facts())
 
     def on_train_batch_start(self, trainer, method, batch, index):
         if self.writer:
