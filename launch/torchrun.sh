@@ -13,5 +13,8 @@ if [ "${NODES:-1}" -gt 1 ]; then
 else
   where=(--standalone)
 fi
+# A store of their own for each start: torchrun's shared one still holds the addresses of the processes that were lost, and
+# those that start again would call them (https://github.com/pytorch/pytorch/issues/135712).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec ${PYTHON:-python} -m torch.distributed.run "${where[@]}" --nproc-per-node "${PROCESSES:-gpu}" \
   --max-restarts "${RESTARTS:-3}" -m distill.cli train "$@" --resume-if-exists

@@ -46,7 +46,7 @@ def test_time_lost_in_a_method_is_seen(plain, monkeypatch):
     monkeypatch.setattr(methods.Diffusion, "draw", slow)
     found = measured()
     assert found["phases"]["all"]["draw"] > 100 > plain["phases"]["all"]["draw"]
-    assert found["ratio"] > plain["ratio"] and found["step"] - found["floor"] > 90  # the floor is a measurement too
+    assert found["ratio"] > plain["ratio"] and found["step"] - found["floor"] > 100
 
 
 def test_the_phases_make_up_the_step(plain):

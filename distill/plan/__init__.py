@@ -117,7 +117,7 @@ def plan(cfg: Any, machine: Machine, allow: tuple[str, ...] = (), largest: bool 
     layouts, notes = _layouts(cfg, allow)
     main = layouts[0]
     seen = main.seen()
-    rows = [_row(layout, strategy, machine, largest) for layout in layouts for strategy in STRATEGIES]
+    rows = [_row(layout, strategy, machine, largest) for layout in layouts for strategy in strategies(cfg.engine, machine)]
     rows.sort(key=lambda row: not row["fits"])  # stable: least communication first, the config's own layout first
     if machine.gpus > 1:  # one device is the plan of who has but one
         rows.sort(key=lambda row: (not row["fits"], row["strategy"] == "single"))
@@ -202,6 +202,12 @@ def configured(engine: Any, gpus: int) -> str:
     return "zero3+offload" if engine.strategy == "zero3" and engine.offload_parameters else engine.strategy
 
 
+def strategies(engine: Any, machine: Machine) -> tuple[str, ...]:
+    """Those that make a difference on this machine: one GPU spreads nothing."""
+    alone = ("single", "zero3+offload", configured(engine, 1))
+    return STRATEGIES if machine.gpus > 1 else tuple(s for s in STRATEGIES if s in alone)
+
+
 def _advice(cfg: Any, machine: Machine, rows: list[dict], layouts: list[Layout], allow: tuple[str, ...]) -> str:
     own, best = configured(cfg.engine, machine.gpus), rows[0]
     mine = next(r for r in rows if r["strategy"] == own and r["layout"] == layouts[0].name)
@@ -214,7 +220,8 @@ def _advice(cfg: Any, machine: Machine, rows: list[dict], layouts: list[Layout],
     if best["fits"]:
         layout = "" if best["layout"] == layouts[0].name else f"roles.layout={best['layout']} "
         words = f"{layout}{settings_for(best['strategy'], machine.gpus)}"
-        return f"{told}; use {words} ({best['total'] / GB:.1f} GB)."
+        host = f", and {best['host'] / GB:.1f} GB a rank of the machine's memory" if best["host"] else ""
+        return f"{told}; use {words} ({best['total'] / GB:.1f} GB{host})."
     return f"{told}, and no strategy fits on {size}; use {_way_out(cfg, machine, layouts, allow)}."
 
 
@@ -224,21 +231,22 @@ def _rank(row: dict) -> int:
 
 def _way_out(cfg: Any, machine: Machine, layouts: list[Layout], allow: tuple[str, ...]) -> str:
     """What would make a run fit that no strategy fits."""
+    tried = strategies(cfg.engine, machine)
     for layout in layouts:
-        most = {s: layout.largest(s, machine) for s in STRATEGIES}
+        most = {s: layout.largest(s, machine) for s in tried}
         s = max(most, key=lambda s: (most[s], -STRATEGIES.index(s)))
         if most[s]:
             return f"data.batch_size={most[s]} with {_words(layout, layouts, s, machine.gpus)}"
     if not cfg.engine.checkpoint_activations:
         lean, _ = _layout(_with(cfg, {"engine": {"checkpoint_activations": True}}), allow, brief=True)
-        fits = next((s for s in STRATEGIES if lean.fits(s, machine)), None)
+        fits = next((s for s in tried if lean.fits(s, machine)), None)
         if fits:
             return f"engine.checkpoint_activations=true {settings_for(fits, machine.gpus)}"
     for gpus in (2**i for i in range(1, 13)):
         for layout in layouts if gpus > machine.gpus else ():
             if layout.fits("fsdp", replace(machine, gpus=gpus)):
                 return f"{gpus} such GPUs with {_words(layout, layouts, 'fsdp', gpus)}"
-    smallest = min(layout.load(s, machine.gpus).total for layout in layouts for s in STRATEGIES)
+    smallest = min(layout.load(s, machine.gpus).total for layout in layouts for s in tried)
     return f"GPUs of more than {math.ceil(smallest / (1 - RESERVE) / GB)} GB"
 
 

@@ -13,7 +13,15 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+aten = torch.ops.aten
+FORMULAS = flop_registry | {  # the CPU's attention is not among torch's own
+    aten._scaled_dot_product_flash_attention_for_cpu:
+        lambda q, k, v, *_, out_val=None, **kw: sdpa_flop_count(q.shape, k.shape, v.shape),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        lambda g, q, k, v, *_, out_val=None, **kw: sdpa_backward_flop_count(g.shape, q.shape, k.shape, v.shape),
+}  # fmt: skip
 
 
 class Meter(TorchDispatchMode):
@@ -41,7 +49,7 @@ class Meter(TorchDispatchMode):
             out = made()
         else:
             out, flops = func(*args, **kwargs), 0
-            formula = flop_registry.get(func._overloadpacket)
+            formula = FORMULAS.get(func._overloadpacket)
             if formula is not None:
                 flops = formula(*args, **kwargs, out_val=out)
             if key is not None and (made := maker(out)) is not None:
@@ -221,12 +229,12 @@ def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     if attn_mask is None and query.dtype != torch.float32:
-        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+        return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
         attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
     needs = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    return torch.ops.aten._scaled_dot_product_efficient_attention(
+    return aten._scaled_dot_product_efficient_attention(
         query, key, value, attn_mask, needs, dropout_p, is_causal, scale=scale
     )[0]

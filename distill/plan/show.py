@@ -16,7 +16,7 @@ from distill.plan.spread import KINDS
 HEADS = {"averages": "EMA", "masters": "master", "gradients": "grads", "activations": "activ.", "temporary": "buffers"}
 
 
-WIDTH = 112
+WIDTH = 120
 
 
 def show(found: dict[str, Any], console: Console | None = None) -> None:

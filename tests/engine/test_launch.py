@@ -90,7 +90,7 @@ def test_a_run_of_two_processes_goes_on_under_another_strategy_and_exports(tmp_p
     assert said.count("4 of 4 steps done") == 1 and said.count("validation at step 4") == 1
     said = distill("train", *common, "train.steps=6", "engine.strategy=fsdp", "--resume")
     assert "strategy was zero2 and is fsdp" in " ".join(said.split()) and "6 of 6 steps done" in said
-    assert [p.name for p in (tmp_path / "runs").iterdir()] [-1:] == ["toy-dmd2"]
+    assert [p.name for p in (tmp_path / "runs").iterdir() if p.name != ".cache"] == ["toy-dmd2"]
     distill("sample", "runs/toy-dmd2", "samples.png", "-n", "10")
     assert (tmp_path / "samples.png").stat().st_size > 1000
     said = distill("train", *common, "name=other", "engine.strategy=zero2", "engine.deepspeed=nowhere.json", code=2)
@@ -109,7 +109,7 @@ def test_torchrun_starts_all_again_when_one_is_killed_and_the_run_goes_on(tmp_pa
                           cwd=tmp_path, capture_output=True, text=True, env=env)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "killed").exists() and "60 of 60 steps done" in done.stdout
-    assert {*(tmp_path / "starts").read_text()} >= {"0", "1"}
+    assert {*(tmp_path / "starts").read_text()} == {"0", "1"}
     rows = [int(r["step"]) for r in tiny.rows(tmp_path / "runs" / "toy-teacher") if r["student/loss"]]
     assert rows == [10, 20, 30, 40, 50, 60]
 

@@ -10,7 +10,7 @@ from distill import config, run
 from distill.session import assemble
 
 SMALL = (
-    "log.wandb=disabled", "train.threads=1", "train.steps=600", "method.warm_start=200", "data.batch_size=128",
+    "log.wandb=disabled", "train.threads=1", "train.steps=900", "method.warm_start=200", "data.batch_size=128",
     "roles.student.net.width=64", "method.grid=1", "method.student_every=1",
 )  # fmt: skip
 
@@ -21,15 +21,15 @@ def distances(weight: float, balance: str) -> dict[str, float]:
     session = assemble(config.load([recipe], [*SMALL, f"method.adversarial={weight}", f"method.balance={balance}"]))
     method = session.method
     method.configure_optimizers()
-    method.total_steps = 600
+    method.total_steps = 900
     for batch in session.data.loader():
-        if method.step == 600:
+        if method.step == 900:
             return run.toy_scores(session)
         method.training_step(batch)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("weight, balance, converges", [(30, "false", False), (30, "auto", True)])
+@pytest.mark.parametrize("weight, balance, converges", [(30, "false", False), (30, "auto", True), (0.03, "auto", True)])
 def test_the_toy_converges_at_any_weight_of_the_head_with_auto_and_not_without(weight, balance, converges):
     """Weights of 0.1 and more are one run under `auto`, bit for bit (tests/losses/test_adversarial.py)."""
     assert (distances(weight, balance)["energy"] <= 0.009) == converges
