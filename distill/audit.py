@@ -114,7 +114,8 @@ def _null(path: Path, info: Info, found: Found) -> None:
     if null is None:
         found.odd.append("there is no null condition beside the index; guidance then needs the teacher's own (null: '')")
         return
-    for name, member in info.members.items():
+    stays = info.encoder.get("framed", "").split()  # a first frame is not dropped with the prompt
+    for name, member in ((n, m) for n, m in info.members.items() if n not in stays):
         if name not in null or tuple(null[name].shape[1:]) != member.shape:
             has = tuple(null[name].shape[1:]) if name in null else "nothing"
             found.wrong.append(f"the null condition has {has} for '{name}', but samples {member.shape}")

@@ -17,9 +17,11 @@ from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from distill.data import sources
@@ -83,6 +85,12 @@ class Coder:
         return Prompts(self.task.pipeline, dtype=self.task.precision, device=self.device)
 
     @cached_property
+    def frames(self) -> Any:
+        from distill.nets.diffusers import FirstFrames
+
+        return FirstFrames(self.task.pipeline, dtype=self.task.precision, device=self.device)
+
+    @cached_property
     def null(self) -> dict[str, Tensor] | None:
         """One row by name; None for a network that is not told text."""
         return self.text.null(**self.options) if self.geometry.text else None
@@ -96,6 +104,7 @@ class Coder:
         whole = [i for i in items if not i.bad]
         latents = self._latents(whole) if whole and whole[0].pixels is not None else [None] * len(whole)
         told, kept = self._told([i.caption for i in whole]) if self.geometry.text else {}, iter(range(len(whole)))
+        told |= self._framed(whole, latents) if whole and self.geometry.framed else {}
         for item in items:
             if item.bad:
                 yield Row(item.key, skipped=item.bad)
@@ -137,6 +146,15 @@ class Coder:
         place = {"": 0} | {c: n for n, c in enumerate(asked, 1)}
         return {k: v[[place[c] for c in captions]] for k, v in rows.items()}
 
+    def _framed(self, items: list[Item], latents: Tensor) -> dict[str, Tensor]:
+        """Conditions of first frames; where the stock pipeline draws one, the draw is of the sample's key."""
+        rows = []
+        for item, x in zip(items, latents):
+            frame = ((item.pixels[:, 0] + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0)
+            random = torch.Generator().manual_seed(crc32(item.key.encode()))
+            rows.append(self.frames([Image.fromarray(frame.numpy())], tuple(x.shape[1:]), random))
+        return {k: torch.cat([row[k] for row in rows]) for k in rows[0]}
+
     def stored(self, x: Tensor, what: str, key: str) -> np.ndarray:
         """Floats in the type to store; BadInput when they are not finite in it."""
         if not torch.is_floating_point(x):
@@ -173,7 +191,7 @@ def run(task: Task, workers: int = 1, say: Say = print) -> dict[str, Info] | Non
     else:
         _work(task, mine, _local(), coder, parts, say)
     kept = parts.plan
-    made = {**coder.prints, "pipeline": task.pipeline, "size": _words(task, coder)}
+    made = {**coder.prints, "pipeline": task.pipeline, "size": _words(task, coder), "framed": " ".join(coder.geometry.framed)}
     text = coder.geometry.text
     info = Info(_shape(task, coder), 0 if text else kept["classes"], names=() if text else tuple(kept["names"]),
                 captions=kept["captions"], dtype="float32",
@@ -191,6 +209,9 @@ def _begin(task: Task) -> tuple[Coder, Parts]:
                        "model, or train on pixels (`distill data images`).")
     if task.prompts and not coder.geometry.text:
         raise BadInput(f"{task.pipeline}: its network is told no text, so prompts are of no use to it; give another pipeline.")
+    if task.prompts and coder.geometry.framed:
+        raise BadInput(f"{task.pipeline} is told a first frame beside the prompt: give a folder of videos with captions to "
+                       "`distill data encode`, which stores both.")
     size = coder.geometry.size(task.how.size)
     task.how.multiple = coder.geometry.multiple
     task.how.size = size if task.how.size or task.how.buckets or not task.prompts else None

@@ -75,7 +75,7 @@ def _encoders(where: str, role: str, folder: str, stored: dict[str, str]) -> Non
 
     for part, own in fingerprints(folder).items():
         if stored.get(part, own) != own:
-            what = {"vae": "another autoencoder", "text": "other text encoders"}[part]
+            what = {"vae": "another autoencoder", "text": "other text encoders", "image": "another image encoder"}[part]
             raise BadInput(
                 f"{where} was encoded by {what} ({stored[part]}, of {stored.get('pipeline', 'an unnamed pipeline')}) than "
                 f"roles.{role} has ({own}, of {folder}): encode it again by `distill data encode --pipeline {folder}`, or "

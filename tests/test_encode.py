@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from zlib import crc32
 
 import diffusers
 import numpy as np
@@ -28,7 +29,7 @@ from distill.data.shards import Shards
 from distill.data.sources import Settings
 from distill.encode import Task
 from distill.errors import BadInput
-from distill.nets.diffusers import Geometry, Latent, Prompts, fingerprints, load
+from distill.nets.diffusers import FirstFrames, Geometry, Latent, Prompts, fingerprints, load
 from distill.nets.diffusers import tiny as families
 
 PARTI = Path(os.environ.get("DISTILL_DATA", Path(__file__).parents[2] / "shared" / "data")) / "prompts/PartiPrompts.tsv"
@@ -192,6 +193,33 @@ def test_image_shards_and_videos_are_sources_too(pipeline, photos, tmp_path):
     assert Shards(tmp_path / "video5" / "train", 2).all()["x"].shape == (2, 16, 2, 4, 2)
     with pytest.raises(BadInput, match="holds video.*makes images"):
         made(clips, tmp_path / "wrong", pipeline, caption="a clip")
+
+
+@pytest.mark.parametrize("family, size, told", [("wan_i2v", (32, 32), {"image", "clip"}), ("cogvideox_i2v", (32, 32), {"image"})])
+def test_an_image_to_video_pipeline_has_first_frames_too(family, size, told, tmp_path):
+    path, clips, random = families.folder(family), tmp_path / "clips", np.random.default_rng(0)
+    clips.mkdir()
+    for i in range(3):
+        np.save(clips / f"{i}.npy", random.integers(0, 255, (9, 40, 32, 3), dtype=np.uint8))
+        (clips / f"{i}.txt").write_text("a clip of kind " + "abc"[i])
+    made(clips, tmp_path / "out", path, size=size, frames=9)
+    made(clips, tmp_path / "again", path, size=size, frames=9, batch=1)
+    source = Shards(tmp_path / "out" / "train", 3)
+    stored, again = source.all(), Shards(tmp_path / "again" / "train", 3).all()
+    assert all(torch.equal(stored[key], again[key]) for key in told)  # a draw is of its sample, whoever makes it
+    assert told < set(stored) and set(source.null) == {"text"}
+    i = stored["caption"].index("a clip of kind b")
+    frame = Image.fromarray(np.load(clips / "1.npy")[0, 4:36])  # a picture of the size asked
+    own = FirstFrames(path)([frame], tuple(stored["x"].shape[2:]), torch.Generator().manual_seed(crc32(b"000000001")))
+    for key in told:
+        torch.testing.assert_close(stored[key][i : i + 1], own[key], atol=1e-6, rtol=1e-5)
+    assert cli("data", "audit", tmp_path / "out", "--pipeline", path)[0] == 0
+    cfg = recipe(path, "Consistency", tmp_path / "out" / "train")
+    cfg.roles.teacher.size = list(stored["x"].shape[2:])
+    assert runs.train(cfg, tmp_path / "run").method.step == 2
+    (tmp_path / "a.txt").write_text("a clip")
+    with pytest.raises(BadInput, match="told a first frame beside the prompt"):
+        made(tmp_path / "a.txt", tmp_path / "prompts", path)
 
 
 # -- killed, shared, resumed ------------------------------------------------------------------------------------------

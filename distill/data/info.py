@@ -37,7 +37,7 @@ class Info:
         path: what messages name.
         members: further tensors of every sample by name, such as the conditions `text` and `pooled`.
         samples: False for conditions alone, without x; `shape` is then that of what the method will make.
-        encoder: what made latents and conditions: fingerprints `vae` and `text`, and `pipeline`, `size`, in words.
+        encoder: what made latents and conditions: fingerprints `vae`, `text`, `image`; `pipeline`, `size`, `framed` in words.
     """
 
     shape: tuple[int, ...]

@@ -47,8 +47,11 @@ def test_stock_diffusers_draws_the_trainers_samples(tmp_path):
     flow = Table.of(RectifiedFlow(), 1000)
     export(student(schedule=flow, kind=DiT, classes=3), 4, "ode", tmp_path / "dit")
     export(student("x", channels=3, kind=DiT, classes=3, guided=True), 2, "renoise", tmp_path / "dit_renoise", w=2.5)
+    pixels = load("tiny:adm")
+    export(pixels, 4, "ode", tmp_path / "adm")  # its mean alone
+    assert pixels.net.stock.config.out_channels == 6 and len(pixels.net.stock.conv_out.bias) == 6  # itself as it was
     folders = sorted(tmp_path.iterdir())
-    assert len(folders) == 13
+    assert len(folders) == 14
     for folder, value in zip(folders, compare(folders)):
         assert value < (5e-5 if folder.name == "teacher" else 1e-5), folder.name  # fifty steps round more often
         samples = load_file(folder / "reference.safetensors")["samples"]

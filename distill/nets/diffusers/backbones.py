@@ -173,6 +173,17 @@ class UNet2D(Stock):
         net._adopt(unet, rows - null_class, null_class, guided, flow_map, timesteps, math_attention)
         return net
 
+    @torch.no_grad()
+    def fold(self, w: float | None = None, gap: float | None = None) -> Any:
+        """As every stock network's; a variance, which no sampler of a few steps asks, is left behind."""
+        model, channels = super().fold(w, gap), self.stock.config.in_channels
+        if model.config.out_channels != channels:
+            last, model.conv_out = model.conv_out, copy_of(model.conv_out)
+            model.conv_out.weight, model.conv_out.bias = (nn.Parameter(p[:channels]) for p in (last.weight, last.bias))
+            model.conv_out.out_channels = channels
+            model.register_to_config(out_channels=channels)
+        return model
+
     @staticmethod
     def embeddings(model) -> list[nn.Module]:
         return [model.time_embedding]

@@ -11,17 +11,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from distill.errors import BadInput
-from distill.nets.diffusers.folder import FAMILIES, folder_of, network_of
+from distill.nets.diffusers.folder import FAMILIES, folder_of, network_of, told_a_frame
 from distill.nets.diffusers.prompts import scaling
 from distill.nets.diffusers.schedulers import read_json
 
-PARTS = {"vae": ("vae",), "text": ("text_encoder", "text_encoder_2", "text_encoder_3", "projection_model")}
+PARTS = {"vae": ("vae",), "text": ("text_encoder", "text_encoder_2", "text_encoder_3", "projection_model"),
+         "image": ("image_encoder",)}
 _PIECE = 4096  # bytes
 _NOTES = ("_", "transformers_version", "torch_dtype", "dtype", "architectures")  # of a config, that change no output
 
 
 def fingerprints(path: str | Path, revision: str | None = None) -> dict[str, str]:
-    """Twelve hex digits for the autoencoder (`vae`) and for the text encoders (`text`), as far as the folder has them.
+    """Twelve hex digits for the autoencoder (`vae`), the text encoders (`text`) and the image encoder (`image`), as far as the
+    folder has them.
 
     SHA-256 of the configs and of every weight's name, type, shape and first, middle and last 4 KiB: another training
     changes all weights, and 10 GB of a text encoder are told apart without being read.
@@ -72,6 +74,7 @@ class Geometry:
         multiple: of which pixel sides must be multiples, so that autoencoder and network take them.
         frames: frames of video a latent frame, after the first; 1 for images.
         text: whether the network is told text.
+        framed: names of what an image-to-video network is told of the first frame.
     """
 
     shape: tuple[int, ...]
@@ -79,6 +82,7 @@ class Geometry:
     multiple: int
     frames: int
     text: bool
+    framed: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, path: str | Path, revision: str | None = None) -> Geometry:
@@ -93,7 +97,8 @@ class Geometry:
         levels = getattr(stock, "block_out_channels", None)  # of a U-Net, which halves the sides between them
         patch = 2 ** (len(levels) - 1) if levels else max(patch, getattr(family, "patch", 1))
         pixels = pixels if len(shape) > 2 else 1
-        return cls(tuple(shape), pixels, pixels * patch if len(shape) > 2 else 1, _frames(folder, family), family is not None)
+        return cls(tuple(shape), pixels, pixels * patch if len(shape) > 2 else 1, _frames(folder, family), family is not None,
+                   family.framed if told_a_frame(folder) else ())
 
     def size(self, stated: tuple[int, int] | None) -> tuple[int, int] | None:
         """(H, W) in pixels, the network's own if none is stated; None for sound.

@@ -50,6 +50,12 @@ def network_of(folder: Path) -> tuple[str, str]:
     return part, name
 
 
+def told_a_frame(folder: Path) -> bool:
+    """Whether a folder's pipeline makes video from a first frame, in a way that is here."""
+    kind = read_json(folder / "model_index.json").get("_class_name", "")
+    return "ImageToVideo" in kind and hasattr(FAMILIES.get(network_of(folder)[1]), "framed")
+
+
 def weights(kind: type, folder: Path, **kw):
     """A stock model from a folder with config.json and safetensors, every weight of it."""
     if _SHAPES.get():

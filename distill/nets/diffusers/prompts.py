@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from distill.errors import BadInput
-from distill.nets.diffusers.folder import FAMILIES, folder_of, network_of, weights
+from distill.nets.diffusers.folder import FAMILIES, folder_of, network_of, told_a_frame, weights
 from distill.nets.diffusers.schedulers import read_json, stock_class
 
 ENCODERS = ("text_encoder", "tokenizer", "projection_model", "scheduler")
@@ -97,10 +97,10 @@ class FirstFrames:
 
     def __init__(self, path: str | Path, revision: str | None = None, dtype: str = "float32", device: str = "cpu"):
         folder = folder_of(path, revision)
-        index, name = read_json(folder / "model_index.json"), network_of(folder)[1]
-        self.family, self.device = FAMILIES.get(name), device
-        if not getattr(self.family, "seen", ()) or "ImageToVideo" not in index["_class_name"]:
-            raise BadInput(f"{folder}: {index['_class_name']} is told no first frame: take an image-to-video pipeline of Wan 2.1 "
+        self.family, self.device = FAMILIES.get(network_of(folder)[1]), device
+        if not told_a_frame(folder):
+            kind = read_json(folder / "model_index.json")["_class_name"]
+            raise BadInput(f"{folder}: {kind} is told no first frame: take an image-to-video pipeline of Wan 2.1 "
                            "or CogVideoX.")
         try:
             self.pipeline = pipeline_with(folder, self.family.seen + ("scheduler",), self.family.bones_seen, dtype, device)

@@ -67,7 +67,7 @@ def _told(folder: Path, path: str | Path, revision: str | None, part: str, name:
     net.latent_scale, net.latent_shift, pixels = scaling(folder)
     net.pixels, net.folder = pixels or net.pixels, folder
     zeros = family.null_zero or index.get("force_zeros_for_empty_prompt")
-    if null is not None and (next(model.parameters()).is_meta or null == "" and zeros):
+    if next(model.parameters()).is_meta or null == "" and zeros:
         net.remember(None)
     elif null is not None:
         net.remember(_null(path, revision, null) if isinstance(null, str) else null)

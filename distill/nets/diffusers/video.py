@@ -18,7 +18,7 @@ class Wan(Conditioned):
     grey for the others. `clip` (B, N, D) are the image encoder's features of the first frame.
     """
 
-    seen = ("vae", "image_encoder", "image_processor")
+    seen, framed = ("vae", "image_encoder", "image_processor"), ("image", "clip")
 
     @staticmethod
     def check(model) -> None:
@@ -31,7 +31,7 @@ class Wan(Conditioned):
 
     def set_sizes(self, model) -> None:
         if model.config.image_dim is not None:
-            self.told, self.kept = ("text", "image", "clip"), ("image", "clip")
+            self.told, self.kept = ("text", *self.framed), self.framed
 
     @staticmethod
     def default_shape(config):
@@ -63,7 +63,7 @@ class CogVideoX(Conditioned):
     of x lie zeros.
     """
 
-    seen, bones_seen = ("vae",), ("transformer",)
+    seen, bones_seen, framed = ("vae",), ("transformer",), ("image",)
     offset = 2.0  # what the 1.5 image model is told as `ofs`
 
     @staticmethod
@@ -75,7 +75,7 @@ class CogVideoX(Conditioned):
 
     def set_sizes(self, model) -> None:
         if model.config.in_channels != model.config.out_channels:
-            self.told, self.kept = ("text", "image"), ("image",)
+            self.told, self.kept = ("text", *self.framed), self.framed
 
     @staticmethod
     def default_shape(config):
