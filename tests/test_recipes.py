@@ -157,6 +157,18 @@ def test_as_a_new_user_would_try_it(tmp_path):
     assert out.exit_code == 2 and "data/sd15-prompts/train does not exist" in out.output
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd15/lcm_lora", "sd3/tdm"])
+def test_a_tiny_run_leaves_in_every_form(name, tmp_path):
+    """From a recipe to files that stock code reads, by the command line alone; each export is verified as it is written."""
+    ask = CliRunner().invoke
+    out = ask(main, ["train", str(CONFIGS / f"{name}.yaml"), "model=tiny", "name=run", "--runs", str(tmp_path)])
+    assert out.exit_code == 0, out.output
+    for kind in ("pipeline", "lora", "single-file", "onnx"):
+        out = ask(main, ["export", str(tmp_path / "run"), str(tmp_path / kind), "--as", kind])
+        assert out.exit_code == 0 and "loads without distill" in out.output, (kind, out.output)
+
+
 def test_overrides_come_above_the_twin_and_a_saved_run_is_not_merged_again(tmp_path):
     cfg = config.load([CONFIGS / "sd15" / "tdm.yaml"], ["train.steps=7", "model=tiny", "name=mine"])
     assert (cfg.train.steps, cfg.name, cfg.engine.precision) == (7, "mine", "32") and not cfg.tiny

@@ -181,11 +181,12 @@ def pictures(base: Path, x: Tensor) -> dict[str, Tensor]:
 
 
 def source_name(net: Conditioned) -> str:
-    """The folder or hub name that a network was loaded from."""
+    """The folder or hub name that a network was loaded from, as stock code finds it."""
     if getattr(net, "source", None) is None:
         raise BadInput(f"{type(net).__name__} was not loaded from a pipeline folder, whose text encoders and autoencoder "
                        "an export needs: load it by distill.nets.diffusers.load.")
-    return net.source[0]
+    name = net.source[0]
+    return str(folder_of(name)) if name.startswith("tiny:") else name
 
 
 def source(net: Conditioned) -> Path:
