@@ -50,8 +50,19 @@ def test_a_departure_is_named_with_its_step_value_and_band():
     assert bands.outside({"student/loss": {2: 1.5, 4: 2.0}}, band) == []
     [left] = bands.outside({"student/loss": {2: 1.5, 4: 3.0, 6: math.nan}}, band)
     assert str(left) == "student/loss at step 4: 3, above the band 1 to 2; outside in 2 of 3 windows"
-    [left] = bands.outside({"student/loss": {2: 0.5}}, band)
+    [left] = bands.outside({"student/loss": {2: 0.5, 4: 0.5}}, band)
     assert "0.5, below the band" in str(left)
+    [left] = bands.outside({"student/loss": {2: math.nan}}, band)
+    assert "not a number" in str(left)
+
+
+@pytest.mark.parametrize("windows, spared", [(1, 1), (3, 1), (20, 2)])
+def test_one_window_in_ten_may_lie_outside(windows, spared):
+    ends = list(range(1, windows + 1))
+    band = {"student/loss": {"step": ends, "low": [1.0] * windows, "high": [2.0] * windows}}
+    curve = lambda bad: {"student/loss": {end: 3.0 if end <= bad else 1.5 for end in ends}}
+    assert bands.outside(curve(spared), band) == []
+    assert [d.windows for d in bands.outside(curve(spared + 1), band)] == ([spared + 1] if spared < windows else [])
 
 
 def test_of_a_metric_only_the_worse_side_counts():

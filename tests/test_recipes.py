@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from torch.utils.flop_counter import FlopCounterMode
 
 from distill import config, run, session
+from distill.check import findings
 from distill.cli import main
 from distill.errors import BadInput
 from distill.nets.diffusers import folder, load, teacher, tiny
@@ -138,6 +139,14 @@ def test_two_steps_on_its_tiny_twin(name, tmp_path):
     assert all(math.isfinite(float(v)) for v in (r.split(",")[column] for r in rows[1:]) if v)
     kept = (tmp_path / "run" / "reference.safetensors").exists()
     assert kept == (not cfg.data.samples) and len(list((tmp_path / "run" / "samples").glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_the_checks_raise_no_false_alarm_on_its_tiny_twin(name, tmp_path):
+    found = findings(run.assemble(config.load([CONFIGS / f"{name}.yaml"], ["model=tiny"])), tmp_path)
+    print(name, *found, sep="\n")
+    assert not [str(f) for f in found if f.level == "FAIL"]
+    assert {f.name for f in found} >= {"data", "start", "grid", "gradients", "sign", "rates"}
 
 
 def test_as_a_new_user_would_try_it(tmp_path):
