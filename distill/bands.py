@@ -8,8 +8,8 @@ For losses and gradient norms in logarithms, where all are positive, with REACH 
 the metrics of the finished run as they are, relative deviations pooled, with REACH 8 and 25 % of the mean, because a metric
 has no windows to pool over. Shares of samples (accuracy, precision, recall) have a margin of 25 % of what they are from 0
 or 1, distances to a toy's law not less than two draws of it have between them. Of metrics only the worse side counts. Three
-seeds say little of a tail, so the bands are wide, and one window in ten (one at least) may lie outside, as it does in every second
-run of a fourth seed. Bands are for runs that went wrong, not for the second digit.
+seeds say little of a tail, so the bands are wide, and one window in ten (one at least) may lie outside, as in every second run of
+a fourth seed. Bands are for runs that went wrong, not for the second digit.
 """
 
 from __future__ import annotations
