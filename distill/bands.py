@@ -288,7 +288,7 @@ def beyond(found: Mapping[str, float], bands: Mapping[str, Sequence[float]], exp
     for name in dict.fromkeys([*bands, *expect]):
         low, high = bands.get(name, (-math.inf, math.inf))
         if name in expect:
-            low, high = (max(low, expect[name]), high) if name in table.HIGHER else (low, min(high, expect[name]))
+            low, high = (max(low, expect[name]), high) if table.higher(name) else (low, min(high, expect[name]))
         value = found.get(name, math.nan)
         if not _within(VALIDATION + name, value, low, high):
             out.append(Departure(name, None, value, low, high))
@@ -300,7 +300,7 @@ def _within(name: str, value: float, low: float, high: float) -> bool:
     metric = name.removeprefix(VALIDATION)
     if metric == name or metric in table.SIGNED:
         return low <= value <= high
-    return low <= value if metric in table.HIGHER else value <= high
+    return low <= value if table.higher(metric) else value <= high
 
 
 def differences(cfg: Any, recipe: Any) -> list[str]:

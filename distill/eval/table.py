@@ -24,6 +24,7 @@ Scores = Mapping[int, Mapping[str, float]]  # {nfe: {metric: value}}
 HIGHER = frozenset({"precision", "recall", "accuracy", "reward"})  # of these more is better, and of those that end so:
 SCORES = ("_score", "_reward")  # of all others less
 SIGNED = frozenset({"nll_gap"})  # best at zero
+TOLD = frozenset({"mean", "std"})  # no better and no worse
 ROWS = {"teacher": "teacher", "training_free": "training-free best", "student": "student"}  # key -> title
 
 
@@ -33,12 +34,24 @@ def better(metric: str, a: float, b: float) -> bool:
         return math.isfinite(a) and not math.isfinite(b)
     if metric in SIGNED:
         return abs(a) < abs(b)
-    return a > b if higher(metric) else a < b
+    return metric not in TOLD and (a > b if higher(metric) else a < b)
+
+
+def best(metric: str, value: float | None, rivals: Sequence[float | None]) -> bool:
+    """Whether none of the rivals, of which it is one, is better; False where there is nothing to win."""
+    rivals = [v for v in rivals if v is not None and math.isfinite(v)]
+    won = value is not None and math.isfinite(value) and len(rivals) > 1 and metric not in TOLD
+    return won and not any(better(metric, v, value) for v in rivals)
 
 
 def higher(metric: str) -> bool:
     """Whether more of it is better."""
     return metric in HIGHER or metric.endswith(SCORES)
+
+
+def arrow(metric: str) -> str:
+    """The direction that is better, as tables have it behind a metric's name."""
+    return " ↑" if higher(metric) else " →0" if metric in SIGNED else "" if metric in TOLD else " ↓"
 
 
 def build(teacher: Scores, training_free: Mapping[int, Mapping[str, Mapping[str, float]]], student: Scores) -> dict:
@@ -53,7 +66,7 @@ def build(teacher: Scores, training_free: Mapping[int, Mapping[str, Mapping[str,
         row, names = best.setdefault(str(nfe), {}), winners.setdefault(str(nfe), {})
         for name, scores in solvers.items():
             for metric, value in scores.items():
-                if metric not in row or better(metric, value, row[metric]):
+                if metric not in TOLD and (metric not in row or better(metric, value, row[metric])):
                     row[metric], names[metric] = value, name
     every = {str(nfe): dict(s) for nfe, s in training_free.items()}
     row = {"teacher": _keys(teacher), "training_free": best, "student": _keys(student)}
@@ -106,7 +119,7 @@ def show(metrics: dict, names: Sequence[str] | None = None, console=None, title:
         out = Table(title=title, title_justify="left")
         out.add_column("")
         for metric, nfe in _columns(metrics, names):
-            out.add_column(f"{_head(metric)}\n{nfe} NFE", justify="right")
+            out.add_column(f"{metric}{arrow(metric)}\n{nfe} NFE", justify="right")
         for row, cells in _cells(metrics, names).items():
             out.add_row(row, *(f"[bold]{text}[/bold]" if top else text for text, top in cells))
         return out
@@ -124,7 +137,7 @@ def markdown(metrics: dict, names: Sequence[str] | None = None) -> str:
     """The same table for a page, the best of each column bold, and below it the solvers behind the middle row."""
     names = _names(metrics, names)
     columns = _columns(metrics, names)
-    lines = ["| | " + " | ".join(f"{_head(metric)}, {nfe} NFE" for metric, nfe in columns) + " |"]
+    lines = ["| | " + " | ".join(f"{metric}{arrow(metric)}, {nfe} NFE" for metric, nfe in columns) + " |"]
     lines.append("|---|" + "---:|" * len(columns))
     for row, cells in _cells(metrics, names).items():
         lines.append(f"| {row} | " + " | ".join(f"**{text}**" if top else text for text, top in cells) + " |")
@@ -162,15 +175,10 @@ def _cells(metrics: dict, names: Sequence[str]) -> dict[str, list[tuple[str, boo
     for metric, nfe in _columns(metrics, names):
         column = {row: values.get(nfe, {}).get(metric, math.nan) for row, values in rows(metrics).items()}
         column = {row: math.nan if value is None else value for row, value in column.items()}
-        rivals = [value for value in column.values() if math.isfinite(value)]
         for row, value in column.items():
-            top = len(rivals) > 1 and math.isfinite(value) and not any(better(metric, v, value) for v in rivals)
+            top = best(metric, value, list(column.values()))
             out[row].append((f"{value:.3g}" if math.isfinite(value) else "–", top))
     return out
-
-
-def _head(metric: str) -> str:
-    return metric + (" ↑" if higher(metric) else " →0" if metric in SIGNED else " ↓")
 
 
 def _finite(value):

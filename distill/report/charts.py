@@ -21,8 +21,8 @@ SHAPES = ("circle", "square", "diamond", "triangle-up", "x", "star")
 
 def title(metric: str) -> str:
     """A metric's name for people, with the direction that is better."""
-    arrow = "higher is better" if metric in table.HIGHER else "best at 0" if metric in table.SIGNED else "lower is better"
-    return f"{TITLES.get(metric, metric)}, {arrow}"
+    said = {" ↑": ", higher is better", " →0": ", best at 0", "": "", " ↓": ", lower is better"}
+    return TITLES.get(metric, metric) + said[table.arrow(metric)]
 
 
 def metrics_of(runs: Sequence[Run]) -> list[str]:
@@ -65,7 +65,7 @@ def quality(runs: Sequence[Run], metric: str, cost: str) -> Figure:
 
 def _bound(runs: Sequence[Run], metric: str, solvers: Sequence[Any]) -> Callable[[float], bool]:
     """Whether a solver is so bad that its axis would hide the rest: ten times the worst of the others or of the median."""
-    if metric in table.HIGHER or metric in table.SIGNED:
+    if table.arrow(metric) != " ↓":
         return lambda value: False
     rows = [values.get(metric) for run in runs for row in ("teacher", "student") for values in run.scores(row).values()]
     known = [v for v in [*rows, statistics.median([v for v in solvers if finite(v)] or [0.0])] if finite(v)]

@@ -60,14 +60,14 @@ def tiles(run: Run) -> list[Tile]:
         best = teacher[most].get(metric) if most else None
         beside = f"teacher at {most}: {number(best)}" if finite(best) else ""
         out.append(Tile(number(own), f"{name}, student at {run.steps}", beside))
-        if finite(best) and best > 0 and own > 0 and metric not in table.HIGHER:
+        if finite(best) and best > 0 and own > 0 and not table.higher(metric):
             fewer = f"with {most / run.steps:.3g}× fewer evaluations"
             out.append(Tile(f"{number(own / best)}×", "of the teacher's distance", fewer))
         free = run.scores("training_free").get(run.steps, {}).get(metric)
         stock = [p["scores"].get(metric) for p in _stock(run) if p["nfe"] <= run.steps]
         rivals = [v for v in [free, *stock] if finite(v)]
         if rivals:
-            rival = max(rivals) if metric in table.HIGHER else min(rivals, key=abs) if metric in table.SIGNED else min(rivals)
+            rival = max(rivals) if table.higher(metric) else min(rivals, key=abs) if metric in table.SIGNED else min(rivals)
             out.append(Tile(number(rival), f"best solver without training at {run.steps}", f"student: {number(own)}"))
     timed = {(p["kind"], p["nfe"]): p["seconds"] for p in run.measured.get("points", [])}
     if finite(fast := timed.get(("student", run.steps))):
@@ -92,22 +92,17 @@ def _pivot(run: Run, metric: str, seconds_of: dict[tuple[str, int], float]) -> d
     found |= {("stock", p["who"], p["nfe"]): p["scores"].get(metric) for p in _stock(run)}
     found = {key: value for key, value in found.items() if finite(value)}
     nfes = sorted({nfe for _, _, nfe in found})
-    worst = -float("inf") if metric in table.HIGHER else float("inf")
-    at_own = lambda kind, who: found.get((kind, who, run.steps), worst) * (-1 if metric in table.HIGHER else 1)
+    worst, way = (-float("inf"), -1) if table.higher(metric) else (float("inf"), 1)
+    at_own = lambda kind, who: found.get((kind, who, run.steps), worst) * way
     order = lambda row: (("student", "teacher", "stock").index(row[0]), at_own(*row) if row[0] == "stock" else 0, row[1])
     rows = []
     for kind, who in sorted({key[:2] for key in found}, key=order):
         values = [found.get((kind, who, nfe)) for nfe in nfes]
         rivals = [[v for key, v in found.items() if key[2] == nfe] for nfe in nfes]
-        cells = [(number(v) if finite(v) else "", _best(metric, v, r)) for v, r in zip(values, rivals)]
+        cells = [(number(v) if finite(v) else "", table.best(metric, v, r)) for v, r in zip(values, rivals)]
         spent = seconds_of.get((who, run.steps))
         rows.append({"kind": kind, "who": who, "cells": cells, "seconds": number(spent) if finite(spent) else ""})
     return {"metric": metric, "head": _head(metric), "nfes": nfes, "rows": rows}
-
-
-def _best(metric: str, value: Any, rivals: Sequence[Any]) -> bool:
-    rivals = [v for v in rivals if finite(v)]
-    return finite(value) and len(rivals) > 1 and not any(table.better(metric, v, value) for v in rivals)
 
 
 def floor(run: Run) -> str:
@@ -117,7 +112,7 @@ def floor(run: Run) -> str:
 
 
 def _head(metric: str) -> str:
-    return TITLES.get(metric, metric) + (" ↑" if metric in table.HIGHER else " →0" if metric in table.SIGNED else " ↓")
+    return TITLES.get(metric, metric) + table.arrow(metric)
 
 
 def compared(runs: Sequence[Run]) -> dict[str, Any] | None:
@@ -127,7 +122,7 @@ def compared(runs: Sequence[Run]) -> dict[str, Any] | None:
     names, rows = metrics_of(runs), []
     own = [run.scores("student").get(run.steps) or run.scores("teacher").get(run.steps, {}) for run in runs]
     for run, values in zip(runs, own):
-        cells = [(number(values.get(n)), _best(n, values.get(n), [v.get(n) for v in own])) for n in names]
+        cells = [(number(values.get(n)), table.best(n, values.get(n), [v.get(n) for v in own])) for n in names]
         row = {"name": run.name, "method": run.method, "steps": run.steps, "cells": cells, "trained": f"{run.step:,}"}
         rows.append(row | {"time": seconds(run.seconds), "memory": size(run.cost.get("peak_bytes"))})
     return {"heads": [_head(n) for n in names], "rows": rows}

@@ -56,6 +56,13 @@ def test_what_is_better():
     assert table.better("nll_gap", -0.1, 0.2) and table.better("nll_gap", 0.1, -0.2)
     assert table.better("fd", 1e9, math.nan) and table.better("recall", 0.0, math.inf)
     assert not table.better("fd", math.nan, math.nan) and not table.better("fd", -math.inf, 0.0)
+    assert [table.arrow(m) for m in ("clip_score", "nll_gap", "std", "fd")] == [" ↑", " →0", "", " ↓"]
+
+
+def test_what_only_describes_wins_nothing():
+    run = table.build({4: {"mean": 0.1, "fd": 1.0}}, {4: {"ddim": {"mean": 0.2, "fd": 2.0}}}, {4: {"mean": 0.3, "fd": 3.0}})
+    assert run["training_free"] == {"4": {"fd": 2.0}}
+    assert "| mean, 4 NFE | fd ↓, 4 NFE |" in table.markdown(run) and "0.1 | **1** |" in table.markdown(run)
 
 
 def test_markdown(run):
