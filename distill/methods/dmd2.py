@@ -25,7 +25,7 @@ from distill.solvers import DDIM, Renoise, solve
 
 
 class DMD2(Method):
-    """Several critic turns to one of the student; data-free unless it has a head.
+    """Several critic turns to one of the student; data-free unless it has a head. A `flow_map` critic is told t as its s.
 
     Args:
         student_every: critic turns for one of the student; the critic must lead.
@@ -67,8 +67,7 @@ class DMD2(Method):
     def start(self, role, roles):
         if role != "head":
             return super().start(role, roles)
-        read = getattr(self, self.features)
-        return Head.of(Layers(read, self.layers), read.net.shape)
+        return Head.of(Layers(read := getattr(self, self.features), self.layers), read.net.shape)
 
     def turns(self, step):
         yield "critic", self.critic_loss
@@ -80,32 +79,33 @@ class DMD2(Method):
     def draw(self, x, z, cond):
         told = self.student_cond(cond, len(z))
         x_t, t = self.simulate(z, told)
+        step = {"s": t} if getattr(getattr(self.critic, "net", None), "flow_map", False) else {}
         with torch.no_grad():
-            return x, self.student(x_t, t, **told), cond, lambda: self.student(x_t, t, **told), x_t
+            return x, self.student(x_t, t, **told), cond, lambda: self.student(x_t, t, **told), x_t, step
 
     def noised(self, x):
         u = self.density(len(x), device=x.device, dtype=x.dtype)
         return self.teacher.schedule.add_noise(x, u, torch.randn_like(x)), u
 
-    def logit(self, x_u, u, cond):
-        return self.head(Layers(getattr(self, self.features), self.layers)(x_u, u, **cond))
+    def logit(self, x_u, u, cond, step):
+        step = step if self.features == "critic" else {}
+        return self.head(Layers(getattr(self, self.features), self.layers)(x_u, u, **cond, **step))
 
-    def critic_loss(self, data, x, cond, *_):
+    def critic_loss(self, data, x, cond, sample, z, step):
         x_u, u = self.noised(x)
-        loss = mse(self.critic.native(x_u, u, **cond), self.critic.from_x(x, x_u, u))
-        return loss + self.critic_adversarial * self.head_loss(data, x, cond) if self.critic_adversarial else loss
+        loss = mse(self.critic.native(x_u, u, **cond, **step), self.critic.from_x(x, x_u, u))
+        return loss + (b * self.head_loss(data, x, cond, sample, z, step) if (b := self.critic_adversarial) else 0)
 
-    def head_loss(self, data, x, cond, *_):
+    def head_loss(self, data, x, cond, sample, z, step):
         x_u, u = self.noised(x)
         data_u, noise = self.teacher.schedule.add_noise(data, u, torch.randn_like(data)), torch.randn_like(data)
-        return discriminate(lambda y: self.logit(y, u, cond), data_u, x_u, noise, self.r1, self.r1_step)
+        return discriminate(lambda y: self.logit(y, u, cond, step), data_u, x_u, noise, self.r1, self.r1_step)
 
-    def student_loss(self, data, _, cond, sample, z):
-        x = sample()
-        x_u, u = self.noised(x)
+    def student_loss(self, data, _, cond, sample, z, step):
+        x_u, u = self.noised(x := sample())
         with torch.no_grad():
-            real, fake = self.guided(x_u, u, **cond), self.critic(x_u, u, **cond)
-        logit = self.logit(x_u, u, cond) if self.judged else None
+            real, fake = self.guided(x_u, u, **cond), self.critic(x_u, u, **cond, **step)
+        logit = self.logit(x_u, u, cond, step) if self.judged else None
         weight = None if self.divergence == "reverse_kl" else divergence_weight(self.divergence, logit.mean(1))
         loss = matching(x, fake, real, weight=weight, normalise=self.normalise)
         self.log_value("student/gap", gap(x, fake, real))

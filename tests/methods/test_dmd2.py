@@ -163,5 +163,31 @@ def test_training_sees_what_sampling_makes():
     method = small(grid=1)
     method.ema = method.student
     z = torch.randn(8, 2).double()
-    _, x, _, again, _ = method.draw(None, z, {})
+    _, x, _, again, *_ = method.draw(None, z, {})
     assert torch.equal(x, method.sample(z, {})) and torch.equal(again(), x)
+
+
+@pytest.mark.parametrize("features", ["critic", "teacher"])
+def test_a_critic_that_takes_a_second_time_is_told_the_step(features):
+    """It, and a head that reads it, is told t of the student's step; the teacher is not, and a plain critic neither."""
+    torch.manual_seed(0)
+    net, told = (Denoiser(MLP(2, 16, 2, flow_map=s), RectifiedFlow()).double() for s in (False, True))
+    method = DMD2({"teacher": net, "student": copy.deepcopy(net), "critic": told}, grid=2, adversarial=0.1, features=features,
+                  layers="leave.input").double()
+    seen, times = {"critic": [], "teacher": []}, set()
+    for role, rows in seen.items():
+        hook = lambda module, args, kw, rows=rows: rows.append(kw.get("s"))
+        getattr(method, role).net.register_forward_pre_hook(hook, with_kwargs=True)
+    for _ in range(12):
+        shared = method.draw(torch.randn(4, 2, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64), {})
+        t = shared[-1]["s"]
+        times.add(t[0].item())
+        for rows in seen.values():
+            rows.clear()
+        for call in (method.critic_loss, method.head_loss, method.student_loss):
+            assert call(*shared).isfinite()
+        assert seen["critic"] and all(s is t for s in seen["critic"])
+        assert seen["teacher"] and not any(s is not None for s in seen["teacher"])
+    assert times == {0.5, 1.0}
+    plain = small(grid=2)
+    assert plain.draw(None, torch.randn(4, 2, dtype=torch.float64), {})[-1] == {}
