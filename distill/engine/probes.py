@@ -56,8 +56,9 @@ def _excess(method: Any, x: Tensor, cond: Mapping[str, Tensor]) -> float:
     u = torch.linspace(0.05, 0.95, len(x))[torch.randperm(len(x), generator=generator)].to(x.device)
     noise = torch.randn(x.shape, generator=generator).to(x)
     x_u = schedule.add_noise(x, u, noise)
-    errors = [(net(x_u, u, **cond) - x).square().mean() for net in (method.critic, method.teacher)]
-    return float(errors[0] / errors[1].clamp_min(1e-12))
+    found = method.critic(x_u, u, **cond, **method.step_told(u)), method.teacher(x_u, u, **cond)
+    critic, teacher = ((estimate - x).square().mean() for estimate in found)
+    return float(critic / teacher.clamp_min(1e-12))
 
 
 def _accuracy(method: Any, x: Tensor, cond: Mapping[str, Tensor], real: Any) -> float:

@@ -256,6 +256,12 @@ class Method(lightning.LightningModule):
             getattr(self, role).eval()
         return self
 
+    def step_told(self, like: Tensor, t: Tensor | None = None) -> dict[str, Tensor]:
+        """What a critic whose network takes a second time is told: t of the student's step, its last one by default."""
+        if not getattr(getattr(self.critic, "net", None), "flow_map", False):
+            return {}
+        return {"s": torch.full_like(like, self.grid.times[-2]) if t is None else t}
+
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """None for lightning: a role's optimiser belongs to its place, and lightning would count each as a step."""
         self.place.prepare(self)

@@ -79,16 +79,15 @@ class DMD2(Method):
     def draw(self, x, z, cond):
         told = self.student_cond(cond, len(z))
         x_t, t = self.simulate(z, told)
-        step = {"s": t} if getattr(getattr(self.critic, "net", None), "flow_map", False) else {}
         with torch.no_grad():
-            return x, self.student(x_t, t, **told), cond, lambda: self.student(x_t, t, **told), x_t, step
+            return x, self.student(x_t, t, **told), cond, lambda: self.student(x_t, t, **told), x_t, self.step_told(t, t)
 
     def noised(self, x):
         u = self.density(len(x), device=x.device, dtype=x.dtype)
         return self.teacher.schedule.add_noise(x, u, torch.randn_like(x)), u
 
-    def logit(self, x_u, u, cond, step):
-        step = step if self.features == "critic" else {}
+    def logit(self, x_u, u, cond, step=None):
+        step = {} if self.features == "teacher" else self.step_told(u) if step is None else step
         return self.head(Layers(getattr(self, self.features), self.layers)(x_u, u, **cond, **step))
 
     def critic_loss(self, data, x, cond, sample, z, step):
