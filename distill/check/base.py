@@ -63,10 +63,15 @@ class Probe:
         """Whether the samples are numbers that say something of a network."""
         return self.x is not None and bool(torch.isfinite(self.x).all())
 
+    @property
+    def random(self) -> bool:
+        """Whether the networks stand for others and were never trained: nothing follows from what they answer."""
+        return self.cfg.model == "tiny"
+
     def model(self) -> tuple[str, Any]:
         """The role that should denoise well before the first step, and its key; ("", None) where every role is new."""
         teacher = getattr(self.method, "teacher", None)
-        if self.cfg.model == "tiny":  # random weights
+        if self.random:
             return "", None
         if teacher is not None:
             return "teacher", teacher

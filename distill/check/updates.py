@@ -156,8 +156,7 @@ def _gradients(p: Probe, steps: Steps, seen: dict[str, Turn]) -> Said:
 
 
 def _signs(p: Probe, steps: Steps, seen: dict[str, Turn]) -> Said:
-    random = p.cfg.model == "tiny"  # such a teacher leads nowhere, so only slopes are asked
-    said, clear, (pulls, critics) = [], True, ({}, []) if random else _pulls(p, steps)
+    said, clear, (pulls, critics) = [], True, ({}, []) if p.random else _pulls(p, steps)
     for role in (r for r in p.method.trainable if r in seen):
         found, slope = pulls.get(role, []), _slope(steps, role, seen[role], 0)
         limit = FLEES if role in critics else AWAY

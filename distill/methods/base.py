@@ -73,6 +73,7 @@ class Method(lightning.LightningModule):
         self.skips = Skips(self.trainable)
         self.logs: dict[str, Tensor | float] = {}
         self.captions: list[str] | None = None  # of this micro-batch, for a metric that reads them
+        self.paired = False  # whether this micro-batch brought its noise
         self.place = Place()
         self.shared = torch.Generator().manual_seed(torch.initial_seed() % 2**63)  # draws that all ranks agree on
         for role in roles:
@@ -175,7 +176,7 @@ class Method(lightning.LightningModule):
     def _part(self, batch: dict[str, Any], warm: bool) -> tuple:
         """What the turns share on one micro-batch."""
         cond = {k: v for k, v in batch.items() if isinstance(v, Tensor) and k not in ("x", "z")}
-        self.captions = batch.get("caption")
+        self.captions, self.paired = batch.get("caption"), "z" in batch
         x, z = batch.get("x"), batch.get("z")  # a batch of pairs brings the noise that its x was made from
         if z is None:
             shape = self.shape if x is None else x.shape[1:]  # of buckets, each batch has its own

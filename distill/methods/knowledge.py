@@ -39,7 +39,7 @@ class Knowledge(Method):
 
     def __init__(self, roles: dict[str, Any], *, solver: str = "heun", solver_steps: int = 4, **base):
         super().__init__(roles, **base)
-        self.solver, self.guided, self.stored = solver_of(solver), Guided(self.teacher, self.guidance), False
+        self.solver, self.guided = solver_of(solver), Guided(self.teacher, self.guidance)
         ends, n = self.grid.times, solver_steps
         self.times = (*(t + (s - t) * i / n for t, s in zip(ends, ends[1:]) for i in range(n)), 0.0)
         self.every = n
@@ -47,13 +47,9 @@ class Knowledge(Method):
     def turns(self, step):
         yield "student", self.loss
 
-    def training_step(self, batch, index=0):
-        self.stored = "z" in batch
-        return super().training_step(batch, index)
-
     def draw(self, x, z, cond):
         told = {k: v for k, v in cond.items() if k not in ("path", "times")}
-        if not self.stored:
+        if not self.paired:
             return self.path(z, told), told
         path, times = cond.get("path", torch.stack([x, z], 1)), cond.get("times")
         stored = (0.0, 1.0) if times is None else tuple(times[0].tolist())

@@ -55,14 +55,10 @@ class Reflow(Method):
         super().__init__(roles, **base)
         self.solver, self.times = solver_of(solver), Grid.uniform(solver_steps).times
         self.only_grid, self.density, self.weight = only_grid, density or Uniform(1e-3, 1.0), weight
-        self.guided, self.paired = Guided(self.teacher, self.guidance), False
+        self.guided = Guided(self.teacher, self.guidance)
 
     def turns(self, step):
         yield "student", self.loss
-
-    def training_step(self, batch, index=0):
-        self.paired = "z" in batch
-        return super().training_step(batch, index)
 
     def draw(self, x, z, cond):
         return x if self.paired else self.endpoint(z, cond), z, cond

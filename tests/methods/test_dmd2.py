@@ -1,12 +1,14 @@
 """DMD2 with exact critics: sign, optimum, guidance, who gets gradient, and how its roles follow the options."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from affine import Affine, Labelled, in_turn, of_gaussian, pull, touched
 
 from distill.denoise import Denoiser
+from distill.engine.probes import probes
 from distill.errors import BadInput
 from distill.methods import DMD2
 from distill.nets.small import MLP
@@ -189,5 +191,10 @@ def test_a_critic_that_takes_a_second_time_is_told_the_step(features):
         assert seen["critic"] and all(s is t for s in seen["critic"])
         assert seen["teacher"] and not any(s is not None for s in seen["teacher"])
     assert times == {0.5, 1.0}
+    seen["critic"].clear()  # what validation asks of it are finished samples, which the last step made
+    x = torch.randn(8, 2, dtype=torch.float64)
+    found = probes(method, torch.randn_like(x), x, {}, SimpleNamespace(x=x, label=None))
+    assert set(found) == {"critic_lag", "critic_excess", "head_accuracy"}
+    assert seen["critic"] and all(bool((s == 0.5).all()) for s in seen["critic"])
     plain = small(grid=2)
     assert plain.draw(None, torch.randn(4, 2, dtype=torch.float64), {})[-1] == {}
