@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
+from distill.denoise import has_network
 from distill.engine import launch
 from distill.engine.trainer import fit
 from distill.place import shared_copies
@@ -89,7 +90,7 @@ class Watch(lightning.Callback):
     def __init__(self, method: Any, warm: int, steps: int):
         self.method, self.warm, self.count = method, warm, steps
         names = (*method.trainable, *method.frozen, *method._averages)
-        self.networks = {name: getattr(getattr(method, name), "net", getattr(method, name)) for name in names}
+        self.networks = {name: role.net if has_network(role := getattr(method, name)) else role for name in names}
         self.calls: list[tuple[str | None, nn.Module, tuple, dict, bool]] = []
         self.turn: str | None = None
         self.steps, self.floors, self.watched = [], [], []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -16,6 +17,106 @@ from distill.errors import BadInput, suggest
 from distill.noise import Schedule, bcast, over, wide
 
 PREDICTIONS = ("eps", "x", "v", "flow", "edm")
+
+
+class Network(nn.Module):
+    """A backbone `net(x_t, t, **cond)` and what the rest of the project may ask of it.
+
+    The attributes and methods declared here are the whole protocol: a wrapper passes on all of them (`Delegate`), and
+    nobody probes a network for others. The defaults are those of an unconditional network without extra inputs.
+    A plain module that is no Network is read through the same names (`network_of`).
+    """
+
+    shape: tuple[int, ...] = ()  # of one sample; empty where any shape works
+    classes: int = 0  # numbered classes that `label` may name; 0 for none
+    null_class: bool = True  # whether label -1 ("no class") is understood
+    guided: bool = False  # takes the guidance scale as an input `w`
+    flow_map: bool = False  # takes a second time as an input `s`
+    told: tuple[str, ...] = ()  # tensors that it must be given by name, such as text
+    extras: tuple[str, ...] = ()  # tensors that it may be given
+    kept: tuple[str, ...] = ()  # of `told`, those that the null condition keeps
+    timesteps: int = 0  # steps of its clock; 0 where it takes t as it is
+    part: str = ""  # the name of its component in a diffusers pipeline
+    folder: Any = None  # the pipeline folder that it was read from
+    source: tuple[str, str | None] | None = None  # path or hub name and revision that it was asked for by
+
+    def null(self, cond: dict) -> dict:
+        """`cond` with the unconditional condition: "label" becomes -1, which means no class."""
+        return {k: torch.full_like(v, -1) if k == "label" else v for k, v in cond.items()}
+
+    @property
+    def needs_null(self) -> bool:
+        """Whether it was loaded without the null condition that it must be given (`remember`)."""
+        return False
+
+    def remember(self, null: dict[str, Tensor] | None) -> nn.Module:
+        """Keep a null condition; networks without told tensors have nothing to keep."""
+        return self
+
+    @property
+    def base(self) -> nn.Module:
+        """The module whose layers have the names that users know: the network itself, or what a wrapper holds."""
+        return self
+
+    def merged(self) -> nn.Module:
+        """The network without wrappers, their changes in its weights."""
+        return self
+
+
+PROTOCOL = tuple(name for name in vars(Network) if not name.startswith("_"))
+
+
+class Delegate(Network):
+    """A wrapper of a network: every name of the protocol is asked of `wrapped`, unless a subclass says otherwise."""
+
+    @property
+    def wrapped(self) -> Network:
+        raise NotImplementedError
+
+
+for _name in PROTOCOL:
+    setattr(Delegate, _name, property(lambda self, name=_name: getattr(self.wrapped, name)))
+
+
+class Foreign(Network):
+    """A plain module seen through the protocol: the attributes that it has, defaults for the others."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self._net = (net,)  # in a tuple: it is no part of this view
+        for name in PROTOCOL:
+            if name not in ("base", "merged") and hasattr(net, name):
+                self.__dict__[name] = getattr(net, name)
+
+    @property
+    def base(self) -> nn.Module:
+        return self._net[0]
+
+    def merged(self) -> nn.Module:
+        return self._net[0]
+
+    def forward(self, *args, **kwargs):
+        return self._net[0](*args, **kwargs)
+
+
+def network_of(role: nn.Module | None) -> Network:
+    """The network of a role under the protocol: a Denoiser's own, that of the denoiser it wraps, or one of defaults."""
+    while isinstance(role, (Guided, Under)):
+        role = role.denoiser
+    net = role.net if isinstance(role, Denoiser) else None
+    return as_network(net)
+
+
+def as_network(net: nn.Module | None) -> Network:
+    """A module under the protocol; None is the network of defaults."""
+    if net is None:
+        return Network()
+    return net if isinstance(net, Network) else Foreign(net)
+
+
+def has_network(role: nn.Module | None) -> bool:
+    """Whether a role is a Denoiser with a network of its own."""
+    return isinstance(role, Denoiser) and role.net is not None
 
 
 class Denoiser(nn.Module):
@@ -33,7 +134,7 @@ class Denoiser(nn.Module):
     computed in float32 or better.
 
     Args:
-        net: the backbone; if it has `null(cond)`, that gives the unconditional condition.
+        net: the backbone; a `Network`, or any module with some of its attributes.
         schedule: the noise schedule under which it was trained.
         prediction: one of the names above.
         sigma_data: standard deviation of the data, for "edm" only.
@@ -108,9 +209,7 @@ class Denoiser(nn.Module):
 
     def null(self, cond: dict) -> dict:
         """The unconditional condition: what `net.null` says, else "label" replaced by -1, which means no class."""
-        if hasattr(self.net, "null"):
-            return self.net.null(cond)
-        return {k: torch.full_like(v, -1) if k == "label" else v for k, v in cond.items()}
+        return network_of(self).null(cond)
 
     def drop(self, cond: dict, mask: Tensor) -> dict:
         """`cond` with the unconditional condition where `mask` (B,), for training with dropped conditions."""
@@ -162,7 +261,7 @@ class Guided(Denoiser):
 
     def native(self, x_t: Tensor, t: Tensor, w: float | Tensor | None = None, **cond) -> Tensor:
         w = self.w if w is None else w
-        if getattr(getattr(self.denoiser, "net", None), "guided", False):
+        if network_of(self.denoiser).guided:
             return self.denoiser(x_t, t, w=w, **cond)
         if not torch.is_tensor(w) and w == 1:
             return self.denoiser(x_t, t, **cond)

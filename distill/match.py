@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from distill.denoise import network_of
 from distill.errors import BadInput
 
 AREA = 1.5  # of a bucket against the network's own size: beyond this factor it is another size altogether
@@ -23,17 +24,17 @@ def fits(method: Any, data: Any) -> None:
                        "for example distill.data.shards.Shards.")
     folders = {}
     for role in (*method.trainable, *method.frozen):
-        net = getattr(getattr(method, role), "net", None)
-        classes = getattr(net, "classes", 0)
+        net = network_of(getattr(method, role))
+        classes = net.classes
         _shape(where, role, net, data)
         if info.classes and classes not in (0, info.classes):
             raise BadInput(
                 f"{where} holds {info.classes} classes, the network of {role} expects {classes}; "
                 "set the network's classes to match."
             )
-        if hasattr(net, "told"):
+        if net.told:
             _told(where, role, net, info)
-        if getattr(net, "folder", None):
+        if net.folder:
             folders[str(net.folder)] = role
     if info.encoder:
         for folder, role in folders.items():
@@ -41,7 +42,7 @@ def fits(method: Any, data: Any) -> None:
 
 
 def _shape(where: str, role: str, net: Any, data: Any) -> None:
-    shape, found = tuple(getattr(net, "shape", data.info.shape)), tuple(data.info.shape)
+    shape, found = tuple(net.shape or data.info.shape), tuple(data.info.shape)
     if hasattr(data, "shapes"):  # buckets: of about the network's area
         for found in data.shapes:
             area = math.prod(found[1:]) / math.prod(shape[1:])
@@ -51,7 +52,7 @@ def _shape(where: str, role: str, net: Any, data: Any) -> None:
             return
     if shape == found:
         return
-    size = hasattr(net, "folder") and hasattr(net, "told") and len(shape) == len(found) and shape[0] == found[0]
+    size = net.folder and net.told and len(shape) == len(found) and shape[0] == found[0]
     mend = (f"set roles.{role}.size to {list(found[1:])}, or encode the data at that size by `distill data encode --size`"
             if size else f"change roles.{role}.net or the data")
     raise BadInput(f"{where} holds samples of shape {found}, the network of {role} expects {shape}; {mend}.")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distill.denoise import network_of
 from distill.errors import BadInput, suggest
 from distill.schema import Optim
 
@@ -208,7 +209,7 @@ def copy_of(network: nn.Module) -> nn.Module:
 
 def let_go(module: nn.Module, kept: nn.Module) -> None:
     """Free the parameters of `module` but those of a network in it, and of the base that this one is an adapter on."""
-    mine = {id(p) for m in (kept, getattr(getattr(kept, "net", None), "body", None)) if m is not None for p in m.parameters()}
+    mine = {id(p) for m in (kept, network_of(kept).base) for p in m.parameters()}
     for p in module.parameters():
         if id(p) not in mine:
             p.data = p.data.new_empty(0)

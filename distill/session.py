@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from distill import config
-from distill.denoise import Guided
+from distill.denoise import Guided, network_of
 from distill.errors import BadInput
 from distill.eval import baselines, latents, suite
 from distill.match import fits
@@ -181,10 +181,9 @@ def _trains(method: Method) -> None:
 def _remember(roles: dict[str, Any], data: Any) -> None:
     """Networks that were loaded without a null condition take the one beside the data's index."""
     for role in roles.values():
-        net = getattr(role, "net", None)
-        if hasattr(net, "remember") and not net.null_zero and not any(n.startswith("null_") for n, _ in net.named_buffers()):
-            if (null := getattr(data, "null", None)) is not None:
-                net.remember(null)
+        net, null = network_of(role), getattr(data, "null", None)
+        if net.needs_null and null is not None:
+            net.remember(null)
 
 
 def _roles(cfg: DictConfig, allow: tuple[str, ...], build: Any) -> dict[str, Any]:

@@ -17,8 +17,9 @@ SOURCES = sorted((ROOT / "distill").rglob("*.py"))
 RANKS = [
     {"errors", "noise", "schema", "__init__"},
     {"config"},
-    {"grid", "place", "skips"},
+    {"grid", "skips"},
     {"denoise"},
+    {"place"},
     {"tangent", "solvers", "losses", "nets", "data"},
     {"methods", "eval", "export", "match"},
     {"engine"},

@@ -147,6 +147,10 @@ def test_the_checks_raise_no_false_alarm_on_its_tiny_twin(name, tmp_path):
     print(name, *found, sep="\n")
     assert not [str(f) for f in found if f.level == "FAIL"]
     assert {f.name for f in found} >= {"data", "start", "grid", "gradients", "sign", "rates"}
+    by_name = {f.name: f for f in found}
+    assert by_name["guidance"].level == "ok", "guidance, null condition and text change what the teacher says"
+    assert "could not be tried" not in str(by_name["pipeline"])
+    assert by_name["pipeline"].level == ("ok" if name.split("/")[0] in ("sd15", "sdxl", "pixart", "cogvideox") else "skipped")
 
 
 def test_as_a_new_user_would_try_it(tmp_path):

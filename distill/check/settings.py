@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from distill.check.base import Probe, Said
+from distill.denoise import network_of
 from distill.engine import checkpoint
 from distill.errors import BadInput
 
@@ -63,8 +64,8 @@ def _moments(p: Probe, x: torch.Tensor, info: Any) -> Said:
 
 def _labels(p: Probe) -> Said:
     label, info = p.batch.get("label"), p.session.data.info
-    nets = [getattr(getattr(p.method, r), "net", None) for r in (*p.method.frozen, *p.method.trainable)]
-    classes = max((getattr(n, "classes", 0) for n in nets), default=0)
+    roles = (getattr(p.method, r) for r in (*p.method.frozen, *p.method.trainable))
+    classes = max((network_of(role).classes for role in roles), default=0)
     if label is None or not info.classes:
         if classes:
             yield "WARN", f"the network has {classes} classes but the data no labels: every sample is 'no class'."
@@ -102,15 +103,16 @@ def serves(p: Probe) -> Said:
     from distill.noise import Table
 
     student, grid, serving = p.method.student, p.method.grid, p.method.serving
-    if not hasattr(getattr(student, "net", None), "part"):
-        yield "skipped", f"{type(getattr(student, 'net', student)).__name__} has no stock class to be exported to."
+    net = network_of(student).base
+    if not network_of(student).part:
+        yield "skipped", f"{type(net).__name__} has no stock class to be exported to."
         return
     from distill.export import folder
 
     if serving not in folder.SAMPLERS:
         yield "WARN", f"the sampler '{serving}' has no stock scheduler: the student will not export."
         return
-    told = getattr(getattr(student.net, "body", student.net), "source", None) is not None  # from a pipeline folder
+    told = network_of(student).source is not None  # from a pipeline folder
     if not told and (not isinstance(student.schedule, Table) or student.prediction not in ("eps", "x", "v")):
         yield "skipped", f"no stock scheduler serves {student.prediction} under {type(student.schedule).__name__}."
         return
@@ -127,7 +129,7 @@ def _of_pipeline(student: Any, grid: Any, serving: str) -> Any:
     from distill.denoise import Denoiser
     from distill.export import text
 
-    net = getattr(student.net, "body", student.net)
+    net = network_of(student).base
     return text.serving(Denoiser(net, student.schedule, student.prediction), grid, serving, text.source(net))[0]
 
 

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from distill.check.base import Probe, Said
-from distill.denoise import PREDICTIONS
+from distill.denoise import PREDICTIONS, has_network, network_of
 from distill.errors import BadInput
 from distill.grid import Grid
 from distill.nets.lora import Adapter
-from distill.noise import bcast
+from distill.noise import Table, bcast
 from distill.solvers import DDIM, Renoise, solve
 
 BETTER = 0.8  # another convention whose error is below this share of the present one's is the right one
@@ -139,7 +139,7 @@ def _schedule_fault(schedule: Any) -> str:
 def _alternative(trial: Trial, role: str, now: float) -> tuple[str, float]:
     """The convention with the smallest error but the present one, as a sentence, and that error."""
     model, tried = trial.model, []
-    if getattr(model, "net", None) is None:
+    if not has_network(model):
         return "", math.inf
     for other in PREDICTIONS:
         if other not in (model.prediction, "edm") and "edm" != model.prediction:
@@ -170,22 +170,21 @@ def matches_stock(p: Probe) -> Said:
     from distill.nets.diffusers import Stock
 
     for role in (*p.method.frozen, *p.method.trainable):
-        settings, model = p.cfg.roles.get(role), getattr(p.method, role)
-        path = settings.get("path") if hasattr(settings, "get") else None
-        if path and settings.get("_target_", "").endswith(".load") and isinstance(model.net, Stock) and Path(path).is_dir():
-            yield from _against(model, Path(path), f"roles.{role}.path")
+        network = network_of(getattr(p.method, role))
+        if network.folder and isinstance(network.base, Stock):
+            yield from _against(p, getattr(p.method, role), Path(network.folder), f"roles.{role}.path")
             return
     yield "skipped", "no role is loaded from a diffusers folder."
 
 
 @torch.no_grad()
-def _against(model: Any, folder: Path, key: str) -> Said:
+def _against(p: Probe, model: Any, folder: Path, key: str) -> Said:
     stored = folder / "reference.safetensors"
     if stored.is_file() and (folder / "distill.json").is_file():
         gap, what = _references(model, stored, json.loads((folder / "distill.json").read_text())), "the samples kept there"
     else:
         try:
-            gap, what = _scheduler(model, folder), "what its stock scheduler makes of the network"
+            gap, what = _scheduler(p, model, folder), "what its stock scheduler makes of the network"
         except BadInput as error:
             yield "skipped", str(error)
             return
@@ -199,8 +198,8 @@ def _against(model: Any, folder: Path, key: str) -> Said:
 def _references(model: Any, stored: Path, record: dict) -> float:
     from safetensors.torch import load_file
 
-    kept, device, net = load_file(stored), next(model.parameters()).device, model.net
-    cond = {"w": record["guidance"]} if getattr(net, "guided", False) and record.get("guidance") is not None else {}
+    kept, device, net = load_file(stored), next(model.parameters()).device, network_of(model)
+    cond = {"w": record["guidance"]} if net.guided and record.get("guidance") is not None else {}
     if "labels" in kept and net.classes:
         cond["label"] = torch.where(kept["labels"] >= net.classes, -1, kept["labels"]).to(device)
     generator = torch.Generator().manual_seed(record["reference"]["seed"])
@@ -210,23 +209,30 @@ def _references(model: Any, stored: Path, record: dict) -> float:
     return float((x.cpu() - kept["samples"]).abs().max() / kept["samples"].abs().max().clamp(min=1))
 
 
-def _scheduler(model: Any, folder: Path) -> float:
-    """Largest difference to `pred_original_sample` over ten timesteps."""
+def _scheduler(p: Probe, model: Any, folder: Path) -> float:
+    """Largest difference to `pred_original_sample` of stock DDIM over ten timesteps, under conditions of the data."""
+    from diffusers import DDIMScheduler
+
     from distill.nets.diffusers import scheduler_of
 
-    stock, net, worst = scheduler_of(folder), model.net, 0.0
-    name = type(stock).__name__
-    if not hasattr(stock, "alphas_cumprod") or name not in ("DDIMScheduler", "DDPMScheduler", "DDIMParallelScheduler"):
-        raise BadInput(f"{name} does not tell its estimate of the data, to which ours would compare.")
-    stock = scheduler_of(stock, clip_sample=False)
+    stock, net, worst = scheduler_of(folder), network_of(model).base, 0.0
+    if not isinstance(model.schedule, Table):
+        raise BadInput(f"{type(stock).__name__} does not tell its estimate of the data, to which ours would compare.")
+    table = stock.alphas_cumprod
+    stock = DDIMScheduler.from_config(stock.config, clip_sample=False, thresholding=False)
+    stock.alphas_cumprod = table  # some classes shift theirs
     total = len(stock.alphas_cumprod)
     stock.set_timesteps(10)
-    x = torch.randn(2, *net.shape, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()).device)
+    _, cond = p.some(2)
+    if not net.told:
+        cond = {"label": torch.zeros(2, dtype=torch.long)} if net.classes else {}
+    device = next(model.parameters()).device
+    cond = {k: v.to(device) for k, v in cond.items()}
+    x = torch.randn(len(next(iter(cond.values()), [0, 0])), *net.shape, generator=torch.Generator().manual_seed(0)).to(device)
     for n in stock.timesteps.tolist():
-        label = torch.zeros(2, dtype=torch.long, device=x.device) if net.classes else None
-        out = net.call(x, torch.full((2,), float(n), device=x.device), label)
+        out = net.call(x, torch.full((len(x),), float(n), device=device), cond if net.told else cond.get("label"))
         theirs = stock.step(out, n, x).pred_original_sample
-        ours = model(x, torch.full((2,), (n + 1) / total, device=x.device), **({"label": label} if net.classes else {}))
+        ours = model(x, torch.full((len(x),), (n + 1) / total, device=device), **cond)
         worst = max(worst, float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)))
     return worst
 
@@ -245,6 +251,8 @@ def guides(p: Probe) -> Said:
     if drawn is None and w < 1:
         yield "WARN", (f"method.guidance: {w:g} is below 1, and 1 is the conditional model, 0 the unconditional one; a "
                        "paper that counts from 0 calls ours its w + 1.")  # fmt: skip
+    if model is None and p.random and "teacher" in p.method.frozen:
+        role, model = "teacher", p.method.teacher  # random weights listen to conditions too
     if model is None:
         yield "skipped", "no role has learnt a condition yet."
         return
@@ -263,13 +271,13 @@ def _conditions(p: Probe, role: str, model: Any, used: bool) -> Said:
     x, cond = p.some(32)
     t = torch.full((len(x),), 0.6, device=x.device)
     x_t = model.schedule.add_noise(x, t, torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x))
-    net, level = getattr(model, "net", None), "FAIL" if used else "WARN"
-    if used and getattr(net, "classes", 0) and not getattr(net, "null_class", True):
+    net, level = network_of(model), "FAIL" if used else "WARN"
+    if used and net.classes and not net.null_class:
         yield "FAIL", (f"roles.{role}: the network has no class for 'no class', which guidance asks for; set guidance: 1, "
                        "or null_class: true if its last class is that.")  # fmt: skip
         return
     try:
-        null = model.null(cond) if getattr(net, "null_class", True) else None
+        null = model.null(cond) if net.null_class else None
     except BadInput as error:
         if used:
             yield "FAIL", str(error)
@@ -290,7 +298,7 @@ def _conditions(p: Probe, role: str, model: Any, used: bool) -> Said:
         same = "equals the condition" if not told else "changes nothing in its output"
         yield level, (f"roles.{role}: the null condition {same}, so guidance does nothing; "
                       "give the network a null class that it was trained on.")  # fmt: skip
-    elif p.readable and _prefers_none(model, p):
+    elif p.readable and not p.random and _prefers_none(model, p):
         yield "WARN", (f"roles.{role} denoises better without its condition than with it; the classes of the data may be "
                        "numbered differently from the model's.")  # fmt: skip
     else:
@@ -306,13 +314,13 @@ def _prefers_none(model: Any, p: Probe) -> bool:
 def starts_equal(p: Probe) -> Said:
     """The student answers as the teacher does before its first update, whatever it is told of w and s."""
     teacher, student, given = getattr(p.method, "teacher", None), p.method.student, p.cfg.roles.get("student")
-    ours, theirs = getattr(student, "net", None), getattr(teacher, "net", None)
-    if ours is None or theirs is None:
+    if not (has_network(student) and has_network(teacher)):
         yield "skipped", "there is no teacher with a network."
         return
     if p.method.warm_start:
         yield "skipped", f"the student first imitates the teacher for {p.method.warm_start} steps (method.warm_start)."
         return
+    ours, theirs = student.net, teacher.net
     shapes = {k: v.shape for k, v in ours.state_dict().items()}
     if not isinstance(ours, Adapter) and any(shapes.get(k) != v.shape for k, v in theirs.state_dict().items()):
         yield "skipped", "student and teacher have different networks."
@@ -339,8 +347,8 @@ def _gap(p: Probe, student: Any, teacher: Any) -> float:
     for w, frac in ((1.0, 1.0), (4.0, 0.3)):
         t = (0.05 + 0.9 * torch.rand(len(x), generator=draw)).to(x.device)
         x_t = bcast(t, x) * torch.randn(x.shape, generator=draw).to(x) + x
-        told = {"w": torch.full_like(t, w)} if getattr(student.net, "guided", False) else {}
-        told |= {"s": frac * t} if getattr(student.net, "flow_map", False) else {}
+        told = {"w": torch.full_like(t, w)} if network_of(student).guided else {}
+        told |= {"s": frac * t} if network_of(student).flow_map else {}
         theirs = teacher(x_t, t, **cond)
         worst = max(worst, float((student(x_t, t, **cond, **told) - theirs).abs().max() / theirs.abs().max().clamp(min=1)))
     return worst

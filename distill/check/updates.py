@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from distill.check.base import Probe, Said, spread
+from distill.denoise import has_network
 from distill.place import Place, optimizer_of
 
 TRIED = 32  # samples of a trial step
@@ -207,7 +208,7 @@ def _slope(steps: Steps, role: str, turn: Turn, seed: int) -> float | None:
 def _pulls(p: Probe, steps: Steps) -> tuple[dict[str, list[float]], list[str]]:
     """Role -> how strongly it is pulled back (student) or follows (critics), by seed, in units of its gradient."""
     method = p.method
-    nets = [r for r in method.trainable if getattr(getattr(method, r), "net", None) is not None]
+    nets = [r for r in method.trainable if has_network(getattr(method, r))]
     critics = [r for r in nets if r != "student"]
     if "student" not in nets or "student" not in steps.of or ("head" in method.trainable and not critics):
         return {}, []  # an adversarial loss alone knows no way back before its head is trained

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
+from distill.denoise import has_network
 from distill.place import Place, tensors
 
 BUCKET = 25 * 2**20  # bytes of gradient a collective
@@ -212,8 +213,8 @@ def _like(target: Tensor, whole: Tensor) -> Tensor:
 
 def root(role: nn.Module) -> nn.Module:
     """What a role's callers end up calling: a Denoiser's network, which `native` calls too, or the role itself."""
-    net = getattr(role, "net", None)
-    inside = isinstance(net, nn.Module) and {id(p) for p in role.parameters()} <= {id(p) for p in net.parameters()}
+    net = role.net if has_network(role) else None
+    inside = net is not None and {id(p) for p in role.parameters()} <= {id(p) for p in net.parameters()}
     return net if inside else role
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distill.denoise import Denoiser
+from distill.denoise import Denoiser, network_of
 from distill.errors import BadInput
 from distill.export.job import SEED, Job
 from distill.export.pixels import autoencoder
@@ -52,7 +52,7 @@ def stock_network(student: Denoiser, grid: Grid, sampler: str, w: float | None):
     """
     from distill.nets.diffusers import DiT, UNet2D
 
-    net = getattr(student, "net", None)
+    net = network_of(student)
     if not isinstance(net, (DiT, UNet2D)):
         raise BadInput(f"{type(net).__name__} has no stock class in diffusers: networks that export are UNet2D, DiT and "
                        "those that `distill.nets.diffusers.load` reads from a pipeline folder.")

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from distill.denoise import Denoiser
+from distill.denoise import Denoiser, as_network, network_of
 from distill.errors import BadInput
 from distill.export import folder, text
 from distill.export.job import SEED, Job
@@ -55,7 +55,7 @@ def write(job: Job) -> dict:
         raise BadInput("ONNX needs packages: pip install 'distill[onnx]'.") from error
     from safetensors.torch import save_file
 
-    net, grid = job.student.net, job.grid
+    net, grid, about = job.student.net, job.grid, network_of(job.student)
     told = _conditions(job)
     generator = torch.Generator().manual_seed(SEED)
     rows = len(next(iter(told.values()))) if told else folder.REFERENCES
@@ -77,10 +77,10 @@ def write(job: Job) -> dict:
     stored = {"noise": noise, "samples": x} | told | ({"fresh": torch.stack(fresh)} if fresh else {})
     save_file({k: v.contiguous() for k, v in stored.items()}, job.staging / "reference.safetensors")
     record = {
-        "part": getattr(net, "part", None), "network": type(net).__name__, "file": FILE, "told": list(told),
+        "part": about.part or None, "network": type(net).__name__, "file": FILE, "told": list(told),
         "shape": list(net.shape), "batch": batch,
         "steps": grid.steps, "times": list(grid.times), "sampler": job.sampler, "prediction": job.student.prediction,
-        "guidance": job.w, "classes": getattr(net, "classes", 0), "null_class": getattr(net, "null_class", False),
+        "guidance": job.w, "classes": about.classes, "null_class": about.classes > 0 and about.null_class,
         "timesteps": [], "reference": {"seed": SEED},
     }
     return record | (text.pictures(text.source(net), x) if text.told(job.student) else {})
@@ -88,8 +88,10 @@ def write(job: Job) -> dict:
 
 def _folded(job: Job) -> nn.Module:
     """The network with w and t - s in its biases, where it is a stock one: hooks that live for one call do not trace."""
+    from distill.nets.diffusers import Stock
+
     net = job.student.net
-    if not hasattr(net, "fold") or not (net.guided or net.flow_map):
+    if not isinstance(net, Stock) or not (net.guided or net.flow_map):
         return net
     gap = folder.gap_of(job.grid, job.sampler) if net.flow_map else None
     plain = copy.deepcopy(net)
@@ -103,9 +105,9 @@ def _told_as(job: Job, net: nn.Module) -> Denoiser:
     """The student with this network, always told the same w and t - s where it has these inputs."""
     student: Denoiser = copy.copy(job.student)
     student._modules = job.student._modules | {"net": net}
-    if getattr(net, "flow_map", False):
+    if as_network(net).flow_map:
         student = folder.FlowMap(student, folder.gap_of(job.grid, job.sampler))
-    return _Guided(student, job.w) if getattr(net, "guided", False) else student
+    return _Guided(student, job.w) if as_network(net).guided else student
 
 
 class _Guided(Denoiser):
@@ -126,7 +128,7 @@ def _conditions(job: Job) -> dict[str, Tensor]:
     net = job.student.net
     if text.told(job.student):
         return text.Prompts(text.source(net))(text.PROMPTS)
-    return {"label": torch.arange(folder.REFERENCES) % net.classes} if getattr(net, "classes", 0) else {}
+    return {"label": torch.arange(folder.REFERENCES) % net.classes} if network_of(job.student).classes else {}
 
 
 def _trace(step: Step, given: list[Tensor], file: Path) -> int | None:

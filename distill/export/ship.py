@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from distill import __version__
-from distill.denoise import Denoiser
+from distill.denoise import Delegate, Denoiser
 from distill.errors import BadInput, suggest
 from distill.export.card import card, picture
 from distill.export.job import Job
@@ -80,7 +80,7 @@ def _whole(student: Denoiser) -> tuple[Denoiser, Any]:
     """A copy of the student that can be written, an adapter merged into its base; and that adapter."""
     with shared_copies():  # of a network as large as memory there is room for one
         student, adapter = copy_of(student), None
-    if hasattr(student.net, "merged"):
+    if isinstance(student.net, Delegate):
         adapter, student.net = student.net, student.net.merged()
     return student.cpu().float().eval(), adapter
 

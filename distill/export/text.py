@@ -20,7 +20,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from distill.denoise import Denoiser
+from distill.denoise import Denoiser, network_of
 from distill.errors import BadInput
 from distill.export.folder import SAMPLERS, FlowMap, gap_of, stock_scheduler, strip
 from distill.export.job import SEED, Job
@@ -39,7 +39,7 @@ MUTED = 256  # features of the guidance input that a U-Net gets, and does not li
 
 def told(student: Denoiser) -> bool:
     """Whether a student is told text, that is, comes from a pipeline folder."""
-    return isinstance(getattr(student, "net", None), Conditioned)
+    return isinstance(network_of(student), Conditioned)
 
 
 def write(job: Job) -> dict:
@@ -182,7 +182,7 @@ def pictures(base: Path, x: Tensor) -> dict[str, Tensor]:
 
 def source_name(net: Conditioned) -> str:
     """The folder or hub name that a network was loaded from, as stock code finds it."""
-    if getattr(net, "source", None) is None:
+    if net.source is None:
         raise BadInput(f"{type(net).__name__} was not loaded from a pipeline folder, whose text encoders and autoencoder "
                        "an export needs: load it by distill.nets.diffusers.load.")
     name = net.source[0]

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from distill.denoise import Guided
+from distill.denoise import Guided, network_of
 from distill.errors import BadInput
 from distill.grid import LogitNormal, Uniform
 from distill.losses.flowmap import average_velocity, normalised
@@ -62,9 +62,9 @@ class AYF(Method):
         if "weak" not in roles:
             self.frozen = ("teacher",)
         super().__init__(roles, **base)
-        net = self.student.net
-        self.tells = bool(getattr(net, "guided", False))
-        if not getattr(net, "flow_map", False):
+        net = network_of(self.student)
+        self.tells = net.guided
+        if not net.flow_map:
             raise BadInput("roles.student: a flow map needs a network with an input s; set flow_map: true.")
         if guidance_range is not None and not self.tells:
             raise BadInput("method.guidance_range: the student has no input w to tell it by; set guided: true.")

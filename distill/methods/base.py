@@ -9,6 +9,7 @@ import lightning
 import torch
 from torch import Tensor, nn
 
+from distill.denoise import network_of
 from distill.errors import BadInput, suggest
 from distill.grid import Grid
 from distill.losses.regression import mse
@@ -131,7 +132,7 @@ class Method(lightning.LightningModule):
 
     def student_cond(self, cond: dict[str, Tensor], n: int) -> dict[str, Tensor]:
         """The conditions of n samples as the student takes them: with `guidance` where its network has that input."""
-        if not getattr(self.student.net, "guided", False):
+        if not network_of(self.student).guided:
             return cond
         return cond | {"w": torch.full((n,), float(self.guidance), device=self.device)}
 
@@ -158,7 +159,7 @@ class Method(lightning.LightningModule):
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of one sample."""
-        return tuple(self.student.net.shape)
+        return tuple(network_of(self.student).shape)
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -259,7 +260,7 @@ class Method(lightning.LightningModule):
 
     def step_told(self, like: Tensor, t: Tensor | None = None) -> dict[str, Tensor]:
         """What a critic whose network takes a second time is told: t of the student's step, its last one by default."""
-        if not getattr(getattr(self.critic, "net", None), "flow_map", False):
+        if not network_of(self.critic).flow_map:
             return {}
         return {"s": torch.full_like(like, self.grid.times[-2]) if t is None else t}
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from distill.denoise import Guided
+from distill.denoise import Guided, network_of
 from distill.errors import BadInput
 from distill.losses.regression import huber, mse
 from distill.methods.base import Method
@@ -68,7 +68,7 @@ class Consistency(Method):
         j = torch.randint(1, len(times), (len(x),), device=x.device)
         t, s = times[j], times[j - 1]
         w = self.strength(x)
-        told = cond | ({"w": w} if getattr(self.student.net, "guided", False) else {})
+        told = cond | ({"w": w} if network_of(self.student).guided else {})
         x_t = self.teacher.schedule.add_noise(x, t, z)
         rewind = Rewind(x.device)
         y = self.student(x_t, t, **told)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from distill.denoise import Guided
+from distill.denoise import Guided, network_of
 from distill.errors import BadInput
 from distill.grid import Uniform
 from distill.losses.regression import mse
@@ -53,7 +53,7 @@ class CTM(Method):
         target_ema: float = 0.999, gamma: float = 0.0, denoise: float = 1.0, density: Any = None, **base,
     ):  # fmt: skip
         super().__init__(roles, averages={"target": ("student", target_ema)}, **base)
-        if not getattr(self.student.net, "flow_map", False):
+        if not network_of(self.student).flow_map:
             raise BadInput("roles.student: CTM needs a network with an input s; set flow_map: true.")
         self.intervals, self.longest = intervals, min(longest or intervals, intervals)
         self.solver, self.sampler = solver_of(solver), Gamma(gamma)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from distill.denoise import Guided
+from distill.denoise import Guided, network_of
 from distill.errors import BadInput
 from distill.grid import Grid, Uniform
 from distill.losses.adversarial import balancing, discriminate, generator, weigh
@@ -67,7 +67,7 @@ class DMD2(Method):
     def start(self, role, roles):
         if role != "head":
             return super().start(role, roles)
-        return Head.of(Layers(read := getattr(self, self.features), self.layers), read.net.shape)
+        return Head.of(Layers(read := getattr(self, self.features), self.layers), network_of(read).shape)
 
     def turns(self, step):
         yield "critic", self.critic_loss

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from distill.denoise import Guided
+from distill.denoise import Guided, network_of
 from distill.errors import BadInput
 from distill.grid import Uniform
 from distill.losses import snr
@@ -50,7 +50,7 @@ class Guidance(Method):
         **base,
     ):
         super().__init__(roles, **base)
-        if not getattr(self.student.net, "guided", False):
+        if not network_of(self.student).guided:
             raise BadInput("roles.student: guidance distillation needs a network with an input w; set guided: true.")
         low, high = guidance_range
         if low > high:

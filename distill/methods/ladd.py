@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.denoise import Guided
+from distill.denoise import Guided, network_of
 from distill.grid import LogitNormal
 from distill.losses.adversarial import balancing, discriminate, generator, weigh
 from distill.losses.regression import mse
@@ -59,7 +59,7 @@ class LADD(Method):
     def start(self, role, roles):
         if role != "head":
             return super().start(role, roles)
-        return Head.of(self.read(), self.reader.net.shape)
+        return Head.of(self.read(), network_of(self.reader).shape)
 
     @property
     def reader(self):

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from distill.denoise import Guided
+from distill.denoise import Guided, network_of
 from distill.errors import BadInput
 from distill.grid import LogitNormal
 from distill.losses.flowmap import adaptive, average_velocity, guided_velocity
@@ -64,7 +64,7 @@ class MeanFlow(Method):
         if "teacher" not in roles:
             self.frozen = ()
         super().__init__(roles, **base)
-        if not getattr(self.student.net, "flow_map", False):
+        if not network_of(self.student).flow_map:
             raise BadInput("roles.student: a flow map needs a network with an input s; set flow_map: true.")
         self.density, self.same, self.kappa = density or LogitNormal(-0.4, 1.0), same, kappa
         self.guide_until, self.drop_label = guide_until, drop_label if not self.frozen else 0.0

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from distill.denoise import Guided
+from distill.denoise import Guided, network_of
 from distill.errors import BadInput
 from distill.losses.regression import huber as huber_of
 from distill.losses.regression import mse
@@ -67,7 +67,7 @@ class PCM(Method):
     def loss(self, x, z, cond):
         t, s, edge, last = self.times(x)
         w = self.strength(x)
-        told = cond | ({"w": w} if getattr(self.student.net, "guided", False) else {})
+        told = cond | ({"w": w} if network_of(self.student).guided else {})
         x_t = self.schedule.add_noise(x, t, z)
         rewind = Rewind(x.device)
         f = to_edge(self.student, x_t, t, edge, told)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from distill.denoise import Guided
+from distill.denoise import Guided, network_of
 from distill.errors import BadInput
 from distill.grid import Uniform, ladder
 from distill.losses import snr
@@ -60,7 +60,7 @@ class Progressive(Method):
     ):
         super().__init__(roles, averages={"promoted": ("student", None)}, **base)
         self.ladder = ladder(teacher_steps, self.grid)
-        self.tells = bool(getattr(self.student.net, "guided", False))
+        self.tells = network_of(self.student).guided
         if guidance_range is not None and not self.tells:
             raise BadInput("method.guidance_range: the student has no input w to tell it by; set guided: true.")
         if distance not in DISTANCES:

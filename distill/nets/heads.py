@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill.denoise import as_network, has_network, network_of
 from distill.errors import BadInput, suggest
 
 INPUT = ".input"
@@ -28,9 +29,9 @@ class Layers:
 
     def __init__(self, denoiser: nn.Module, names: str | list[str]):
         self.denoiser, self.names = denoiser, [names] if isinstance(names, str) else list(names)
-        if getattr(denoiser, "net", None) is None:
+        if not has_network(denoiser):
             raise BadInput(f"{type(denoiser).__name__} has no network for a head to read layers of.")
-        self.net = getattr(denoiser.net, "body", denoiser.net)  # an adapter's layers are its base's
+        self.net = network_of(denoiser).base  # an adapter's layers are its base's
         known = [name for name, _ in self.net.named_modules()]
         for name in self.names:
             if name.removesuffix(INPUT) not in known:
@@ -94,7 +95,7 @@ class Head(nn.Module):
     def of(cls, layers: Layers, shape: tuple[int, ...], width: int = 128) -> Head:
         """A head for `layers`, measured on one sample of `shape` without conditions."""
         weight, hint = next(layers.denoiser.parameters()), "roles.head: {_target_: distill.nets.heads.Head, channels: [...]}"
-        if needs := getattr(layers.net, "told", ()):
+        if needs := as_network(layers.net).told:
             raise BadInput(f"layers of a network that is told {', '.join(needs)} are not measured; give {hint}.")
         try:
             found = layers(torch.zeros(1, *shape, device=weight.device), torch.full((1,), 0.5, device=weight.device))

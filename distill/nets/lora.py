@@ -19,9 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill.denoise import Delegate, Denoiser, Network, as_network
 from distill.errors import BadInput, suggest
-
-SEEN = ("shape", "classes", "guided", "flow_map", "timesteps", "null_class", "part")  # what others ask of a network
 
 
 def lay_out(roles: dict[str, Any], layout: str, adapter: dict[str, Any] | None = None) -> None:
@@ -36,7 +35,8 @@ def lay_out(roles: dict[str, Any], layout: str, adapter: dict[str, Any] | None =
         if adapter:
             raise BadInput("roles.adapter is for roles.layout=shared_base alone; set the layout, or remove the adapter.")
         return
-    net, known = getattr(roles.get("teacher"), "net", None), ("rank", "alpha", "targets")
+    teacher, known = roles.get("teacher"), ("rank", "alpha", "targets")
+    net = teacher.net if isinstance(teacher, Denoiser) else None
     if net is None:
         raise BadInput("roles.layout: shared_base needs a teacher with a network, whose copies the other roles are.")
     for key in adapter or {}:
@@ -45,7 +45,7 @@ def lay_out(roles: dict[str, Any], layout: str, adapter: dict[str, Any] | None =
     roles["teacher"].net = Shared(net, **adapter or {})
 
 
-class Shared(nn.Module):
+class Shared(Delegate):
     """A network whose copies are adapters.
 
     Args:
@@ -60,9 +60,6 @@ class Shared(nn.Module):
     def __init__(self, net: nn.Module, rank: int = 8, alpha: float | None = None, targets: list[str] | str = "*"):
         super().__init__()
         self.net, self.rank, self.scale = net, rank, (rank if alpha is None else alpha) / rank
-        for name in SEEN:
-            if hasattr(net, name):
-                setattr(self, name, getattr(net, name))
         patterns = [targets] if isinstance(targets, str) else list(targets)
         linear = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
         self.targets = [name for name in linear if any(fnmatch(name, pattern) for pattern in patterns)]
@@ -70,6 +67,10 @@ class Shared(nn.Module):
             if not any(fnmatch(name, pattern) for name in linear):
                 raise BadInput(f"roles.adapter.targets: no linear layer of {type(net).__name__} matches '{pattern}'."
                                f"{suggest(pattern, _endings(linear))}")
+
+    @property
+    def wrapped(self) -> Network:
+        return as_network(self.net)
 
     def forward(self, *args, **kwargs) -> Any:
         return self.net(*args, **kwargs)
@@ -84,15 +85,12 @@ def _endings(names: list[str]) -> list[str]:
     return names + sorted({"*." + ".".join(p[-n:]) for p in parts for n in (1, 2, 3) if len(p) > n})
 
 
-class Adapter(nn.Module):
+class Adapter(Delegate):
     """The base with low-rank changes of its own; only those are its parameters, its state and its gradient."""
 
     def __init__(self, shared: Shared):
         super().__init__()
         self._shared = (shared,)  # in a tuple: the base is no part of this module
-        for name in SEEN:
-            if hasattr(shared, name):
-                setattr(self, name, getattr(shared, name))
         self.down, self.up = nn.ParameterList(), nn.ParameterList()
         for name in shared.targets:
             weight = shared.net.get_submodule(name).weight
@@ -106,9 +104,8 @@ class Adapter(nn.Module):
         return self._shared[0]
 
     @property
-    def body(self) -> nn.Module:
-        """The base network, for those who read its layers."""
-        return self._shared[0].net
+    def wrapped(self) -> Network:
+        return self._shared[0].wrapped
 
     def forward(self, *args, **kwargs) -> Any:
         shared = self._shared[0]

@@ -9,8 +9,7 @@ Every network of the project is called `net(x, t, label=None, w=None, s=None)`:
 - `s`: (B,) second time of a flow map, s <= t (`flow_map=True` only); the net is told `t - s`.
 
 `w` and `s` enter through layers that start at zero: a student which takes the weights of a teacher without these
-inputs answers exactly as the teacher does until its first update. Attributes: `shape` (of one sample), `classes`,
-`guided`, `flow_map`.
+inputs answers exactly as the teacher does until its first update. What else may be asked of a network: `denoise.Network`.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill.denoise import Network
 from distill.errors import BadInput
 
 
@@ -84,7 +84,7 @@ def extra_inputs(guidance: Scalar | None, gap: Scalar | None, t: Tensor, w, s) -
     return sum(parts) if parts else None
 
 
-class MLP(nn.Module):
+class MLP(Network):
     r"""Residual MLP for vectors, (B, dim) -> (B, dim), told its condition c in every layer:
 
     h <- h + W_2 silu((1 + a) W_1 silu(h) + b) with (a, b) linear in silu(c).
@@ -136,7 +136,7 @@ class Block(nn.Module):
         return h + g2 * self.mlp(_modulate(h, a2, b2))
 
 
-class Transformer(nn.Module):
+class Transformer(Network):
     r"""Compact DiT for images, (B, C, H, W) -> (B, C, H, W) with H = W = size.
 
     Patches of `patch` by `patch` pixels, learned positions, adaLN-zero blocks (Peebles & Xie 2023,

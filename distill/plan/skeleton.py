@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from distill import config
 from distill.data.info import Info
+from distill.denoise import network_of
 from distill.engine.ranks import recompute
 from distill.errors import BadInput
 from distill.plan.trace import networks
@@ -98,9 +99,9 @@ def _network(node: dict, allow: tuple[str, ...], where: str) -> nn.Module:
 
 def _stand(cfg: Any, allow: tuple[str, ...]) -> dict[str, Any]:
     roles = build(cfg.roles, allow, "roles")
-    nets = [net for r in roles.values() if (net := getattr(r, "net", None)) is not None and hasattr(net, "shape")]
-    if not nets or getattr(nets[0], "told", ()):
+    nets = [net for r in roles.values() if (net := network_of(r)).shape]
+    if not nets or nets[0].told:
         raise BadInput(f"data.path: {cfg.data.path} does not exist, and the network's conditions have the shapes of the "
                        "data; write it first, a few samples are enough.")  # fmt: skip
     return {config.TARGET: f"{Stand.__module__}.{Stand.__name__}", "shape": list(nets[0].shape),
-            "classes": getattr(nets[0], "classes", 0), "batch_size": cfg.data.get("batch_size", 1)}  # fmt: skip
+            "classes": nets[0].classes, "batch_size": cfg.data.get("batch_size", 1)}  # fmt: skip

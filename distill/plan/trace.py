@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from distill.denoise import as_network
 from distill.engine.ranks import blocks, root
 from distill.errors import BadInput
 from distill.place import Place, batch_size
@@ -246,7 +247,7 @@ def _inside_transform(value: Tensor) -> bool:
 def _stand_in(module: nn.Module, meter: Meter, known: dict) -> Any:
     """Let real tensors in and out of a network of shapes; a call without gradients that was seen before is not repeated."""
     inner, own = module.forward, module.__dict__.get("forward")
-    body = getattr(module, "body", module)
+    body = as_network(module).base
     hooks = lambda: sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in body.modules())
     usual, name = hooks(), id(module)
 

@@ -59,7 +59,7 @@ def test_adapters_share_the_base_and_nothing_else():
     shared = base()
     first = moved(shared)
     second = copy.deepcopy(first)
-    assert first.body is second.body is shared.net
+    assert first.base is second.base is shared.net
     assert torch.equal(ask(first), ask(second))
     kept = ask(first)
     ask(second).square().mean().backward()
@@ -113,7 +113,7 @@ def test_roles_are_adapters_on_one_base(digits, recipe):
     roles = [m for m in (method.teacher, method.student, method.critic, method.ema)]
     resident = {id(p): p.numel() for m in roles for p in m.parameters()}
     assert sum(resident.values()) <= 1.2 * one
-    assert all(isinstance(m.net, Adapter) and m.net.body is method.teacher.net.net for m in roles[1:])
+    assert all(isinstance(m.net, Adapter) and m.net.base is method.teacher.net.net for m in roles[1:])
     frozen = {k: v.clone() for k, v in method.teacher.state_dict().items()}
     begun = {k: v.clone() for k, v in method.student.state_dict().items()}
     run.train(cfg, digits / f"run-{recipe}")

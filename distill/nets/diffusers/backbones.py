@@ -10,6 +10,7 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import Tensor, nn
 
+from distill.denoise import Network
 from distill.errors import BadInput
 from distill.nets.small import Scalar, extra_inputs, null_index
 from distill.place import copy_of, shared_copies
@@ -23,7 +24,7 @@ class MathAttention(AttnProcessor):
         return out.clone(memory_format=torch.contiguous_format)  # the next group norm views the tangent
 
 
-class Stock(nn.Module):
+class Stock(Network):
     r"""A stock network that is told an integer timestep and a class row.
 
     It is asked at n = t N - 1, N = `timesteps`; n need not be whole. The embeddings of w and of t - s start at zero and
@@ -31,8 +32,6 @@ class Stock(nn.Module):
 
     A subclass names the `part` of a pipeline that it is, and says where its time embeddings are (`embeddings`).
     """
-
-    part: str
 
     @staticmethod
     def embeddings(model: Any) -> list[nn.Module]:

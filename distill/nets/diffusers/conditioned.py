@@ -32,8 +32,6 @@ class Conditioned(Stock):
 
     part = "transformer"
     told: tuple[str, ...] = ("text",)
-    extras: tuple[str, ...] = ()
-    kept: tuple[str, ...] = ()  # told, and no part of the prompt: the null condition keeps it
     bones: tuple[str, ...] = ()  # parts of the pipeline whose shape the encoders ask
     seen: tuple[str, ...] = ()  # parts that turn a first frame into conditions
     bones_seen: tuple[str, ...] = ()  # parts whose shape these ask
@@ -41,7 +39,6 @@ class Conditioned(Stock):
     latent_scale: float | tuple[float, ...] = 1.0
     latent_shift: float | tuple[float, ...] = 0.0
     pixels = 8  # a side of a latent in pixels
-    source: tuple[str, str | None] | None = None  # the folder or hub name that it was loaded from, and the revision
 
     @classmethod
     def wrap(cls, model: Any, schedule: Schedule, timesteps: int = 1000, guided: bool = False, flow_map: bool = False,
@@ -125,6 +122,10 @@ class Conditioned(Stock):
         """The stock network's answer, of the shape of x, at its timesteps n (B,)."""
         raise NotImplementedError
 
+    @property
+    def needs_null(self) -> bool:
+        return not self.null_zero and not any(name.startswith("null_") for name, _ in self.named_buffers())
+
     def remember(self, null: dict[str, Tensor] | None) -> Conditioned:
         """Keep the null condition, `encode(folder, [""])`; None stands for zeros."""
         self.null_zero = null is None
@@ -142,7 +143,7 @@ class Conditioned(Stock):
         return {k: self._null(k, v) if k in self.told and k not in self.kept else v for k, v in cond.items()}
 
     def _null(self, key: str, value: Tensor) -> Tensor:
-        row = getattr(self, f"null_{key}", None)
+        row = dict(self.named_buffers(recurse=False)).get(f"null_{key}")
         if self.null_zero:
             return torch.zeros_like(value)
         if row is None:
