@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read."""
+"""BadInput, the exception whose message is written for users."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class BadInput(ValueError):
-    """Input that cannot be used. The message is one sentence: the name of the key, file or shard, and the mend.
+    """Input that cannot be used. The message is one sentence that names the key, file or shard and how to fix it.
 
     The command line prints it without a traceback and exits with code 2.
     """

@@ -1,7 +1,7 @@
 r"""Noise schedules: t -> (alpha_t, sigma_t) with x_t = alpha_t x + sigma_t z and z ~ N(0, I).
 
-Time is a float tensor t (B,) in [0, 1]: data at 0, noise at 1. Coefficients come back as (B,) in float32 or better,
-whatever the precision of t; float64 in gives float64 out.
+Time is a float tensor t (B,) in [0, 1]: data at 0, noise at 1. Coefficients have shape (B,) and dtype float32, or
+float64 if t is float64.
 
     Song et al., Score-based generative modeling through SDEs, 2021, https://arxiv.org/abs/2011.13456
     Kingma et al., Variational diffusion models, 2021, https://arxiv.org/abs/2107.00630
@@ -12,34 +12,41 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from distill.errors import BadInput
 
+T = TypeVar("T", float, Tensor)
+
 
 def bcast(a: Tensor, x: Tensor) -> Tensor:
-    """`a` (B,) with as many trailing ones as `x` (B, ...) needs: (B, 1, ...)."""
+    """`a` (B,) reshaped to (B, 1, ...), with as many dimensions as `x` (B, ...)."""
     return a.reshape(a.shape + (1,) * (x.ndim - a.ndim))
 
 
-def wide(t: Tensor) -> Tensor:
-    """`t` in float32, or as it is if it is wider."""
+def at_least_float32(t: Tensor) -> Tensor:
+    """`t` cast to float32; float64 is kept."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
-def over(a: Tensor, b: Tensor) -> Tensor:
-    """a / b, and 0 with a zero gradient where b = 0."""
+def safe_divide(a: Tensor, b: Tensor) -> Tensor:
+    """a / b; where b = 0, the value and the gradient are 0."""
     return a / torch.where(b == 0, torch.inf, b)
 
 
 class Schedule:
-    r"""x_t = alpha_t x + sigma_t z. A family defines `alpha`, `sigma`, `d_alpha`, `d_sigma` and `time`.
+    r"""Base class: x_t = alpha_t x + sigma_t z. Subclasses define `alpha`, `sigma`, `d_alpha`, `d_sigma` and `time`.
 
-    Families are frozen dataclasses: numbers only, comparable and hashable, without state or device.
+    Subclasses are frozen dataclasses of numbers: comparable, hashable, without state or device.
     """
+
+    @property
+    def noise_scale(self) -> float:
+        """Standard deviation of x_1, from which sampling starts."""
+        return 1.0
 
     def alpha(self, t: Tensor) -> Tensor:
         """Signal scale alpha_t (B,): 1 at t = 0, non-increasing."""
@@ -54,7 +61,7 @@ class Schedule:
         raise NotImplementedError
 
     def d_sigma(self, t: Tensor) -> Tensor:
-        """d sigma_t / dt (B,); 0 stands for the infinite slope of the VP families at t = 0."""
+        """d sigma_t / dt (B,). VP schedules have an infinite slope at t = 0 and return 0 there."""
         raise NotImplementedError
 
     def time(self, log_snr: Tensor) -> Tensor:
@@ -76,13 +83,11 @@ class Schedule:
 
     @property
     def zero_terminal_snr(self) -> bool:
-        """Whether x_1 is pure noise, alpha_1 = 0: x cannot be read off a prediction of the noise there."""
+        """Whether alpha_1 = 0, so that x_1 is pure noise and an eps-prediction does not determine x at t = 1."""
         return self.alpha(torch.ones(1, dtype=torch.float64)).item() < 1e-6
 
-    noise_scale: ClassVar[float] = 1.0  # standard deviation of pure noise, which sampling starts from
-
     def start(self, z: Tensor) -> Tensor:
-        """x_1 for sampling, from z ~ N(0, I): noise_scale z. Families that explode scale it, as stock schedulers do."""
+        """Initial state of sampling, x_1 = noise_scale z for z ~ N(0, I) (B, ...)."""
         return self.noise_scale * z
 
     def add_noise(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
@@ -96,7 +101,7 @@ class Schedule:
         beta^2 = sigma_u^2 - (alpha_u sigma_s / alpha_s)^2, at least 0.
         """
         (alpha_s, sigma_s), (alpha_u, sigma_u) = self(s), self(u)
-        ratio = torch.where(alpha_s == 0, 1.0, over(alpha_u, alpha_s))
+        ratio = torch.where(alpha_s == 0, 1.0, safe_divide(alpha_u, alpha_s))
         return ratio, (sigma_u**2 - (ratio * sigma_s) ** 2).clamp(min=0).sqrt()
 
     def transition(self, x_s: Tensor, s: Tensor, u: Tensor, noise: Tensor) -> Tensor:
@@ -105,14 +110,14 @@ class Schedule:
         return bcast(ratio, x_s) * x_s + bcast(beta, x_s) * noise
 
     def eps(self, x: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The noise that x (B, ...) implies: (x_t - alpha_t x) / sigma_t, and 0 at t = 0."""
+        """The noise that corresponds to x (B, ...): (x_t - alpha_t x) / sigma_t, and 0 at t = 0."""
         alpha_t, sigma_t = self.at(t, x_t)
-        return over(x_t - alpha_t * x, sigma_t)
+        return safe_divide(x_t - alpha_t * x, sigma_t)
 
     def score(self, x: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """grad log p_t(x_t) = (alpha_t x - x_t) / sigma_t^2 for x = E[x | x_t] and t > 0."""
         alpha_t, sigma_t = self.at(t, x_t)
-        return over(alpha_t * x - x_t, sigma_t**2)
+        return safe_divide(alpha_t * x - x_t, sigma_t**2)
 
     def velocity(self, x: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """dx_t/dt = alpha'_t x + sigma'_t eps on the probability-flow ODE, for x = E[x | x_t] and t > 0."""
@@ -120,31 +125,34 @@ class Schedule:
 
 
 class VP(Schedule):
-    r"""Variance preserving, alpha_t = exp(-q_t) and sigma_t^2 = 1 - alpha_t^2, with q_t half the integral of beta."""
+    r"""Variance preserving: alpha_t = exp(-q_t), sigma_t^2 = 1 - alpha_t^2, q_t = half the integral of beta over [0, t]."""
 
-    def q(self, t: Tensor) -> Tensor:
+    def q(self, t: T) -> T:
+        """q_t (B,), increasing from 0."""
         raise NotImplementedError
 
     def d_q(self, t: Tensor) -> Tensor:
+        """dq/dt (B,) = beta(t) / 2."""
         raise NotImplementedError
 
     def time_of_q(self, q: Tensor) -> Tensor:
+        """The inverse of `q`."""
         raise NotImplementedError
 
     def alpha(self, t: Tensor) -> Tensor:
-        return (-self.q(wide(t))).exp()
+        return (-self.q(at_least_float32(t))).exp()
 
     def sigma(self, t: Tensor) -> Tensor:
-        return (-torch.expm1(-2 * self.q(wide(t)))).sqrt()
+        return (-torch.expm1(-2 * self.q(at_least_float32(t)))).sqrt()
 
     def d_alpha(self, t: Tensor) -> Tensor:
-        return -self.d_q(wide(t)) * self.alpha(t)
+        return -self.d_q(at_least_float32(t)) * self.alpha(t)
 
     def d_sigma(self, t: Tensor) -> Tensor:
-        return over(self.d_q(wide(t)) * self.alpha(t) ** 2, self.sigma(t))
+        return safe_divide(self.d_q(at_least_float32(t)) * self.alpha(t) ** 2, self.sigma(t))
 
     def time(self, log_snr: Tensor) -> Tensor:
-        q = torch.nn.functional.softplus(-wide(log_snr)) / 2
+        q = torch.nn.functional.softplus(-at_least_float32(log_snr)) / 2
         return self.time_of_q(q.clamp(max=self.q(1.0))).clamp(0, 1)
 
 
@@ -155,13 +163,13 @@ class VPLinear(VP):
     beta_min: float = 0.1
     beta_max: float = 20.0
 
-    def q(self, t):
+    def q(self, t: T) -> T:
         return t * self.beta_min / 2 + t**2 * (self.beta_max - self.beta_min) / 4
 
-    def d_q(self, t):
+    def d_q(self, t: Tensor) -> Tensor:
         return (self.beta_min + t * (self.beta_max - self.beta_min)) / 2
 
-    def time_of_q(self, q):
+    def time_of_q(self, q: Tensor) -> Tensor:
         b, a = self.beta_min / 2, (self.beta_max - self.beta_min) / 4
         return 2 * q / (b + (b**2 + 4 * a * q).sqrt())
 
@@ -176,15 +184,15 @@ class VPScaledLinear(VP):
     def _roots(self) -> tuple[float, float]:
         return math.sqrt(self.beta_min), math.sqrt(self.beta_max) - math.sqrt(self.beta_min)
 
-    def q(self, t):
+    def q(self, t: T) -> T:
         b, d = self._roots()
         return t * (b**2 + b * d * t + d**2 * t**2 / 3) / 2
 
-    def d_q(self, t):
+    def d_q(self, t: Tensor) -> Tensor:
         b, d = self._roots()
         return (b + d * t) ** 2 / 2
 
-    def time_of_q(self, q):
+    def time_of_q(self, q: Tensor) -> Tensor:
         b, d = self._roots()
         return ((b**3 + 6 * d * q) ** (1 / 3) - b) / d
 
@@ -193,31 +201,31 @@ class VPScaledLinear(VP):
 class VPCosine(Schedule):
     r"""alpha_t = cos(theta_t) / cos(theta_0), theta_t = pi/2 (t + s) / (1 + s); alpha_1 = 0.
 
-    Nichol and Dhariwal, 2021, https://arxiv.org/abs/2102.09672, without their cap on beta.
+    Nichol and Dhariwal, 2021, https://arxiv.org/abs/2102.09672, without the paper's clipping of beta.
     """
 
     s: float = 0.008
 
-    def _angle(self, fraction):
+    def _angle(self, fraction: T) -> T:
         return math.pi / 2 * fraction / (1 + self.s)
 
     def alpha(self, t: Tensor) -> Tensor:
-        # cos(theta) as the sine of the complement: exactly 0 at t = 1 and exactly 1 at t = 0.
-        return torch.sin(self._angle(1 - wide(t))) / math.sin(self._angle(1))
+        # The sine of the complement is exactly 0 at t = 1 and, after division, exactly 1 at t = 0; the cosine is not.
+        return torch.sin(self._angle(1 - at_least_float32(t))) / math.sin(self._angle(1))
 
     def sigma(self, t: Tensor) -> Tensor:
-        t = wide(t)
+        t = at_least_float32(t)
         square = torch.sin(self._angle(t)) * torch.sin(self._angle(t + 2 * self.s))
         return square.clamp(min=0).sqrt() / math.sin(self._angle(1))
 
     def d_alpha(self, t: Tensor) -> Tensor:
-        return -self._angle(1) * torch.cos(self._angle(1 - wide(t))) / math.sin(self._angle(1))
+        return -self._angle(1) * torch.cos(self._angle(1 - at_least_float32(t))) / math.sin(self._angle(1))
 
     def d_sigma(self, t: Tensor) -> Tensor:
-        return over(-self.alpha(t) * self.d_alpha(t), self.sigma(t))
+        return safe_divide(-self.alpha(t) * self.d_alpha(t), self.sigma(t))
 
     def time(self, log_snr: Tensor) -> Tensor:
-        alpha = torch.sigmoid(wide(log_snr)).sqrt()
+        alpha = torch.sigmoid(at_least_float32(log_snr)).sqrt()
         return (1 - torch.asin(alpha * math.sin(self._angle(1))) / self._angle(1)).clamp(0, 1)
 
 
@@ -233,19 +241,19 @@ class VE(Schedule):
         return self.sigma_max
 
     def alpha(self, t: Tensor) -> Tensor:
-        return torch.ones_like(wide(t))
+        return torch.ones_like(at_least_float32(t))
 
     def sigma(self, t: Tensor) -> Tensor:
-        return self.sigma_max * wide(t) ** self.rho
+        return self.sigma_max * at_least_float32(t) ** self.rho
 
     def d_alpha(self, t: Tensor) -> Tensor:
-        return torch.zeros_like(wide(t))
+        return torch.zeros_like(at_least_float32(t))
 
     def d_sigma(self, t: Tensor) -> Tensor:
-        return self.sigma_max * self.rho * wide(t) ** (self.rho - 1)
+        return self.sigma_max * self.rho * at_least_float32(t) ** (self.rho - 1)
 
     def time(self, log_snr: Tensor) -> Tensor:
-        return (torch.exp(-wide(log_snr) / 2) / self.sigma_max).clamp(0, 1) ** (1 / self.rho)
+        return (torch.exp(-at_least_float32(log_snr) / 2) / self.sigma_max).clamp(0, 1) ** (1 / self.rho)
 
 
 @dataclass(frozen=True)
@@ -253,26 +261,35 @@ class RectifiedFlow(Schedule):
     """alpha = 1 - t', sigma = t' with t' = shift t / (1 + (shift - 1) t).
 
     Liu et al., 2022, https://arxiv.org/abs/2209.03003; shift: Esser et al., 2024, https://arxiv.org/abs/2403.03206.
+
+    >>> schedule = RectifiedFlow(shift=3.0)
+    >>> schedule.sigma(torch.tensor([0.0, 0.5, 1.0]))
+    tensor([0.0000, 0.7500, 1.0000])
+    >>> x, z = torch.zeros(1, 2), torch.ones(1, 2)
+    >>> schedule.add_noise(x, torch.tensor([0.5]), z)
+    tensor([[0.7500, 0.7500]])
+    >>> schedule.time(schedule.log_snr(torch.tensor([0.5])))
+    tensor([0.5000])
     """
 
     shift: float = 1.0
 
     def alpha(self, t: Tensor) -> Tensor:
-        t = wide(t)
+        t = at_least_float32(t)
         return (1 - t) / (1 + (self.shift - 1) * t)
 
     def sigma(self, t: Tensor) -> Tensor:
-        t = wide(t)
+        t = at_least_float32(t)
         return self.shift * t / (1 + (self.shift - 1) * t)
 
     def d_alpha(self, t: Tensor) -> Tensor:
         return -self.d_sigma(t)
 
     def d_sigma(self, t: Tensor) -> Tensor:
-        return self.shift / (1 + (self.shift - 1) * wide(t)) ** 2
+        return self.shift / (1 + (self.shift - 1) * at_least_float32(t)) ** 2
 
     def time(self, log_snr: Tensor) -> Tensor:
-        sigma = torch.sigmoid(-wide(log_snr) / 2)
+        sigma = torch.sigmoid(-at_least_float32(log_snr) / 2)
         return sigma / (self.shift - (self.shift - 1) * sigma)
 
 
@@ -287,74 +304,79 @@ class TrigFlow(Schedule):
         return self.sigma_data
 
     def alpha(self, t: Tensor) -> Tensor:
-        return torch.sin(math.pi / 2 * (1 - wide(t)))  # exactly 0 at t = 1
+        return torch.sin(math.pi / 2 * (1 - at_least_float32(t)))  # exactly 0 at t = 1
 
     def sigma(self, t: Tensor) -> Tensor:
-        return self.sigma_data * torch.sin(math.pi / 2 * wide(t))
+        return self.sigma_data * torch.sin(math.pi / 2 * at_least_float32(t))
 
     def d_alpha(self, t: Tensor) -> Tensor:
-        return -math.pi / 2 * torch.sin(math.pi / 2 * wide(t))
+        return -math.pi / 2 * torch.sin(math.pi / 2 * at_least_float32(t))
 
     def d_sigma(self, t: Tensor) -> Tensor:
         return math.pi / 2 * self.sigma_data * self.alpha(t)
 
     def time(self, log_snr: Tensor) -> Tensor:
-        return torch.atan(torch.exp(-wide(log_snr) / 2) / self.sigma_data) * (2 / math.pi)
+        return torch.atan(torch.exp(-at_least_float32(log_snr) / 2) / self.sigma_data) * (2 / math.pi)
 
 
 @dataclass(frozen=True)
 class Table(Schedule):
-    r"""N discrete VP steps: step n (from 0) with alpha^2 = alphas_cumprod[n] lies at t = (n + 1) / N; t = 0 is clean.
+    r"""A discrete VP schedule of N steps: alpha^2 = alphas_cumprod[n] at t = (n + 1) / N for n = 0..N-1; t = 0 is clean.
 
-    Between the nodes the angle phi = atan2(sigma, alpha) is linear in t, so a zero terminal SNR can be represented
-    and the inverse is exact.
+    Between the steps the angle phi = atan2(sigma, alpha) is linear in t: a zero terminal SNR can be represented and
+    the inverse is exact.
+
+    Args:
+        alphas_cumprod: N numbers in [0, 1), strictly decreasing; `scheduler.alphas_cumprod` of diffusers.
 
     Raises:
-        BadInput: if alphas_cumprod is empty, leaves [0, 1), or does not decrease strictly.
+        BadInput: if alphas_cumprod is empty, has values outside [0, 1), or does not decrease strictly.
     """
 
     alphas_cumprod: tuple[float, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         abar = tuple(float(a) for a in self.alphas_cumprod)
         if not abar or not all(0 <= a < 1 for a in abar) or any(a <= b for a, b in zip(abar, abar[1:])):
-            raise BadInput("alphas_cumprod must decrease strictly within [0, 1): pass the scheduler's own table.")
+            raise BadInput(
+                "alphas_cumprod must decrease strictly and lie in [0, 1): pass the alphas_cumprod of a scheduler."
+            )
         object.__setattr__(self, "alphas_cumprod", abar)
 
     @classmethod
     def of(cls, schedule: Schedule, steps: int = 1000) -> Table:
-        """Any path as a table of `steps`, rescaled to alpha^2 + sigma^2 = 1: alpha-bar = 1 / (1 + sigma^2 / alpha^2).
+        """Any schedule as a table of `steps`, rescaled to alpha^2 + sigma^2 = 1: alpha-bar = alpha^2 / (alpha^2 + sigma^2).
 
-        A model trained on it is served by a stock DDIM scheduler with these betas.
+        A stock DDIM scheduler with the corresponding betas serves a model trained on this table.
         """
         t = torch.arange(1, steps + 1, dtype=torch.float64) / steps
         alpha, sigma = schedule(t)
         return cls(tuple((alpha**2 / (alpha**2 + sigma**2)).tolist()))
 
-    def _angle(self, t: Tensor, which: int) -> tuple[Tensor, Tensor]:
-        """phi (which = 0) or its complement pi/2 - phi (which = 1), and its derivative in t."""
-        nodes = _table_angles(self.alphas_cumprod, t.dtype, t.device)[which]
+    def _interpolate(self, t: Tensor, complement: bool) -> tuple[Tensor, Tensor]:
+        """phi, or its complement pi/2 - phi, and the derivative in t."""
+        nodes = _table_angles(self.alphas_cumprod, t.dtype, t.device)[int(complement)]
         steps = len(self.alphas_cumprod)
         n = (t.detach() * steps).long().clamp(0, steps - 1)
         rise = nodes[n + 1] - nodes[n]
         return nodes[n] + (t * steps - n) * rise, steps * rise
 
     def alpha(self, t: Tensor) -> Tensor:
-        return torch.sin(self._angle(wide(t), 1)[0])
+        return torch.sin(self._interpolate(at_least_float32(t), True)[0])
 
     def sigma(self, t: Tensor) -> Tensor:
-        return torch.sin(self._angle(wide(t), 0)[0])
+        return torch.sin(self._interpolate(at_least_float32(t), False)[0])
 
     def d_alpha(self, t: Tensor) -> Tensor:
-        phi, d_phi = self._angle(wide(t), 0)
+        phi, d_phi = self._interpolate(at_least_float32(t), False)
         return -torch.sin(phi) * d_phi
 
     def d_sigma(self, t: Tensor) -> Tensor:
-        psi, d_psi = self._angle(wide(t), 1)
+        psi, d_psi = self._interpolate(at_least_float32(t), True)
         return -torch.sin(psi) * d_psi
 
     def time(self, log_snr: Tensor) -> Tensor:
-        angle = torch.atan(torch.exp(-wide(log_snr) / 2))
+        angle = torch.atan(torch.exp(-at_least_float32(log_snr) / 2))
         phi, _ = _table_angles(self.alphas_cumprod, angle.dtype, angle.device)
         n = torch.searchsorted(phi, angle.detach()).clamp(1, len(phi) - 1) - 1
         return ((n + (angle - phi[n]) / (phi[n + 1] - phi[n])) / (len(phi) - 1)).clamp(0, 1)
@@ -362,8 +384,8 @@ class Table(Schedule):
 
 @lru_cache(maxsize=64)
 def _table_angles(abar: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """atan2(sigma, alpha) and its complement at the N + 1 nodes of a Table; both end exactly at 0."""
+    """atan2(sigma, alpha) and its complement at the N + 1 nodes of a Table; one starts, the other may end, exactly at 0."""
     alpha = torch.tensor((1.0, *abar), dtype=torch.float64).sqrt()
     sigma = (1 - alpha**2).sqrt()
-    angles = torch.atan2(sigma, alpha), torch.atan2(alpha, sigma)
-    return tuple(a.to(device=device, dtype=dtype) for a in angles)
+    phi, complement = torch.atan2(sigma, alpha), torch.atan2(alpha, sigma)
+    return phi.to(device=device, dtype=dtype), complement.to(device=device, dtype=dtype)

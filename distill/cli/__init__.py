@@ -1,6 +1,6 @@
-"""`distill VERB`: the command line. Heavy imports wait until a verb runs; a new verb is a function in one of its files."""
+"""`distill VERB`: the command line. Verbs import what they need when they run, so that `distill --help` stays fast."""
 
-from distill.cli import data, results, training
+from distill.cli import data, recipes, results, training
 from distill.cli.group import main
 
-__all__ = ["data", "main", "results", "training"]
+__all__ = ["data", "main", "recipes", "results", "training"]

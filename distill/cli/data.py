@@ -1,9 +1,10 @@
-"""`distill data KIND`: shards out."""
+"""`distill data`: writes and audits shards."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -31,16 +32,16 @@ def data_digits(out: Path) -> None:
     Example:
       distill data digits data/digits
     """
-    from distill.data import write
+    from distill.data import prepare
 
-    write.digits(out)
+    prepare.digits(out)
     click.echo(f"{out}: written.")
 
 
 @data.command("images")
 @click.argument("src", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--size", type=int, default=None, help="Resize the short side and crop to SIZE x SIZE.")
+@click.option("--size", type=int, help="Resize the short side and crop to SIZE x SIZE.")
 def data_images(src: Path, out: Path, size: int | None) -> None:
     """A folder of images (class from the sub-folder, caption from a .txt beside) to shards in OUT.
 
@@ -48,19 +49,19 @@ def data_images(src: Path, out: Path, size: int | None) -> None:
     Example:
       distill data images photos/ data/photos --size 64
     """
-    from distill.data import write
+    from distill.data import prepare
 
-    write.images(src, out, size=size)
+    prepare.images(src, out, size=size)
     click.echo(f"{out}: written.")
 
 
 @data.command("npz")
 @click.argument("src", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--channels", type=click.Choice(["first", "last", "none"]), help="Where they stand, if x does not tell.")
 @click.option(
-    "--range", "low_high", type=float, nargs=2, default=None, help="LOW HIGH: values that stand for -1 and 1."
+    "--channels", type=click.Choice(["first", "last", "none"]), help="Axis of the channels in x; inferred by default."
 )
+@click.option("--range", "low_high", type=float, nargs=2, default=None, help="LOW HIGH: values that map to -1 and 1.")
 def data_npz(src: Path, out: Path, channels: str | None, low_high: tuple[float, float] | None) -> None:
     """Arrays `x` and `y` of an .npz file to shards in OUT.
 
@@ -69,9 +70,9 @@ def data_npz(src: Path, out: Path, channels: str | None, low_high: tuple[float, 
       distill data npz arrays.npz data/arrays
       distill data npz latents.npz data/latents --channels first --range -1 1
     """
-    from distill.data import write
+    from distill.data import prepare
 
-    write.npz(src, out, channels=channels, range=low_high)
+    prepare.npz(src, out, channels=channels, range=low_high)
     click.echo(f"{out}: written.")
 
 
@@ -85,9 +86,9 @@ def data_idx(src: Path, out: Path) -> None:
     Example:
       distill data idx fashion_mnist/ data/fashion
     """
-    from distill.data import write
+    from distill.data import prepare
 
-    write.idx(src, out)
+    prepare.idx(src, out)
     click.echo(f"{out}: written.")
 
 
@@ -96,11 +97,14 @@ def data_idx(src: Path, out: Path) -> None:
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("-n", "count", type=click.IntRange(1), default=10_000, show_default=True, help="Number of pairs.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--processes", type=click.IntRange(1), default=1, show_default=True, help="That share the solving.")
+@click.option(
+    "--processes", type=click.IntRange(1), default=1, show_default=True, help="Processes that share the work."
+)
 def data_pairs(config_file: Path, out: Path, count: int, seed: int, processes: int) -> None:
-    """Noise, and where the teacher's ODE takes it, to shards in OUT, by the solver and guidance of CONFIG's method.
+    """Pairs of noise and the teacher's ODE solution to shards in OUT, with the solver and guidance of CONFIG's method.
 
-    Of a Reflow the two ends are stored, of a Knowledge the path at its grid's times. torchrun and srun share the work too.
+    Reflow stores the two ends of each path, Knowledge the path at the times of its grid. Ranks of torchrun or srun share
+    the work.
 
     \b
     Example:
@@ -108,76 +112,128 @@ def data_pairs(config_file: Path, out: Path, count: int, seed: int, processes: i
       distill data pairs configs/digits/knowledge.yaml data/paths -n 20000 --processes 2
     """
     from distill import config
-    from distill.engine import launch
+    from distill.training import launch
 
     cfg = config.load([config_file], [f"engine.devices={processes}"])
-    if launch.wanted(cfg.engine):
-        sys.exit(launch.spawn(processes))
-    from distill import run
-    from distill.engine.home import leads
+    if launch.needs_spawn(cfg.engine):
+        sys.exit(launch.spawn_processes(processes))
+    from distill.training.run_folder import is_rank_zero
 
-    run.pairs(cfg, out, count, seed, allowed())
-    if leads():
+    solve_pairs(cfg, out, count, seed, allowed())
+    if is_rank_zero():
         click.echo(f"{out}: {count} pairs.")
 
 
-def _pair(ctx: click.Context, option: click.Parameter, value: str | None) -> tuple[int, int] | None:
+def solve_pairs(cfg: Any, out: Path, count: int, seed: int = 0, allow: tuple[str, ...] = ()) -> None:
+    """Write `count` pairs to OUT, solved as the config's method would in its training loop; ranks share the work."""
+    import torch
+
+    from distill.data import pairs
+    from distill.training import launch
+    from distill.training.experiment import build_experiment
+
+    world = launch.join_processes(cfg.engine)
+    experiment = build_experiment(cfg, allow)
+    method = experiment.method
+    if not hasattr(method, "path"):
+        raise BadInput(
+            f"{type(method).__name__} does not train on pairs: give a recipe of distill.methods.Reflow "
+            "or distill.methods.Knowledge."
+        )
+    method.to("cuda" if torch.cuda.is_available() else "cpu")
+    ranks = {}
+    if world > 1:
+        ranks = {"rank": torch.distributed.get_rank(), "world": world, "barrier": torch.distributed.barrier}
+    pairs.write(
+        out,
+        method.path,
+        method.teacher,
+        count,
+        method.shape,
+        times=method.path_times,
+        classes=experiment.data.info.classes,
+        about=f"{type(method.solver).__name__} in {len(method.times) - 1} steps, w = {method.guidance:g}",
+        seed=seed,
+        **ranks,
+    )
+
+
+def _parse_size(ctx: click.Context, option: click.Parameter, value: str | None) -> tuple[int, int] | None:
     """SIZE or HxW."""
     if value is None:
         return None
     sides = value.lower().split("x")
-    if len(sides) > 2 or not all(s.isdigit() and int(s) for s in sides):
+    if len(sides) > 2 or not all(side.isdigit() and int(side) for side in sides):
         raise BadInput(f"--size {value}: give one number, such as 512, or height x width, such as 480x832.")
     return int(sides[0]), int(sides[-1])
 
 
-def _encoders(command):
+_ENCODE_OPTIONS = (
+    click.option("--pipeline", required=True, help="The teacher's diffusers folder, or its id on the hub."),
+    click.option("--size", callback=_parse_size, help="Pixels: SIZE or HxW; the pipeline's own by default."),
+    click.option("--frames", type=click.IntRange(1), help="Number of frames of each video, from its beginning."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["float16", "float32"]),
+        default="float16",
+        show_default=True,
+        help="Of stored numbers.",
+    ),
+    click.option(
+        "--precision",
+        type=click.Choice(["float32", "bfloat16"]),
+        default="float32",
+        show_default=True,
+        help="Of the encoders' weights.",
+    ),
+    click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Samples encoded at once."),
+    click.option("--length", type=click.IntRange(1), help="Tokens of a prompt; the pipeline's own by default."),
+    click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes."),
+    click.option("--per-shard", type=click.IntRange(1), default=1000, show_default=True, help="Samples in a shard."),
+    click.option(
+        "--test",
+        type=click.FloatRange(0, 1, max_open=True),
+        default=0.0,
+        show_default=True,
+        help="Share held out as OUT/test.",
+    ),
+    click.option("--seed", default=0, show_default=True, help="Of the stored order."),
+)
+
+
+def _encode_options(command):
     """Options that `encode` and `prompts` share."""
-    for option in reversed((
-        click.option("--pipeline", required=True, help="The teacher's diffusers folder, or its id on the hub."),
-        click.option("--size", callback=_pair, help="Pixels: SIZE or HxW; the pipeline's own by default."),
-        click.option("--frames", type=click.IntRange(1), help="Of each video, the first so many."),
-        click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", show_default=True,
-                     help="Of stored numbers."),
-        click.option("--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True,
-                     help="Of the encoders' weights."),
-        click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Samples encoded at once."),
-        click.option("--length", type=click.IntRange(1), help="Tokens of a prompt; the pipeline's own by default."),
-        click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes."),
-        click.option("--per-shard", type=click.IntRange(1), default=1000, show_default=True, help="Samples in a shard."),
-        click.option("--test", type=click.FloatRange(0, 1, max_open=True), default=0.0, show_default=True,
-                     help="Share held out as OUT/test."),
-        click.option("--seed", default=0, show_default=True, help="Of the stored order."),
-    )):
+    for option in reversed(_ENCODE_OPTIONS):
         command = option(command)
     return command
 
 
-def _encode(src, out, pipeline, workers, size, frames, per_shard, test, seed, buckets=False, caption=None, **task):
-    from distill import encode
-    from distill.data.sources import Settings
+def _encode(src, out, pipeline, workers, size, frames, per_shard, test, seed, buckets=False, caption=None, **options):
+    from distill.data.encode import EncodeConfig, encode
+    from distill.data.sources.plan import SourceSettings
 
-    how = Settings(size, 1, frames, buckets, caption, per_shard, test, seed)
-    written = encode.run(encode.Task(src, out, pipeline, how, **task), workers, click.echo)
-    for at, info in (written or {}).items():
+    source = SourceSettings(size, 1, frames, buckets, caption, per_shard, test, seed)
+    written = encode(EncodeConfig(src, out, pipeline, source, **options), workers, click.echo)
+    for folder, info in (written or {}).items():
         moments = f", mean {info.mean:.3f}, standard deviation {info.std:.3f}" if info.samples else ""
-        told = ", ".join(f"{k} {m.shape}" for k, m in info.members.items())
-        click.echo(f"{out / at}: {info.count} samples of {info.shape}{moments}" + (f"; {told}" if told else "") + ".")
+        conditions = ", ".join(f"{name} {member.shape}" for name, member in info.members.items())
+        conditions = f"; {conditions}" if conditions else ""
+        click.echo(f"{out / folder}: {info.count} samples of {info.shape}{moments}{conditions}.")
 
 
 @data.command("encode")
 @click.argument("src", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@_encoders
+@_encode_options
 @click.option("--buckets", is_flag=True, help="Sort images into a few heights and widths of the area of --size.")
-@click.option("--caption", help="For samples without a .txt; {class} is the name of their folder, '' no prompt.")
+@click.option("--caption", help="For samples without a .txt; {class} is the name of their folder, '' the empty prompt.")
 @click.option("--skip-bad", is_flag=True, help="Leave out what cannot be read, and list it in OUT/skipped.txt.")
 def data_encode(src: Path, out: Path, **options) -> None:
     """Images, video or sound in SRC, with captions, to shards of latents and text embeddings in OUT.
 
     SRC is a folder of images, of .npy arrays (video uint8 (F, H, W, 3), sound float (C, L)), or of image shards. A caption is
-    the .txt of the same name beside a file. Stopped or killed, the same command goes on. Under torchrun each process does
-    its share.
+    the .txt of the same name beside a file. If the command is interrupted, repeat it to continue. Under torchrun or srun
+    each process does its share.
 
     \b
     Example:
@@ -192,11 +248,11 @@ def data_encode(src: Path, out: Path, **options) -> None:
 @data.command("prompts")
 @click.argument("src", metavar="FILE", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@_encoders
+@_encode_options
 def data_prompts(src: Path, out: Path, **options) -> None:
     """Prompts in FILE (.txt one a line; .tsv, .csv with a column Prompt) to shards of text embeddings in OUT.
 
-    For methods that need no data. --size is that of the samples to come.
+    For methods that need no images. --size is that of the samples that the method will generate.
 
     \b
     Example:
@@ -209,19 +265,19 @@ def data_prompts(src: Path, out: Path, **options) -> None:
 
 @data.command("audit")
 @click.argument("src", metavar="SHARDS", type=click.Path(path_type=Path))
-@click.option("--pipeline", help="The teacher's folder: compare fingerprints, sizes and the spread of latents.")
+@click.option("--pipeline", help="The teacher's folder: compare fingerprints, sizes and scale of the latents.")
 def data_audit(src: Path, pipeline: str | None) -> None:
-    """Read every sample of SHARDS, a split or a folder of splits; count, measure, and name what is wrong.
+    """Read every sample of SHARDS, a split or a folder of splits, and report its statistics and errors.
 
     \b
     Example:
       distill data audit data/photos-sd15 --pipeline checkpoints/stable-diffusion-v1-5
 
     \b
-    Exit codes: 0 nothing wrong, 2 something is.
+    Exit codes: 0 no errors, 2 errors.
     """
-    from distill import audit
+    from distill.data.audit import audit, render
 
-    found = audit.audit(src, pipeline)
-    click.echo(audit.words(found))
-    sys.exit(2 if any(f.wrong for f in found) else 0)
+    reports = audit(src, pipeline)
+    click.echo(render(reports))
+    sys.exit(2 if any(report.errors for report in reports) else 0)

@@ -1,7 +1,8 @@
-"""The group of all verbs, and how it shows bad input."""
+"""The group of all verbs: options that all share, and how bad input is shown."""
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -11,31 +12,60 @@ import click
 from distill import __version__
 from distill.errors import BadInput
 
-_stock = warnings.showwarning
+ALLOW = "distill.allow"  # in click's meta of a command
+_stock_showwarning = warnings.showwarning
 
 
-def _sentence(message, category, filename, *rest) -> None:
-    """A warning of ours as a sentence, without the line of code that gave it."""
+def _show_warning(message, category, filename, *rest) -> None:
+    """Print a warning of distill as one sentence, without the line of code that raised it."""
     if Path(__file__).parents[1] in Path(filename).parents:
         click.echo(f"distill: {message}", err=True)
     else:
-        _stock(message, category, filename, *rest)
+        _stock_showwarning(message, category, filename, *rest)
+
+
+def _describe_os_error(error: OSError) -> str:
+    where = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    return f"{where}; check permissions and free space."
+
+
+def _remember_allow(ctx: click.Context, option: click.Parameter, packages: tuple[str, ...]) -> None:
+    ctx.meta[ALLOW] = (*ctx.meta.get(ALLOW, ()), *(name.split(".")[0] for name in packages))
+
+
+def _allow_option() -> click.Option:
+    text = "Let configs name objects of this package too; installed plugins need no mention."
+    return click.Option(
+        ["--allow"], multiple=True, metavar="PACKAGE", help=text, expose_value=False, callback=_remember_allow
+    )
+
+
+class Verb(click.Command):
+    """A verb, which takes --allow too."""
+
+    def __init__(self, *args, params: list[click.Parameter] | None = None, **kwargs):
+        super().__init__(*args, params=[*(params or ()), _allow_option()], **kwargs)
 
 
 class Verbs(click.Group):
     """A group that shows bad input as one sentence (exit code 2) unless --debug is given."""
 
+    command_class = Verb
+    group_class = type
+
     def invoke(self, ctx: click.Context):
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("default", category=UserWarning, module=r"distill\.")
-                warnings.showwarning = _sentence
+                warnings.showwarning = _show_warning
                 return super().invoke(ctx)
+        except BrokenPipeError:  # the reader of a pipe, such as `head`, has ended
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
         except (BadInput, OSError) as error:
-            if ctx.params.get("debug"):
+            if ctx.find_root().params.get("debug"):
                 raise
-            where = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
-            text = str(error) if isinstance(error, BadInput) else f"{where}; look at its rights and free space."
+            text = str(error) if isinstance(error, BadInput) else _describe_os_error(error)
             click.echo(f"distill: {' '.join(text.split())}", err=True)
             sys.exit(2)
         except KeyboardInterrupt:
@@ -43,22 +73,22 @@ class Verbs(click.Group):
             sys.exit(130)
 
 
-@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Verbs, params=[_allow_option()], context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="distill")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-@click.option("--allow", multiple=True, metavar="PACKAGE", help="Let configs name objects of this package too.")
-def main(debug: bool, allow: tuple[str, ...]) -> None:
-    """Few-step students from diffusion and flow teachers.
+def main(debug: bool) -> None:
+    """Distil diffusion and flow models into students that sample in one to four steps.
 
     \b
     Example:
+      distill recipes
       distill data digits data/digits
-      distill train configs/digits/tdm.yaml train.steps=400
+      distill train digits/tdm train.steps=400
       distill eval runs/digits-tdm
       distill export runs/digits-tdm student
     """
 
 
 def allowed() -> tuple[str, ...]:
-    """Packages beside ours that configs may name."""
-    return click.get_current_context().find_root().params["allow"]
+    """Packages besides distill and installed plugins that configs may name, from --allow before or after the verb."""
+    return click.get_current_context().meta.get(ALLOW, ())

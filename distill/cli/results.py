@@ -1,4 +1,4 @@
-"""Verbs that take a run or its images: sample, eval, score, report, export, verify, merge."""
+"""Verbs that take a run or its results: sample, eval, score, report, export, verify, push, merge."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def sample(run_folder: Path, out: Path, count: int, seed: int) -> None:
     Example:
       distill sample runs/digits-tdm digits.png -n 50
     """
-    from distill import run
+    from distill.inspect import results
 
-    click.echo(f"{run.sample(run_folder, out, count, seed, allowed())}: {count} samples.")
+    click.echo(f"{results.sample(run_folder, out, count, seed, allowed())}: {count} samples.")
 
 
 @main.command("eval")
@@ -39,31 +39,35 @@ def evaluate(run_folder: Path, samples: int | None) -> None:
     Example:
       distill eval runs/digits-tdm
     """
-    from distill import run
-    from distill.eval import table
+    from distill.inspect import results
+    from distill.metrics import table
 
-    table.show(run.evaluate(run_folder, samples, allowed()))
+    table.show(results.evaluate(run_folder, samples, allowed()))
 
 
 @main.command("score")
 @click.argument("given", nargs=-1, required=True, metavar="SAMPLES [REFERENCE] [NAME.KEY=VALUE...]")
 @click.option("--metrics", "names", help="Names with commas: fid, kid, fd_dinov2, kd_dinov2, clip_score, fd, ...")
 def score_images(given: tuple[str, ...], names: str | None) -> None:
-    """Measure SAMPLES, a folder of images or shards, against REFERENCE, the same or a file of statistics.
+    """Measure SAMPLES, a folder of images or shards, against REFERENCE, which may be a file of statistics too.
 
     \b
     Example:
       distill score out/ photos/ --metrics fid,kid fid.weights=inception.pth
       torchrun --nproc-per-node 8 -m distill.cli score out/ photos/ --metrics fd_dinov2
     """
-    from distill.engine.home import leads
-    from distill.score import asked, score
+    from distill.config.schema import Engine
+    from distill.metrics.folders import metric_settings, score
+    from distill.training import launch
+    from distill.training.run_folder import is_rank_zero
 
     paths = [Path(g) for g in given if "=" not in g]
     if not 1 <= len(paths) <= 2:
         raise BadInput(f"Give one or two paths, of samples and of what they are measured against, not {len(paths)}.")
-    found = score(*paths, *[None] * (2 - len(paths)), asked(names, [g for g in given if "=" in g]), allowed())
-    if leads():
+    if launch.launched_externally():
+        launch.join_processes(Engine())
+    found = score(*paths, *[None] * (2 - len(paths)), metric_settings(names, [g for g in given if "=" in g]), allowed())
+    if is_rank_zero():
         for name, value in found.items():
             click.echo(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
 
@@ -71,20 +75,22 @@ def score_images(given: tuple[str, ...], names: str | None) -> None:
 @main.command()
 @click.argument("run_folders", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True)
-@click.option("--quick", is_flag=True, help="Measure nothing: the page has what the runs' folders hold.")
-@click.option("--evaluations", help="At which stock solvers are tried, as 2,4,8; those of eval.evaluations by default.")
+@click.option("--quick", is_flag=True, help="Measure nothing: show what the run folders hold.")
+@click.option(
+    "--evaluations", help="Numbers of evaluations of stock solvers, as 2,4,8; those of eval.evaluations by default."
+)
 @click.option("-n", "samples", type=click.IntRange(2), help="Samples of a stock solver; by default eval.samples.")
 def report(run_folders: tuple[Path, ...], out: Path, quick: bool, evaluations: str | None, samples: int | None) -> None:
-    """Write one self-contained page of RUN, or of several beside each other: samples, quality against cost, curves, cost.
+    """Write one self-contained page on RUN, or on several runs: samples, quality against cost, curves, cost.
 
-    What is not measured yet is measured first and kept in RUN: metrics.json as by eval, the rest in report.json.
+    What is not measured yet is measured first and kept in RUN, in metrics.json and report.json.
 
     \b
     Example:
       distill report runs/digits-tdm -o report.html
       distill report runs/digits-tdm runs/digits-dmd2 -o both.html --quick
     """
-    from distill.report import report as write
+    from distill.inspect.report import report as write
 
     try:
         nfes = [int(n) for n in evaluations.split(",")] if evaluations else None
@@ -96,27 +102,34 @@ def report(run_folders: tuple[Path, ...], out: Path, quick: bool, evaluations: s
 @main.command()
 @click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--as", "kind", type=click.Choice(["pipeline", "lora", "single-file", "onnx"]), default="pipeline",
-              show_default=True, help="A folder of stock diffusers, adapters on its base, the network alone, or ONNX.")
-def export(run_folder: Path, out: Path, kind: str) -> None:
-    """Write RUN's student to OUT in a form that others load, and verify it there.
+@click.option(
+    "--as",
+    "kind",
+    type=click.Choice(["pipeline", "lora", "single-file", "onnx"]),
+    default="pipeline",
+    show_default=True,
+    help="A diffusers folder, a LoRA, the network as one file, or ONNX.",
+)
+@click.option("--licence", "--license", help="Of the weights, as the hub names it; that of the teacher by default.")
+def export(run_folder: Path, out: Path, kind: str, licence: str | None) -> None:
+    """Write RUN's student to OUT for stock diffusers, ComfyUI or onnxruntime, and verify it there.
 
     \b
     Example:
       distill export runs/digits-tdm student
       distill export runs/sdxl-lcm lcm-lora --as lora
     """
-    from distill import run
     from distill.export.verify import verify
+    from distill.inspect import results
 
-    run.export(run_folder, out, allowed(), kind)
+    results.export_run(run_folder, out, allowed(), kind, licence)
     click.echo(f"{out}: loads without distill, largest difference to our samples {verify(out):.1e}.")
 
 
 @main.command()
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--steps", type=click.IntRange(1), default=None, help="Others than it is made for; not judged.")
-@click.option("--base", default="", help="Where the base of a LoRA or a single file lies, if not where it was.")
+@click.option("--steps", type=click.IntRange(1), default=None, help="Another number than it is made for; only printed.")
+@click.option("--base", default="", help="Where the base of a LoRA or a single file is now, if it was moved.")
 def verify(out: Path, steps: int | None, base: str) -> None:
     """Sample from the export OUT in a process without distill and compare with the trainer's own samples.
 
@@ -132,26 +145,50 @@ def verify(out: Path, steps: int | None, base: str) -> None:
 
 
 @main.command()
-@click.argument("a", type=click.Path(path_type=Path))
-@click.argument("b", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--share", "--weight", "shares", type=click.FloatRange(0, 1), multiple=True,
-              help="Of B's weights; of runs several times for a front.  [default: 0, 1/4, 1/2, 3/4, 1]")
-@click.option("--samples", type=click.IntRange(2), help="How many; the run's own number by default.")
-def merge(a: Path, b: Path, out: Path, shares: tuple[float, ...], samples: int | None) -> None:
-    """Mix two students: runs, each mixture measured and one --share alone exported; or two exports or LoRA files.
+@click.argument("out", metavar="EXPORT", type=click.Path(path_type=Path))
+@click.argument("repo", metavar="OWNER/NAME")
+@click.option("--private", is_flag=True, help="Create a private repository.")
+@click.option("--revision", metavar="BRANCH", help="Upload to this branch instead of main.")
+def push(out: Path, repo: str, private: bool, revision: str | None) -> None:
+    """Upload EXPORT to the Hugging Face hub, as the model OWNER/NAME.
 
     \b
     Example:
-      distill merge runs/quality runs/diverse runs/front
+      distill push student me/digits-4-steps --private
+    """
+    from distill.export.push import push as upload
+
+    click.echo(f"{out}: uploaded to {upload(out, repo, private, revision)}.")
+
+
+@main.command()
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--share",
+    "--weight",
+    "shares",
+    type=click.FloatRange(0, 1),
+    multiple=True,
+    help="Share of B's weights; give it several times for runs.  [default: 0, 1/4, 1/2, 3/4, 1]",
+)
+@click.option("--samples", type=click.IntRange(2), help="How many; the run's own number by default.")
+def merge(a: Path, b: Path, out: Path, shares: tuple[float, ...], samples: int | None) -> None:
+    """Interpolate the weights of two students A and B: of runs, exports or LoRA files.
+
+    Runs: every --share is measured for the quality-diversity trade-off, and a single one is exported too.
+
+    \b
+    Example:
+      distill merge runs/quality runs/diverse runs/tradeoff
       distill merge runs/quality runs/diverse runs/half --share 0.5
       distill merge quality-lora diverse-lora half-lora --weight 0.5
       distill merge fast.safetensors style.safetensors both.safetensors --weight 0.3
     """
-    from distill.merge import exported, markdown
-    from distill.merge import merge as mix
+    from distill.inspect.frontier import interpolate_exports, interpolate_runs, markdown
 
-    if exported(a, b, out, shares):
-        click.echo(f"{out}: {a.name} and {b.name}, {shares[0]:g} of the latter.")
+    if interpolate_exports(a, b, out, shares):
+        click.echo(f"{out}: {1 - shares[0]:g} x {a.name} + {shares[0]:g} x {b.name}.")
         return
-    click.echo(markdown(mix(a, b, out, shares or (0.0, 0.25, 0.5, 0.75, 1.0), samples, allowed())))
+    click.echo(markdown(interpolate_runs(a, b, out, shares or (0.0, 0.25, 0.5, 0.75, 1.0), samples, allowed())))

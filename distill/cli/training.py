@@ -1,9 +1,10 @@
-"""Verbs that take configs: train, check, plan, bench, compare."""
+"""Verbs that take configs: train, check, plan, bench, compare, demo."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -11,56 +12,70 @@ from distill.cli.group import allowed, main
 from distill.errors import BadInput
 
 
+def _split(arguments: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """Config files and `key=value` overrides."""
+    return [a for a in arguments if "=" not in a], [a for a in arguments if "=" in a]
+
+
+def _load(arguments: tuple[str, ...], *overrides: str) -> Any:
+    """The config of a command line's CONFIG and KEY=VALUE arguments."""
+    from distill import config
+
+    files, given = _split(arguments)
+    return config.load(files, [*given, *overrides])
+
+
 @main.command()
 @click.argument("configs", nargs=-1, required=True, metavar="CONFIG... [KEY=VALUE...]")
 @click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Parent folder.")
-@click.option("--resume", is_flag=True, help="Go on with the run of this name from its newest checkpoint.")
-@click.option("--resume-if-exists", is_flag=True, help="Go on with the run of this name if there is one, else start it.")
-@click.option("--no-check", is_flag=True, help="Start without the checks of `distill check`.")
+@click.option("--resume", is_flag=True, help="Resume the run of this name from its newest checkpoint.")
+@click.option("--resume-if-exists", is_flag=True, help="Resume the run of this name if there is one, else start it.")
+@click.option("--no-check", is_flag=True, help="Skip the checks of `distill check`.")
 def train(configs: tuple[str, ...], runs: Path, resume: bool, resume_if_exists: bool, no_check: bool) -> None:
     """Train the run that CONFIGs describe; later files and KEY=VALUE override earlier ones.
 
-    A new run is first looked at as `distill check` does, and not started with a certain fault.
+    A new run is checked first, as by `distill check`, and not started if a check fails.
 
     \b
     Example:
-      distill train configs/toy/tdm.yaml
+      distill train toy/tdm
       distill train configs/digits/tdm.yaml name=fast optim.student.lr=1e-4 train.steps=300
 
     \b
-    Exit codes: 0 all steps done, or a plateau by train.patience; 2 bad input, 130 Ctrl-C, 85 SIGTERM or SIGUSR1: start it
-    again with --resume.
+    Exit codes: 0 all steps done, or stopped by train.patience; 2 bad input; 130 Ctrl-C; 85 SIGTERM or SIGUSR1: repeat
+    the command with --resume.
     """
-    from distill import config
-    from distill.engine import launch
+    from distill.training import launch
 
-    files = [c for c in configs if "=" not in c]
-    cfg = config.load(files, [c for c in configs if "=" in c])
-    if launch.wanted(cfg.engine):
-        sys.exit(launch.spawn(cfg.engine.devices))
-    from distill import run
-    from distill.engine.home import leads
-    from distill.engine.preempt import REQUEUE
+    cfg = _load(configs)
+    if launch.needs_spawn(cfg.engine):
+        sys.exit(launch.spawn_processes(cfg.engine.devices))
+    from distill.training.run import train
+    from distill.training.run_folder import is_rank_zero
+    from distill.training.signals import REQUEUE
 
     resume = resume or resume_if_exists and (runs / cfg.name / "config.yaml").exists()
     gate = None
     if not no_check:
-        from distill.check import gate as make
+        from distill.inspect.check import gate as make
 
         gate = make()
-    session = run.train(cfg, runs / cfg.name, resume, allowed(), look=gate)
-    done = session.method.step
-    click.echo(f"{runs / cfg.name}: {done} of {cfg.train.steps} steps done.") if leads() else None
-    if done < cfg.train.steps and not session.stopped:
-        click.echo("Go on with the same command and --resume.") if leads() else None
-        sys.exit(REQUEUE if session.preempted else 130)
+    experiment = train(cfg, runs / cfg.name, resume, allowed(), check=gate)
+    done = experiment.method.step
+    unfinished = done < cfg.train.steps and not experiment.stopped
+    if is_rank_zero():
+        click.echo(f"{runs / cfg.name}: {done} of {cfg.train.steps} steps done.")
+    if is_rank_zero() and unfinished:
+        click.echo("Repeat the command with --resume to continue.")
+    if unfinished:
+        sys.exit(REQUEUE if experiment.preempted else 130)
 
 
 @main.command()
 @click.argument("configs", nargs=-1, required=True, metavar="CONFIG... [KEY=VALUE...]")
 @click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Parent folder.")
 def check(configs: tuple[str, ...], runs: Path) -> None:
-    """Look at the run that CONFIGs describe before it costs anything: conventions, data, signs, rates, disk.
+    """Check the run that CONFIGs describe before it starts: conventions, data, signs, learning rates, disk.
 
     Nothing is written. One line a finding: ok, skipped, WARN (suspicious) or FAIL (certainly wrong, with the mend).
 
@@ -72,61 +87,76 @@ def check(configs: tuple[str, ...], runs: Path) -> None:
     \b
     Exit codes: 0 no FAIL, 2 a FAIL or bad input.
     """
-    from distill import check as module
-    from distill import config
+    from distill.inspect import check as module
 
-    cfg = config.load([c for c in configs if "=" not in c], [c for c in configs if "=" in c])
-    found = module.check(cfg, runs / cfg.name, allowed(), cfg.engine.devices)
-    for finding in found:
+    cfg = _load(configs)
+    findings = module.check(cfg, runs / cfg.name, allowed(), cfg.engine.devices)
+    for finding in findings:
         click.echo(str(finding))
-    module.refuse(found)
+    module.refuse(findings)
 
 
 @main.command()
 @click.argument("configs", nargs=-1, required=True, metavar="CONFIG... [KEY=VALUE...]")
-@click.option("--gpus", type=click.IntRange(1), default=1, show_default=True, help="How many, one process each.")
+@click.option("--gpus", type=click.IntRange(1), default=1, show_default=True, help="Number of GPUs, one process each.")
 @click.option("--gpu", metavar="NAME", help="h100, h200, a100, 4090 ...: sets --memory and --flops.  [default: h100]")
 @click.option("--memory", type=click.FloatRange(0, min_open=True), help="GB of each.")
 @click.option("--flops", type=click.FloatRange(0, min_open=True), help="Operations a second at most, such as 989e12.")
-@click.option("--utilisation", type=click.FloatRange(0, 1, min_open=True), default=0.4, show_default=True,
-              help="Share of --flops that is reached.")
-@click.option("--batch", is_flag=True, help="Find the largest data.batch_size that fits, too.")
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the numbers to this file too.")
-def plan(configs: tuple[str, ...], gpus: int, gpu: str | None, memory: float | None, flops: float | None,
-         utilisation: float, batch: bool, out: Path | None) -> None:  # fmt: skip
-    """Bytes a rank for each strategy and layout, hours and disk of the run that CONFIGs describe, before it costs anything.
+@click.option(
+    "--utilisation",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.4,
+    show_default=True,
+    help="Share of --flops that is reached.",
+)
+@click.option("--batch", is_flag=True, help="Also find the largest data.batch_size that fits.")
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Also write the numbers to this file.")
+def plan(
+    configs: tuple[str, ...],
+    gpus: int,
+    gpu: str | None,
+    memory: float | None,
+    flops: float | None,
+    utilisation: float,
+    batch: bool,
+    out: Path | None,
+) -> None:
+    """Estimate the run that CONFIGs describe: memory a rank for each strategy and layout, hours, disk.
 
-    No GPU is needed, no weight is built: networks are traced as shapes.
+    No GPU is needed and no weights are allocated: networks are traced on the meta device.
 
     \b
     Example:
       distill plan configs/bench/dit-12b.yaml --gpus 8 --memory 80
       distill plan configs/digits/tdm.yaml --gpu 4090 --batch
     """
-    from distill import config
-    from distill import plan as module
-    from distill.plan.show import show, write
+    from distill.inspect import plan as module
+    from distill.inspect.plan.show import show, write
 
     if out and out.exists():
         raise BadInput(f"{out} exists; name another file so nothing is overwritten.")
-    cfg = config.load([c for c in configs if "=" not in c], [c for c in configs if "=" in c])
+    cfg = _load(configs)
     machine = module.machine_of(cfg.engine.precision, gpus, gpu, memory, flops, utilisation)
-    found = module.plan(cfg, machine, allowed(), batch)
+    estimate = module.plan(cfg, machine, allowed(), batch)
     if out:
-        write(found, out)
-    show(found)
+        write(estimate, out)
+    show(estimate)
 
 
 @main.command()
 @click.argument("configs", nargs=-1, required=True, metavar="CONFIG... [KEY=VALUE...]")
-@click.option("--steps", type=click.IntRange(1), default=30, show_default=True, help="Measured steps of each kind.")
-@click.option("--layout", type=click.Choice(["full", "shared_base"]), help="Each role its own network, or adapters on one.")
-@click.option("--peak", type=click.FloatRange(0, min_open=True), help="TFLOP a second of the device, to give a share of.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write the numbers to this JSON file too.")
+@click.option("--steps", type=click.IntRange(1), default=30, show_default=True, help="Steps measured of each kind.")
+@click.option(
+    "--layout", type=click.Choice(["full", "shared_base"]), help="One network for each role, or adapters on one base."
+)
+@click.option(
+    "--peak", type=click.FloatRange(0, min_open=True), help="TFLOP a second of the device at most, for the utilisation."
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Also write the numbers to this JSON file.")
 def bench(configs: tuple[str, ...], steps: int, layout: str | None, peak: float | None, out: Path | None) -> None:
-    """Milliseconds a training step by role and phase, beside the same networks' bare work. Nothing is kept of the run.
+    """Time a training step by role and phase, beside the forward and backward passes of the same networks alone.
 
-    configs/bench holds real sizes with random weights: unet-2b (SDXL's), dit-2b, dit-12b.
+    Nothing of the run is kept. The recipes bench/* have real sizes with random weights: unet-2b (SDXL's), dit-2b, dit-12b.
 
     \b
     Example:
@@ -134,81 +164,101 @@ def bench(configs: tuple[str, ...], steps: int, layout: str | None, peak: float 
       distill bench configs/bench/dit-2b.yaml --layout shared_base --steps 10
       distill bench configs/bench/dit-12b.yaml engine.strategy=fsdp engine.devices=8 --steps 10
     """
-    from distill import config
-    from distill.engine import launch
-    from distill.eval import table
+    from distill.metrics import table
+    from distill.training import launch
 
     if out and out.exists():
         raise BadInput(f"{out} exists; name another file so nothing is overwritten.")
-    layouts = [f"roles.layout={layout}"] if layout else []
-    cfg = config.load([c for c in configs if "=" not in c], [c for c in configs if "=" in c] + layouts)
-    if launch.wanted(cfg.engine):
-        sys.exit(launch.spawn(cfg.engine.devices))
-    from distill import bench as module
-    from distill.engine.home import leads
+    cfg = _load(configs, *([f"roles.layout={layout}"] if layout else []))
+    if launch.needs_spawn(cfg.engine):
+        sys.exit(launch.spawn_processes(cfg.engine.devices))
+    from distill.inspect import bench as module
+    from distill.training.run_folder import is_rank_zero
 
-    found = module.bench(cfg, steps, allow=allowed(), peak=peak)
-    if out and leads():
-        table.write(found, out)
-    click.echo(module.markdown(cfg.name, found)) if leads() else None
+    timings = module.bench(cfg, steps, allow=allowed(), peak=peak)
+    if not is_rank_zero():
+        return
+    if out:
+        table.write(timings, out)
+    click.echo(module.markdown(cfg.name, timings))
 
 
 @main.command()
 @click.argument("configs", nargs=-1, required=True, metavar="CONFIG... [KEY=VALUE...]")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/compare"), show_default=True,
-              help="Folder of the runs, rows and table.")
-@click.option("--seconds", type=click.FloatRange(1), default=360, show_default=True,
-              help="Processor seconds of training for each: 360 are three minutes on two cores.")
-@click.option("--record", is_flag=True, help="Write the band of a recipe: RUN... RECIPE, three seeds or more.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("runs/compare"),
+    show_default=True,
+    help="Folder of the runs, rows and table.",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(1),
+    default=360,
+    show_default=True,
+    help="Processor seconds of training for each CONFIG: 360 are three minutes on two cores.",
+)
+@click.option(
+    "--record",
+    is_flag=True,
+    help="Record the reference curves of RECIPE from three RUNs or more, each with its own seed.",
+)
 def compare(configs: tuple[str, ...], out: Path, seconds: float, record: bool) -> None:
     """Train every CONFIG for the same time and print one table; rows already in OUT are kept.
 
-    With RUN RECIPE: say where the run leaves the band of the recipe's curves and metrics (exit code 1 if it does).
+    With RUN RECIPE: list where the run is outside the recipe's reference curves and metrics (exit code 1 if it is).
 
     \b
     Example:
       distill compare configs/digits/tdm.yaml configs/digits/pcm.yaml --seconds 360
       distill compare configs/digits/m*.yaml train.threads=1 --out runs/compare
-      distill compare runs/toy-tdm configs/toy/tdm.yaml
+      distill compare runs/toy-tdm toy/tdm
       distill compare --record runs/seed-1 runs/seed-2 runs/seed-3 configs/toy/tdm.yaml
     """
     if record or Path(configs[0]).is_dir():
-        sys.exit(_bands([Path(c) for c in configs], record))
-    from distill.compare import compare as run_all
+        sys.exit(_compare_with_recipe([Path(c) for c in configs], record))
+    from distill.inspect.compare import compare as run_all
 
-    files = [Path(c) for c in configs if "=" not in c]
-    click.echo(run_all(files, out, seconds, [c for c in configs if "=" in c], allowed()))
+    files, overrides = _split(configs)
+    click.echo(run_all([Path(file) for file in files], out, seconds, overrides, allowed()))
 
 
-def _bands(paths: list[Path], record: bool) -> int:
-    """Record a band from runs, or compare one run with it; the exit code."""
-    from distill import bands
+def _compare_with_recipe(paths: list[Path], record: bool) -> int:
+    """Record the reference curves of a recipe, or compare one run with them; the exit code."""
+    from distill.config import recipes
+    from distill.inspect import curves
 
     *runs, recipe = paths
     if not runs or recipe.is_dir() or not (record or len(runs) == 1):
-        raise BadInput("Give RUN RECIPE, or --record RUN RUN RUN RECIPE: run folders first, then one recipe.")
+        raise BadInput(
+            "Usage: `distill compare RUN RECIPE`, or `distill compare --record RUN RUN RUN RECIPE` (run folders first)."
+        )
+    recipe = recipes.find(recipe)
     if record:
-        click.echo(f"{bands.record(runs, recipe, allowed())}: written.")
+        click.echo(f"{curves.record_curves(runs, recipe, allowed())}: written.")
         return 0
-    left, notes = bands.compare(runs[0], recipe, allowed())
+    departures, notes = curves.compare_run(runs[0], recipe, allowed())
     for note in notes:
         click.echo(f"note   {note}")
-    for departure in left:
-        click.echo(f"LEAVES {departure}")
-    click.echo(f"{runs[0]}: {'leaves' if left else 'within'} the band of {recipe}.")
-    return 1 if left else 0
+    for departure in departures:
+        click.echo(f"OUTSIDE {departure}")
+    click.echo(f"{runs[0]}: {'outside' if departures else 'within'} the reference curves of {recipe}.")
+    return 1 if departures else 0
 
 
 @main.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
 @click.option("--steps", type=click.IntRange(1), default=None, help="Training steps, to override the recipe's.")
 def demo(out: Path, steps: int | None) -> None:
-    """Distil the shipped digits teacher into a four-step student, measure it, export it; minutes on two CPU cores.
+    """Distil the shipped digits teacher into a four-step student, measure it and export it: minutes on two CPU cores.
+
+    Writes OUT/run (a run folder), OUT/student (a diffusers folder), OUT/report.html and OUT/data.
 
     \b
     Example:
       distill demo
     """
-    from distill.demo import demo as go
+    from distill.cli.demo import demo as run_demo
 
-    sys.exit(go(out, steps))
+    sys.exit(run_demo(out, steps))

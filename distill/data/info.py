@@ -1,4 +1,4 @@
-"""What a set of samples is: shape, classes, range; and the check against a network."""
+"""What a dataset holds: shape, classes, value range, captions and conditions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distill.errors import BadInput
 
 @dataclass(frozen=True)
 class Member:
-    """A named tensor that every sample of a set holds beside x: its shape in one sample, and its stored type."""
+    """A named tensor that every sample of a dataset has besides `x`: its shape for one sample and its stored dtype."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -22,22 +22,22 @@ class Member:
 
 @dataclass(frozen=True)
 class Info:
-    """Facts about a split.
+    """Facts about one split of a dataset.
 
     Attributes:
-        shape: of one sample, images (C, H, W).
-        classes: number of classes; 0 when samples carry no label.
-        count: samples in one pass; 0 when they are drawn without end.
-        names: one a class, or empty.
-        range: stored values that stand for -1 and 1.
-        mean, std: over all values of the split in the scale of `x`; None when not measured.
+        shape: of one sample; images are (C, H, W). Without samples, the shape that the method will generate.
+        classes: number of classes; 0 when samples have no label.
+        count: samples in one pass; 0 when samples are drawn without end.
+        names: class names in label order, or empty.
+        range: stored values (low, high) that map to (-1, 1).
+        mean, std: over all values of the split on the scale of `x`; None when not measured.
         dtype: of the stored values.
-        captions: whether every sample has one.
-        source: where the samples came from, in words.
-        path: what messages name.
-        members: further tensors of every sample by name, such as the conditions `text` and `pooled`.
-        samples: False for conditions alone, without x; `shape` is then that of what the method will make.
-        encoder: what made latents and conditions: fingerprints `vae`, `text`, `image`; `pipeline`, `size`, `framed` in words.
+        captions: whether every sample has a caption.
+        source: where the samples came from, for people.
+        path: the path that messages name.
+        members: conditions stored with every sample by name, such as `text` and `pooled`.
+        samples: False for conditions without `x`.
+        encoder: what encoded latents and conditions: fingerprints `vae`, `text`, `image`; and `pipeline`, `size`, `framed`.
     """
 
     shape: tuple[int, ...]
@@ -57,36 +57,39 @@ class Info:
 
     @property
     def bytes(self) -> int:
-        """Of one decoded sample."""
-        held = [*self.members.values(), *([Member(self.shape, self.dtype)] if self.samples else [])]
-        return sum(math.prod(m.shape) * np.dtype(m.dtype).itemsize for m in held)
+        """Size of one decoded sample."""
+        members = [*self.members.values()]
+        if self.samples:
+            members.append(Member(self.shape, self.dtype))
+        return sum(math.prod(m.shape) * np.dtype(m.dtype).itemsize for m in members)
 
     def to_x(self, raw: Tensor) -> Tensor:
-        """Stored values to float32 x = 2 (raw - low) / (high - low) - 1, (low, high) = `range`."""
+        """Stored values to float32 x = 2 (raw - low) / (high - low) - 1, with (low, high) = `range`."""
         x = raw.to(torch.float32)
         low, high = self.range
         return x if (low, high) == (-1.0, 1.0) else (x - low).div_((high - low) / 2).sub_(1)
 
 
 def check(info: Info, shape: tuple[int, ...] | list[int], classes: int | None = None) -> None:
-    """Refuse data that the network cannot take.
+    """Refuse data that a network cannot take.
 
     Args:
         info: of the data.
         shape: of one sample, as the network expects it.
-        classes: the network's number of classes, 0 for a network without labels; None does not compare.
+        classes: the network's number of classes, 0 for a network without labels; None skips the comparison.
 
     Raises:
-        BadInput: another shape or number of classes.
+        BadInput: the shape or the number of classes differs.
     """
-    where = f"shards in {info.path}" if info.path else "the data"
-    same = classes is None or classes == info.classes
-    if tuple(shape) == tuple(info.shape) and same:
+    same_classes = classes is None or classes == info.classes
+    same_shape = tuple(shape) == tuple(info.shape)
+    if same_shape and same_classes:
         return
-    expects = f"shape {tuple(shape)}" if classes is None else f"{classes} classes of shape {tuple(shape)}"
+    where = f"shards in {info.path}" if info.path else "the data"
+    expected = f"shape {tuple(shape)}" if classes is None else f"{classes} classes of shape {tuple(shape)}"
     mend = "set the network's shape and classes to these, or give other shards"
-    if not same and classes == 0 and tuple(shape) == tuple(info.shape):
+    if same_shape and classes == 0:
         mend = "give the network its classes, or train without labels by labels=false in the data"
     raise BadInput(
-        f"{where} hold {info.classes} classes of shape {tuple(info.shape)}, but the network expects {expects}: {mend}."
+        f"{where} hold {info.classes} classes of shape {tuple(info.shape)}, but the network expects {expected}: {mend}."
     )

@@ -1,5 +1,5 @@
-"""Students (and teachers) in the forms that others load, and the proof that they sample there as they do here."""
+"""Exports: pipeline folders, LoRA files, single files and ONNX graphs, verified against the trainer's own samples."""
 
-from distill.export.ship import export
+from distill.export.write import export
 
 __all__ = ["export"]

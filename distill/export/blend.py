@@ -1,7 +1,7 @@
-r"""Two students mixed as they act, W = (1 - share) W_a + share W_b: exports of one kind, or LoRA files of one base.
+r"""Linear interpolation of two students' effective weights, W = (1 - share) W_a + share W_b: exports or LoRA files.
 
-Of adapters W - W_0 = B A is what acts, so products are mixed and not factors, whose mix would add
-share (1 - share) (B_a A_b + B_b A_a - B_a A_a - B_b A_b). Both stand side by side, exactly and of rank r_a + r_b:
+An adapter changes its base by W - W_0 = B A, so products are interpolated. Interpolated factors would add
+share (1 - share) (B_a A_b + B_b A_a - B_a A_a - B_b A_b). Concatenated factors are exact, of rank r_a + r_b:
 
     A = [sqrt(1 - share) A_a; sqrt(share) A_b],    B = [sqrt(1 - share) B_a, sqrt(share) B_b]
 """
@@ -9,7 +9,6 @@ share (1 - share) (B_a A_b + B_b A_a - B_a A_a - B_b A_b). Both stand side by si
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,55 +17,69 @@ from torch import Tensor, nn
 
 from distill.denoise import Denoiser
 from distill.errors import BadInput
-from distill.export.ship import export
-from distill.grid import Grid
-from distill.nets.diffusers.schedulers import read_json
-from distill.nets.lora import Adapter, Shared
+from distill.export.licence import UNKNOWN
+from distill.export.write import export
+from distill.files import atomic_write
+from distill.models.diffusers.schedulers import read_json
+from distill.models.lora import LoRAAdapter, SharedBase
 from distill.noise import RectifiedFlow, Table
+from distill.times import Grid
 
 Pairs = dict[str, tuple[Tensor, Tensor]]  # layer -> (A, B), the change of its weight being B A
 ENDINGS = ((".lora_A.weight", ".lora_B.weight"), (".lora_down.weight", ".lora_up.weight"))
+KOHYA = 1  # of ENDINGS: the layout whose files state an alpha
 
 
-def beside(a: Pairs, b: Pairs, share: float) -> Pairs:
-    """The factors of (1 - share) B_a A_a + share B_b A_b; a layer that one of them lacks is unchanged there."""
-    found = {}
+def concatenate(a: Pairs, b: Pairs, share: float) -> Pairs:
+    """The factors of (1 - share) B_a A_a + share B_b A_b; a layer that one adapter lacks counts as zero there."""
+    mixture = {}
     for name in [*a, *(n for n in b if n not in a)]:
         parts = [(pairs[name], math.sqrt(w)) for pairs, w in ((a, 1 - share), (b, share)) if name in pairs]
         if len({(down.shape[1:], up.shape[:1]) for (down, up), _ in parts}) > 1:
-            raise BadInput(f"The layer {name} has other sizes in the two: merge LoRAs of one base.")
-        found[name] = (torch.cat([w * down for (down, _), w in parts]), torch.cat([w * up for (_, up), w in parts], 1))
-    return found
+            raise BadInput(f"The layer {name} has different sizes in the two LoRAs: merge LoRAs of one base.")
+        mixture[name] = (
+            torch.cat([w * down for (down, _), w in parts]),
+            torch.cat([w * up for (_, up), w in parts], 1),
+        )
+    return mixture
 
 
-def join(into: Adapter, other: Adapter, share: float) -> None:
-    """Make `into` the mixture of itself and another adapter of the same base.
+def merge_adapters(into: LoRAAdapter, other: LoRAAdapter, share: float) -> None:
+    """Make `into` the interpolation of itself and another adapter of the same base.
 
     Raises:
         BadInput: for adapters of different bases, or on different layers.
     """
     ours, theirs = into.shared, other.shared
     weights = ours.net.state_dict(), theirs.net.state_dict()
-    if ours.targets != theirs.targets or weights[0].keys() != weights[1].keys() or not all(
-            torch.equal(weights[0][k], weights[1][k]) for k in weights[0]):
-        raise BadInput("The adapters stand on other bases or other layers: merge two students of one teacher and targets.")
+    if (
+        ours.targets != theirs.targets
+        or weights[0].keys() != weights[1].keys()
+        or not all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+    ):
+        raise BadInput(
+            "The two adapters have different bases or layers: merge students of one teacher with the same targets."
+        )
     factor = theirs.scale / ours.scale
-    pairs = beside({n: (d, u) for n, d, u in zip(ours.targets, into.down, into.up)},
-                   {n: (d, factor * u) for n, d, u in zip(theirs.targets, other.down, other.up)}, share)
-    put(into, pairs)
+    pairs = concatenate(
+        {n: (d, u) for n, d, u in zip(ours.targets, into.down, into.up)},
+        {n: (d, factor * u) for n, d, u in zip(theirs.targets, other.down, other.up)},
+        share,
+    )
+    set_factors(into, pairs)
 
 
-def put(adapter: Adapter, pairs: Pairs) -> None:
-    """Give an adapter these factors, of whatever rank."""
+def set_factors(adapter: LoRAAdapter, pairs: Pairs) -> None:
+    """Replace an adapter's factors; the new ones may have another rank."""
     for i, name in enumerate(adapter.shared.targets):
         adapter.down[i], adapter.up[i] = (nn.Parameter(w.detach().clone(), requires_grad=False) for w in pairs[name])
 
 
 def read(file: Path) -> tuple[Pairs, int]:
-    """The factors of a LoRA file, alpha / rank inside B, and which of the two layouts of keys it has.
+    """The factors of a LoRA file with alpha / rank multiplied into B, and the index of its key layout in `ENDINGS`.
 
     Raises:
-        BadInput: if it cannot be read, or holds other things than LoRA factors.
+        BadInput: the file cannot be read, or holds tensors that are no LoRA factors.
     """
     from safetensors.torch import load_file
 
@@ -83,55 +96,78 @@ def read(file: Path) -> tuple[Pairs, int]:
         alpha = weights.pop(f"{name}.alpha", None)
         pairs[name] = (down, up if alpha is None else up * (float(alpha) / len(down)))
     if weights:
-        raise BadInput(f"{file}: {next(iter(weights))} is no factor of a LoRA, and cannot be mixed.")
+        raise BadInput(f"{file}: {next(iter(weights))} is no LoRA factor; merge files that hold nothing else.")
     return pairs, layout
 
 
-def files(a: Path, b: Path, out: Path, share: float) -> Path:
-    """Two LoRA files of one layout into a third, whose alpha is its rank."""
-    from safetensors.torch import save_file
+def merge_files(a: Path, b: Path, out: Path, share: float) -> Path:
+    """Merge two LoRA files of one key layout into a third.
 
-    (ours, layout), (theirs, other) = read(a), read(b)
-    if layout != other:
+    All layers get one rank, filled up with zeros, and alpha is that rank: stock `load_lora_weights` refuses `.alpha`
+    beside `lora_A`, and reads one alpha for all layers of the other layout.
+
+    Raises:
+        BadInput: the files have different layouts, or layers of different sizes.
+    """
+    from safetensors.torch import save
+
+    (ours, layout), (theirs, second_layout) = read(a), read(b)
+    if layout != second_layout:
         raise BadInput(f"{a} and {b} name their layers in different layouts: take both from the same tool.")
-    first, second = ENDINGS[layout]
+    pairs = concatenate(ours, theirs, share)
+    rank = max(len(down) for down, _ in pairs.values())
     weights = {}
-    for name, (down, up) in beside(ours, theirs, share).items():
-        weights |= {name + first: down.contiguous(), name + second: up.contiguous(),
-                    f"{name}.alpha": torch.tensor(float(len(down)))}
-    staging = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    save_file(weights, staging, metadata={"format": "pt"})
-    staging.rename(out)
+    for name, (down, up) in pairs.items():
+        missing = rank - len(down)
+        weights[name + ENDINGS[layout][0]] = nn.functional.pad(
+            down, (0, 0) * (down.ndim - 1) + (0, missing)
+        ).contiguous()
+        weights[name + ENDINGS[layout][1]] = nn.functional.pad(up, (0, 0) * (up.ndim - 2) + (0, missing)).contiguous()
+        if layout == KOHYA:
+            weights[f"{name}.alpha"] = torch.tensor(float(rank))
+    with atomic_write(out, "wb") as file:
+        file.write(save(weights, metadata={"format": "pt"}))
     return out
 
 
-def folders(a: Path, b: Path, out: Path, share: float) -> Path:
-    """Two exports of one kind, steps and base into a third, with references of its own.
+def merge_folders(a: Path, b: Path, out: Path, share: float) -> Path:
+    """Merge two exports of one kind, number of steps and base into a third, with reference samples of its own.
 
     Raises:
-        BadInput: for exports that differ in more than their weights, and for onnx.
+        BadInput: the exports differ in more than their weights, or are ONNX graphs.
     """
     records = [read_json(folder / "distill.json") for folder in (a, b)]
     for key in ("kind", "network", "times", "sampler", "prediction", "shift", "part"):
-        here, there = (record.get(key) for record in records)
-        if here != there:
-            raise BadInput(f"{a} has {key} {here}, {b} {there}: merge two students that are served alike.")
+        first, second = (record.get(key) for record in records)
+        if first != second:
+            raise BadInput(f"{a} has {key} {first} and {b} {second}: merge exports that differ in weights only.")
     record = records[0]
     kinds = {"pipeline": _pipelines, "lora": _loras}
     if record.get("kind", "pipeline") not in kinds:
-        raise BadInput(f"Exports as {record['kind']} cannot be merged: merge the runs, or their pipelines or LoRAs.")
+        raise BadInput(f"Exports as {record['kind']} cannot be merged: merge the runs, their pipelines or their LoRAs.")
     student = kinds[record.get("kind", "pipeline")](a, b, record, share)
     about = {"merged": [a.name, b.name], "share": share, "recipes": [r.get("recipe_hash") for r in records]}
-    return export(student, Grid.of(record["times"]), record["sampler"], out, kind=record.get("kind", "pipeline"),
-                  method=record["method"], recipe=about, w=record["guidance"], licence=record["licence"])
+    return export(
+        student,
+        Grid.of(record["times"]),
+        record["sampler"],
+        out,
+        kind=record.get("kind", "pipeline"),
+        method=record["method"],
+        recipe=about,
+        w=record["guidance"],
+        licence=None if record["licence"] == UNKNOWN else record["licence"],
+    )
 
 
 def _pipelines(a: Path, b: Path, record: dict, share: float) -> Denoiser:
     ours, theirs = _load(a, record), _load(b, record)
     weights, others = ours.state_dict(), theirs.state_dict()
     if weights.keys() != others.keys() or any(weights[k].shape != others[k].shape for k in weights):
-        raise BadInput(f"{a} and {b} have other networks: merge two students of one teacher.")
-    ours.load_state_dict({k: torch.lerp(w, others[k], share) if w.is_floating_point() else w for k, w in weights.items()})
+        raise BadInput(f"{a} and {b} have different networks: merge students of one teacher.")
+    ours.load_state_dict(
+        {k: torch.lerp(w, others[k], share) if w.is_floating_point() else w for k, w in weights.items()}
+    )
     return ours
 
 
@@ -139,20 +175,20 @@ def _loras(a: Path, b: Path, record: dict, share: float) -> Denoiser:
     from distill.export.lora import PEFT
 
     file, student = record["files"][0], _load(record["base"], record)
-    pairs = beside(read(a / file)[0], read(b / file)[0], share)
+    pairs = concatenate(read(a / file)[0], read(b / file)[0], share)
     if file == PEFT:
         pairs = {f"{record['part']}.{name.removeprefix('base_model.model.')}": pair for name, pair in pairs.items()}
-    student.net = Adapter(Shared(student.net, rank=len(next(iter(pairs.values()))[0]), targets=list(pairs)))
-    put(student.net, pairs)
+    student.net = LoRAAdapter(SharedBase(student.net, rank=len(next(iter(pairs.values()))[0]), targets=list(pairs)))
+    set_factors(student.net, pairs)
     return student
 
 
 def _load(path: str | Path, record: dict) -> Denoiser:
-    """A folder's Denoiser under the shift that its student was trained with."""
-    from distill.nets.diffusers import load
+    """A folder's Denoiser, with the time shift that its student was trained with."""
+    from distill.models.diffusers import load
 
-    told = "latent" in record
-    student: Any = load(path, **{"size": tuple(record["latent"]["shape"][1:]), "null": None} if told else {})
+    conditions = "latent" in record
+    student: Any = load(path, **{"size": tuple(record["latent"]["shape"][1:]), "null": None} if conditions else {})
     if not isinstance(student.schedule, Table):
         student.schedule = student.net.schedule = RectifiedFlow(record["shift"])
     return student

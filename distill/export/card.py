@@ -8,18 +8,16 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from distill.export.usage import KINDS, task, usage
+from distill.export.snippet import kind_phrase, pipeline_tag, usage_snippet
+from distill.files import markdown_table
 
 CARD = """---
-license: {licence}
-library_name: {library}
-pipeline_tag: {task}
-{base}tags: [distillation, few-step]
+{front_matter}tags: [distillation, few-step]
 ---
 
 # {name}
 
-{what}
+{summary}
 
 ```python
 {code}
@@ -27,42 +25,73 @@ pipeline_tag: {task}
 
 {picture}{advice}
 
-| convention | value |
-|---|---|
 {conventions}{metrics}{recipe}
 ## Licence
 
 {licence}
 """
-SAMPLERS = {"ode": "deterministic (DDIM)", "renoise": "predict, then add fresh noise (LCM)"}
+SAMPLERS = {"ode": "deterministic (DDIM)", "renoise": "multistep consistency (LCM): predict, then add fresh noise"}
 
 
 def card(record: dict, recipe: str | None, name: str, pictured: bool) -> str:
-    """README.md for the record of distill.json: what it is, how to load it, conventions, metrics, recipe, licence."""
-    code, advice = usage(record, name)
+    """README.md of an export.
+
+    Args:
+        record: what distill.json holds.
+        recipe: the run's config as YAML.
+        name: of the folder.
+        pictured: whether samples.png is beside it.
+
+    Returns:
+        Summary, loading code, conventions, metrics, recipe and licence, in markdown.
+    """
+    code, advice = usage_snippet(record, name)
     method = f" with `{record['method']}`" if record["method"] else ""
-    steps, base = record["steps"], record.get("base")
+    steps = record["steps"]
+    conventions = [[key, value] for key, value in _conventions(record).items()]
     return CARD.format(
-        licence=record["licence"],
-        library="onnx" if record.get("kind") == "onnx" else "diffusers",
-        task=task(record),
-        base=f"base_model: {base}\n" if base and not Path(base).exists() else "",  # a name on the hub
+        front_matter=_front_matter(record),
         name=name,
-        what=f"A diffusion model{KINDS[record.get('kind', 'pipeline')]}, made{method} by distill {record['distill']}; "
-             f"it samples in {steps} step{'s' * (steps != 1)}.",
+        summary=f"A diffusion model{kind_phrase(record)}, made{method} by distill {record['distill']}; "
+        f"it samples in {steps} step{'s' * (steps != 1)}.",
         code=code,
         picture="![samples](samples.png)\n\n" if pictured else "",
         advice=advice,
-        conventions="".join(f"| {key} | {value} |\n" for key, value in _conventions(record).items()),
+        conventions=markdown_table(["convention", "value"], conventions),
         metrics=_metrics(record["metrics"]),
         recipe=f"\n## Recipe\n\n```yaml\n{recipe.rstrip()}\n```\n" if recipe else "",
+        licence=_licence(record),
     )
+
+
+def _front_matter(record: dict) -> str:
+    base = record.get("base")
+    entries = {
+        "license": record["licence"],
+        "license_name": record.get("licence_name"),
+        "license_link": record.get("licence_link"),
+        "library_name": "onnx" if record.get("kind") == "onnx" else "diffusers",
+        "pipeline_tag": pipeline_tag(record),
+        "base_model": base if base and not Path(base).exists() else None,  # a name on the hub
+    }
+    return "".join(f"{key}: {value}\n" for key, value in entries.items() if value)
+
+
+def _licence(record: dict) -> str:
+    name = record.get("licence_name") or record["licence"]
+    link = record.get("licence_link")
+    if name == "other" and not link:
+        return (
+            "Not stated: the model that this one was made from names no licence. Find out which holds before you publish "
+            "these weights, and state it as `license` at the head of this page."
+        )
+    return f"{name}" + (f", see {link}" if link else "") + "."
 
 
 def _conventions(record: dict) -> dict[str, str]:
     classes, guidance = record["classes"], record["guidance"]
-    null = f"0 to {classes - 1}" + (f"; {classes} is \"no class\"" if record["null_class"] else "")
-    found = {
+    null = f"0 to {classes - 1}" + (f'; {classes} is "no class"' if record["null_class"] else "")
+    rows = {
         "steps": record["steps"],
         "timesteps": _list(record["timesteps"]),
         "times (data 0, noise 1)": _list(record["times"]),
@@ -75,7 +104,7 @@ def _conventions(record: dict) -> dict[str, str]:
         "base": record.get("base"),
         "LoRA": f"rank {record['rank']}, for weight 1.0" if "rank" in record else None,
     }
-    return {key: value for key, value in found.items() if value not in (None, "")}
+    return {key: value for key, value in rows.items() if value not in (None, "")}
 
 
 def picture(samples: Tensor) -> Image.Image:
@@ -91,21 +120,16 @@ def picture(samples: Tensor) -> Image.Image:
 
 
 def _metrics(metrics: dict) -> str:
-    """A table: a line for each metric or, for the nested dict of metrics.json, for each model and NFE."""
+    """A table: one line a metric or, for the nested dict of metrics.json, one a model and number of evaluations."""
     if not metrics:
         return ""
     models = {key: metrics[key] for key in ("teacher", "training_free", "student") if key in metrics}
     if not models:
-        return _table(["metric", "value"], [[name, _number(value)] for name, value in metrics.items()])
-    lines = [(model, nfe, scores) for model, row in models.items() for nfe, scores in row.items()]
-    names = list(dict.fromkeys(name for *_, scores in lines for name in scores))
-    return _table(["model", "evaluations", *names],
-                  [[model, nfe, *(_number(scores.get(name)) for name in names)] for model, nfe, scores in lines])
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        return "\n" + markdown_table(["metric", "value"], [[name, _number(v)] for name, v in metrics.items()])
+    rows = [(model, nfe, scores) for model, row in models.items() for nfe, scores in row.items()]
+    names = list(dict.fromkeys(name for *_, scores in rows for name in scores))
+    rows = [[model, nfe, *(_number(scores.get(name)) for name in names)] for model, nfe, scores in rows]
+    return "\n" + markdown_table(["model", "evaluations", *names], rows)
 
 
 def _number(value) -> str:

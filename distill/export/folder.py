@@ -1,18 +1,17 @@
-r"""A trained Denoiser to a folder that `diffusers.DiffusionPipeline.from_pretrained` serves without our code.
+r"""Pipeline folders of class-conditional and unconditional students, for stock diffusers.
 
 The network picks the stock pipeline: `ConsistencyModelPipeline` for a U-Net (pixels, optional class labels), `DiTPipeline`
-for a transformer (class labels, and an autoencoder: `export.pixels` passes pixels through). The student's way of walking
-its grid picks the stock scheduler:
+for a transformer (class labels, and an autoencoder: `identity_vae` passes pixels through). The student's sampler
+picks the stock scheduler:
 
     ode      x_s = alpha_s x + sigma_s eps      DDIMScheduler, trailing spacing
     renoise  x_s = alpha_s x + sigma_s noise    LCMScheduler, original_inference_steps chosen to hit the grid
 
-`grid_of` reads the times back from that very scheduler, so a student that it would serve at other times is refused.
+`grid_of` reads the times back from that scheduler; a student that was trained on other times is refused.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -20,58 +19,64 @@ from torch import Tensor
 
 from distill.denoise import Denoiser, network_of
 from distill.errors import BadInput
-from distill.export.job import SEED, Job
-from distill.export.pixels import autoencoder
-from distill.grid import Grid
+from distill.export.identity_vae import identity_vae
+from distill.export.request import SEED, ExportRequest
+from distill.files import read_json, write_json
 from distill.noise import Table
 from distill.solvers import DDIM, Renoise, solve
+from distill.times import Grid
 
 SAMPLERS = {"ode": DDIM(), "renoise": Renoise()}
 REFERENCES = 4  # how many samples `verify` repeats
 
 
-def write(job: Job) -> dict:
-    """The pipeline, its reference samples and what distill.json says of it.
+def write(request: ExportRequest) -> dict:
+    """Write the pipeline and its reference samples; return the record for distill.json.
 
     Raises:
-        BadInput: if no stock network, scheduler or prediction type serves this student.
+        BadInput: no stock network, scheduler or prediction type serves this student.
     """
-    scheduler = stock_scheduler(job.student, job.grid, job.sampler)
-    network = stock_network(job.student, job.grid, job.sampler, job.w)
-    _write(job.staging, network, scheduler, job.student.net)
-    _save_references(job.student, job.grid, job.sampler, job.w, job.staging / "reference.safetensors")
-    return describe(job.student, job.grid, job.sampler, scheduler, job.w)
-
+    scheduler = stock_scheduler(request.student, request.grid, request.sampler)
+    network = stock_network(request.student, request.grid, request.sampler, request.w)
+    _write(request.staging, network, scheduler, request.student.net)
+    _save_references(
+        request.student, request.grid, request.sampler, request.w, request.staging / "reference.safetensors"
+    )
+    return describe(request.student, request.grid, request.sampler, scheduler, request.w)
 
 
 def stock_network(student: Denoiser, grid: Grid, sampler: str, w: float | None):
-    """The stock network that answers as the student does on this grid, w and t - s folded in.
+    """The stock network that computes what the student does on this grid, with w and t - s folded in.
 
     Raises:
-        BadInput: for networks without a stock class, and for flow maps whose t - s varies along the walk.
+        BadInput: the network has no stock class, or is a flow map whose t - s varies from step to step.
     """
-    from distill.nets.diffusers import DiT, UNet2D
+    from distill.models.diffusers import DiT, UNet2D
 
     net = network_of(student)
     if not isinstance(net, (DiT, UNet2D)):
-        raise BadInput(f"{type(net).__name__} has no stock class in diffusers: networks that export are UNet2D, DiT and "
-                       "those that `distill.nets.diffusers.load` reads from a pipeline folder.")
+        raise BadInput(
+            f"{type(net).__name__} has no stock class in diffusers: export UNet2D, DiT or a network that "
+            "`distill.models.diffusers.load` read from a pipeline folder, or export as onnx."
+        )
     if net.part == "transformer" and not net.classes:
-        raise BadInput("DiTPipeline draws by class only: export a DiT with classes, or a UNet2D.")
+        raise BadInput("DiTPipeline needs classes: export a DiT that has some, or a UNet2D.")
     if net.timesteps != len(student.schedule.alphas_cumprod):
-        raise BadInput(f"The network counts timesteps={net.timesteps} but its schedule has "
-                       f"{len(student.schedule.alphas_cumprod)}: train with the same number in both.")
+        raise BadInput(
+            f"The network counts timesteps={net.timesteps} but its schedule has "
+            f"{len(student.schedule.alphas_cumprod)}: train with the same number in both."
+        )
     gap = gap_of(grid, sampler) if net.flow_map else None
     return net.fold(w=w if net.guided else None, gap=gap)
 
 
 def stock_scheduler(student: Denoiser, grid: Grid, sampler: str, first: list | None = None):
-    """The stock scheduler that walks the student's grid the way the student does; one of `first` if it is of the same table.
+    """The stock scheduler that samples on the student's grid as the student does; one of `first` if its table is the same.
 
     Raises:
-        BadInput: if there is none; the message shows the times that the stock scheduler would serve.
+        BadInput: there is none; the message shows the times that the stock scheduler would serve.
     """
-    from distill.nets.diffusers import PREDICTIONS, schedule_of, scheduler_of
+    from distill.models.diffusers import PREDICTIONS, schedule_of, scheduler_of
 
     if sampler not in SAMPLERS:
         raise BadInput(f"sampler '{sampler}' is none of {', '.join(SAMPLERS)}.")
@@ -79,10 +84,12 @@ def stock_scheduler(student: Denoiser, grid: Grid, sampler: str, first: list | N
     if student.prediction not in stock or not isinstance(student.schedule, Table):
         raise BadInput(
             f"A student that predicts '{student.prediction}' under {type(student.schedule).__name__} has no stock "
-            f"scheduler here: export needs {', '.join(stock)} under a Table (`schedule_of` makes one)."
+            f"scheduler: export needs {', '.join(stock)} under a Table (`distill.noise.Table.of` makes one)."
         )
     settings = stock_table(student.schedule) | {
-        "prediction_type": stock[student.prediction], "clip_sample": False, "set_alpha_to_one": True,
+        "prediction_type": stock[student.prediction],
+        "clip_sample": False,
+        "set_alpha_to_one": True,
     }
     if sampler == "ode":
         ours = scheduler_of("DDIMScheduler", **settings, timestep_spacing="trailing")
@@ -97,7 +104,7 @@ def stock_scheduler(student: Denoiser, grid: Grid, sampler: str, first: list | N
 
 def _serving(grid: Grid, candidates: list):
     """The first of the candidates that serves the grid; else BadInput with the first one's reason."""
-    from distill.nets.diffusers import grid_of
+    from distill.models.diffusers import grid_of
 
     reasons = []
     for scheduler in candidates:
@@ -108,10 +115,12 @@ def _serving(grid: Grid, candidates: list):
             reasons.append(error)
             continue
         if any(abs(a - b) * total > 1e-2 for a, b in zip(served.times, grid.times)):
-            reasons.append(BadInput(
-                f"{name} serves {_show(served)} in {grid.steps} steps, but the student was trained on {_show(grid)}: "
-                f"train on the served times, or on grid: {grid.steps}."
-            ))
+            reasons.append(
+                BadInput(
+                    f"{name} serves {_show(served)} in {grid.steps} steps, but the student was trained on {_show(grid)}: "
+                    f"train on the served times, or on grid: {grid.steps}."
+                )
+            )
         elif name == "LCMScheduler" and round(served.times[-2] * total) == 1:
             reasons.append(BadInput(f"{name} ignores the network at timestep 0: take fewer steps than {grid.steps}."))
         else:
@@ -122,10 +131,10 @@ def _serving(grid: Grid, candidates: list):
 def stock_table(schedule: Table) -> dict:
     r"""Settings of a stock scheduler with this table: its formula where one gives it bit for bit, else the betas.
 
-    beta_n = 1 - abar_n / abar_{n-1}, each with the rounding of the ones before it made up for, so that the stock
+    beta_n = 1 - abar_n / abar_{n-1}, each corrected for the rounding of those before it, so that the stock
     product of 1 - beta in float32 stays within one rounding of the table.
     """
-    from distill.nets.diffusers import scheduler_of
+    from distill.models.diffusers import scheduler_of
 
     abar, total = schedule.alphas_cumprod, len(schedule.alphas_cumprod)
     first, last = (float(f"{beta:.3g}") for beta in (1 - abar[0], 1 - abar[-1] / (1.0, *abar)[-2]))
@@ -160,7 +169,7 @@ def describe(student: Denoiser, grid: Grid, sampler: str, scheduler, w: float | 
 
 @torch.no_grad()
 def _save_references(student: Denoiser, grid: Grid, sampler: str, w: float | None, file: Path) -> None:
-    """Noise, class rows and samples of the trainer's own sampler, the student unfolded."""
+    """Write noise, labels and samples of the trainer's own sampler, of the student before folding."""
     from safetensors.torch import save_file
 
     net, cond, tensors = student.net, {}, {}
@@ -174,13 +183,13 @@ def _save_references(student: Denoiser, grid: Grid, sampler: str, w: float | Non
         cond["w"] = w
     generator = torch.Generator().manual_seed(SEED)
     noise = torch.randn(REFERENCES, *net.shape, generator=generator)
-    told = FlowMap(student, gap_of(grid, sampler)) if net.flow_map else student
-    samples = solve(told, noise, grid.times, SAMPLERS[sampler], generator=generator, **cond)
+    sampled = FixedGap(student, gap_of(grid, sampler)) if net.flow_map else student
+    samples = solve(sampled, noise, grid.times, SAMPLERS[sampler], generator=generator, **cond)
     save_file(tensors | {"noise": noise, "samples": samples.contiguous()}, file)
 
 
-class FlowMap(Denoiser):
-    """A flow map that is always asked for the step t -> t - gap."""
+class FixedGap(Denoiser):
+    """A flow map evaluated at s = t - gap, with one gap for all steps."""
 
     def __init__(self, student: Denoiser, gap: float):
         super().__init__(None, student.schedule, "x")
@@ -191,12 +200,18 @@ class FlowMap(Denoiser):
 
 
 def gap_of(grid: Grid, sampler: str) -> float:
-    """t - s of every step of the walk: s is the next time for ode, data for renoise."""
+    """t - s of every step: s is the next time for "ode", and 0 for "renoise".
+
+    Raises:
+        BadInput: t - s varies from step to step.
+    """
     ends = grid.times[1:] if sampler == "ode" else (0.0,) * grid.steps
     gaps = [t - s for t, s in zip(grid.times, ends)]
     if max(gaps) - min(gaps) > 1e-6:
-        raise BadInput(f"A stock network cannot be told the second time of a flow map, and t - s varies with "
-                       f"'{sampler}' on {_show(grid)}: export it with a uniform grid and 'ode', or with one step.")
+        raise BadInput(
+            f"The stock network has no input for the second time s of a flow map, and t - s varies with '{sampler}' on "
+            f"{_show(grid)}: export on a uniform grid with 'ode', or with one step."
+        )
     return gaps[0]
 
 
@@ -207,7 +222,7 @@ def _write(staging: Path, network, scheduler, net) -> None:
     staging.mkdir(parents=True, exist_ok=True)
     if net.part == "transformer":
         names = {i: str(i) for i in range(net.classes)}
-        pipeline = diffusers.DiTPipeline(network, autoencoder(net.shape[0]), scheduler, names)
+        pipeline = diffusers.DiTPipeline(network, identity_vae(net.shape[0]), scheduler, names)
     else:
         pipeline = diffusers.ConsistencyModelPipeline(network, scheduler)
     pipeline.save_pretrained(staging)
@@ -215,13 +230,13 @@ def _write(staging: Path, network, scheduler, net) -> None:
 
 
 def strip(folder: Path) -> None:
-    """Take out of configs where their weights came from, and what diffusers notes of a tiny autoencoder and warns of."""
+    """Remove from all configs the path their weights came from, and the keys of a tiny VAE that diffusers warns about."""
     for file in folder.rglob("*.json"):
-        config = json.loads(file.read_text())
-        noted = {"_name_or_path"} | ({"block_out_channels"} if file.parent.name == "vae" else set())
-        if noted & config.keys():
-            config = {k: v for k, v in config.items() if k not in noted}
-            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        config = read_json(file)
+        removed = {"_name_or_path"} | ({"block_out_channels"} if file.parent.name == "vae" else set())
+        if removed & config.keys():
+            config = {k: v for k, v in config.items() if k not in removed}
+            write_json(file, dict(sorted(config.items())))
 
 
 def _show(grid: Grid) -> str:

@@ -1,4 +1,4 @@
-r"""An adapter on a shared base as a LoRA file that is right at weight 1.0.
+r"""LoRA files of adapters on a shared base, for weight 1.0.
 
 y = W x + B' A x with B' = (alpha / rank) B: the factor is in the weights, so that the alpha of the file is its rank and
 readers that look for an alpha and readers that do not agree. Layouts of keys:
@@ -12,7 +12,6 @@ readers that look for an alpha and readers that do not agree. Layouts of keys:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,64 +21,86 @@ from torch import Tensor
 
 from distill.errors import BadInput
 from distill.export import text
-from distill.export.job import Job
-from distill.nets.diffusers.schedulers import read_json
+from distill.export.request import ExportRequest
+from distill.files import write_json
+from distill.models.diffusers.schedulers import read_json
 
 STOCK = "pytorch_lora_weights.safetensors"
 PEFT = "adapter_model.safetensors"
 # Where kohya's names and the original code's are not those of diffusers.
 SDXL = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
-WAN = {".attn1.to_": ".self_attn.", ".attn2.to_": ".cross_attn.", ".out.0": ".o", ".ffn.net.0.proj": ".ffn.0",
-       ".ffn.net.2": ".ffn.2", "condition_embedder.time_proj": "time_projection.1", "proj_out": "head.head",
-       "condition_embedder.time_embedder.linear_1": "time_embedding.0",
-       "condition_embedder.time_embedder.linear_2": "time_embedding.2",
-       "condition_embedder.text_embedder.linear_1": "text_embedding.0",
-       "condition_embedder.text_embedder.linear_2": "text_embedding.2"}
+WAN = {
+    ".attn1.to_": ".self_attn.",
+    ".attn2.to_": ".cross_attn.",
+    ".out.0": ".o",
+    ".ffn.net.0.proj": ".ffn.0",
+    ".ffn.net.2": ".ffn.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "proj_out": "head.head",
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+}
 
 
-def write(job: Job) -> dict:
-    """The adapter's files, the student's scheduler and references; the record of distill.json.
+def write(request: ExportRequest) -> dict:
+    """Write the adapter's files, the scheduler and the reference samples; return the record for distill.json.
 
     Raises:
-        BadInput: for a student without an adapter, one that is told w or s, or adapters on layers that are not the stock
-            network's own.
+        BadInput: the student has no adapter, takes w or s as an input, or has adapters on layers that the stock network
+            lacks.
     """
-    if job.adapter is None:
-        raise BadInput("A full fine-tune is no LoRA: train with roles.layout=shared_base, or export it as a pipeline.")
-    net = job.student.net
-    if not text.told(job.student):
+    if request.adapter is None:
+        raise BadInput("A full fine-tune has no LoRA: train with roles.layout=shared_base, or export it as a pipeline.")
+    net = request.student.net
+    if not text.takes_text(request.student):
         raise BadInput(f"{type(net).__name__} has no stock pipeline that loads a LoRA: export it as a pipeline.")
     if net.guided or net.flow_map:
-        raise BadInput("A student that is told w or s changes biases of its base, which a LoRA does not hold: export it "
-                       "as a pipeline.")
+        raise BadInput(
+            "A student that takes w or s as an input changes biases of its base, which a LoRA does not hold: export it "
+            "as a pipeline."
+        )
     base = text.source(net)
     kind = text.pipeline_class(read_json(base / "model_index.json"))
-    scheduler, call = text.serving(job.student, job.grid, job.sampler, base)
-    weights = factors(job.adapter, net.part)
+    scheduler, call = text.serving(request.student, request.grid, request.sampler, base)
+    weights = factors(request.adapter, net.part)
     if hasattr(kind, "load_lora_weights"):
         files = {STOCK: stock_keys(weights, net.part)}
-        files |= {f"{job.name}.safetensors": OTHERS[name](weights) for name in (type(net).__name__,) if name in OTHERS}
+        files |= {
+            f"{request.name}.safetensors": EXTRA_LAYOUTS[name](weights)
+            for name in (type(net).__name__,)
+            if name in EXTRA_LAYOUTS
+        }
     else:
         files = {PEFT: stock_keys(weights, "base_model.model")}
-        (job.staging / "adapter_config.json").write_text(json.dumps(_peft(weights, text.source_name(net)), indent=2) + "\n")
+        write_json(request.staging / "adapter_config.json", _peft(weights, text.base_name(net)))
     for name, keys in files.items():
-        save(keys, job.staging / name)
-    scheduler.save_pretrained(job.staging / "scheduler")
-    call = text.ask(kind, net, job.grid, call, guided=True)
-    return text.describe(job, scheduler, call) | {
-        "pipeline": kind.__name__, "files": list(files), "rank": len(next(iter(weights.values()))[0]),
-    } | text.references(job, base, kind)
+        save(keys, request.staging / name)
+    scheduler.save_pretrained(request.staging / "scheduler")
+    call = text.call_arguments(kind, net, request.grid, call, guided=True)
+    return (
+        text.describe(request, scheduler, call)
+        | {
+            "pipeline": kind.__name__,
+            "files": list(files),
+            "rank": len(next(iter(weights.values()))[0]),
+        }
+        | text.write_references(request, base, kind)
+    )
 
 
 def factors(adapter: Any, part: str) -> dict[str, tuple[Tensor, Tensor]]:
     """(A, B') of every layer by its name in the stock network: W + B' A is the student's weight."""
-    shared, prefix, found = adapter.shared, f"{part}.", {}
+    shared, prefix, pairs = adapter.shared, f"{part}.", {}
     for name, down, up in zip(shared.targets, adapter.down, adapter.up):
         if not name.startswith(prefix):
-            raise BadInput(f"The adapter has a layer {name}, which is not the stock network's: set roles.adapter.targets "
-                           f"to '{prefix}*'.")
-        found[name.removeprefix(prefix)] = (down.detach().cpu().float(), shared.scale * up.detach().cpu().float())
-    return found
+            raise BadInput(
+                f"The adapter has a layer {name}, which is not the stock network's: set roles.adapter.targets "
+                f"to '{prefix}*'."
+            )
+        pairs[name.removeprefix(prefix)] = (down.detach().cpu().float(), shared.scale * up.detach().cpu().float())
+    return pairs
 
 
 def stock_keys(weights: dict[str, tuple[Tensor, Tensor]], part: str) -> dict[str, Tensor]:
@@ -92,8 +113,11 @@ def kohya_keys(weights: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     found = {}
     for name, (down, up) in weights.items():
         key = f"lora_unet_{SDXL.get(name, name).replace('.', '_')}"
-        found |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up,
-                  f"{key}.alpha": torch.tensor(float(len(down)))}
+        found |= {
+            f"{key}.lora_down.weight": down,
+            f"{key}.lora_up.weight": up,
+            f"{key}.alpha": torch.tensor(float(len(down))),
+        }
     return found
 
 
@@ -107,13 +131,20 @@ def wan_keys(weights: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     return found
 
 
-OTHERS: dict[str, Callable[[dict], dict]] = {"TextUNet": kohya_keys, "Wan": wan_keys}
+EXTRA_LAYOUTS: dict[str, Callable[[dict], dict]] = {"TextUNet": kohya_keys, "Wan": wan_keys}
 
 
 def _peft(weights: dict[str, tuple[Tensor, Tensor]], base: str) -> dict:
     rank = len(next(iter(weights.values()))[0])
-    return {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(weights), "bias": "none",
-            "base_model_name_or_path": base, "inference_mode": True}
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": list(weights),
+        "bias": "none",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+    }
 
 
 def save(weights: dict[str, Tensor], file: Path) -> None:

@@ -1,8 +1,8 @@
 r"""One step of the student as an ONNX graph: (x_t, t, s, conditions[, noise]) -> x = E[x | x_t] and x_s.
 
-Time is ours, float in [0, 1]; schedule, prediction, w and t - s are inside, so that a caller loops over the times of
-distill.json and knows no convention. The batch may have any size where the network's masks let it (`batch` in
-distill.json is null, else 1); the latents have the size of training.
+Time is a float in [0, 1]; schedule, prediction type, w and t - s are inside the graph, so a caller only loops over the
+times of distill.json. The batch may have any size where the network's masks allow it (`batch` in distill.json is null,
+else 1); the latents have the size of training.
 """
 
 from __future__ import annotations
@@ -18,124 +18,143 @@ from torch import Tensor, nn
 from distill.denoise import Denoiser, as_network, network_of
 from distill.errors import BadInput
 from distill.export import folder, text
-from distill.export.job import SEED, Job
+from distill.export.request import SEED, ExportRequest
 from distill.solvers import Renoise
 
 FILE, OPSET = "student.onnx", 18
 
 
 class Step(nn.Module):
-    """One step of a student, by names: its inputs in order, tensors out."""
+    """One step of a student as a module whose positional inputs have the names `names`."""
 
     def __init__(self, student: Denoiser, sampler: str, names: list[str]):
         super().__init__()
         self.student, self.solver, self.names = student, folder.SAMPLERS[sampler], names
 
     def forward(self, *given: Tensor) -> tuple[Tensor, Tensor]:
-        told = dict(zip(self.names, given))
-        x_t, t, s, noise = (told.pop(name, None) for name in ("x_t", "t", "s", "noise"))
-        x = self.student(x_t, t, **told)
+        conditions = dict(zip(self.names, given))
+        x_t, t, s, noise = (conditions.pop(name, None) for name in ("x_t", "t", "s", "noise"))
+        x = self.student(x_t, t, **conditions)
         if isinstance(self.solver, Renoise):
             return x, self.solver.step(self.student.schedule, x, s, noise)
         return x, self.solver.step(self.student.schedule, x, x_t, t, s)
 
 
 @torch.no_grad()
-def write(job: Job) -> dict:
-    """The graph, the noise, conditions and samples of the trainer's own sampler; the record of distill.json.
+def write(request: ExportRequest) -> dict:
+    """Write the graph and the reference noise, conditions and samples; return the record for distill.json.
 
     Raises:
-        BadInput: if onnx is not installed, or the network does something that ONNX or onnxruntime has not.
+        BadInput: onnx is not installed, or the network has an operation that ONNX or onnxruntime lacks.
     """
     try:
         import onnx  # noqa: F401
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise BadInput("ONNX needs packages: pip install 'distill[onnx]'.") from error
+        raise BadInput("Export as onnx needs further packages: pip install 'distill-diffusion[onnx]'.") from error
     from safetensors.torch import save_file
 
-    net, grid, about = job.student.net, job.grid, network_of(job.student)
-    told = _conditions(job)
+    net, grid, about = request.student.net, request.grid, network_of(request.student)
+    conditions = _conditions(request)
     generator = torch.Generator().manual_seed(SEED)
-    rows = len(next(iter(told.values()))) if told else folder.REFERENCES
+    rows = len(next(iter(conditions.values()))) if conditions else folder.REFERENCES
     draw = lambda: torch.randn(rows, *net.shape, generator=generator)
     noise = draw()
-    fresh = [draw() for _ in range(grid.steps)] if job.sampler == "renoise" else []
-    names = ["x_t", "t", "s", *told, *(["noise"] if fresh else [])]
-    step, graph = (Step(s, job.sampler, names).eval() for s in (_told_as(job, net), _told_as(job, _folded(job))))
-    given = [noise, torch.full((rows,), 0.6), torch.full((rows,), 0.3), *told.values(), *([fresh[0]] if fresh else [])]
+    fresh = [draw() for _ in range(grid.steps)] if request.sampler == "renoise" else []
+    names = ["x_t", "t", "s", *conditions, *(["noise"] if fresh else [])]
+    step, graph = (
+        Step(s, request.sampler, names).eval()
+        for s in (_student_with(request, net), _student_with(request, _folded(request)))
+    )
+    given = [
+        noise,
+        torch.full((rows,), 0.6),
+        torch.full((rows,), 0.3),
+        *conditions.values(),
+        *([fresh[0]] if fresh else []),
+    ]
     x = noise  # drawn before the graph: what a schedule keeps for the next time must not be a tracer's
     for k, (t, s) in enumerate(zip(grid.times, grid.times[1:])):
         t, s = (torch.full((rows,), time) for time in (t, s))
-        x = step(x, t, s, *told.values(), *([fresh[k]] if fresh else []))[1]
-    batch = _trace(graph, given, job.staging / FILE)
+        x = step(x, t, s, *conditions.values(), *([fresh[k]] if fresh else []))[1]
+    batch = _trace(graph, given, request.staging / FILE)
     try:
-        onnxruntime.InferenceSession(job.staging / FILE)
+        onnxruntime.InferenceSession(request.staging / FILE)
     except Exception as error:  # onnxruntime's own classes
         raise BadInput(f"{type(net).__name__} becomes a graph that onnxruntime does not load: {error}") from error
-    stored = {"noise": noise, "samples": x} | told | ({"fresh": torch.stack(fresh)} if fresh else {})
-    save_file({k: v.contiguous() for k, v in stored.items()}, job.staging / "reference.safetensors")
+    stored = {"noise": noise, "samples": x} | conditions | ({"fresh": torch.stack(fresh)} if fresh else {})
+    save_file({k: v.contiguous() for k, v in stored.items()}, request.staging / "reference.safetensors")
     record = {
-        "part": about.part or None, "network": type(net).__name__, "file": FILE, "told": list(told),
-        "shape": list(net.shape), "batch": batch,
-        "steps": grid.steps, "times": list(grid.times), "sampler": job.sampler, "prediction": job.student.prediction,
-        "guidance": job.w, "classes": about.classes, "null_class": about.classes > 0 and about.null_class,
-        "timesteps": [], "reference": {"seed": SEED},
+        "part": about.part or None,
+        "network": type(net).__name__,
+        "file": FILE,
+        "conditions": list(conditions),
+        "shape": list(net.shape),
+        "batch": batch,
+        "steps": grid.steps,
+        "times": list(grid.times),
+        "sampler": request.sampler,
+        "prediction": request.student.prediction,
+        "guidance": request.w,
+        "classes": about.classes,
+        "null_class": about.classes > 0 and about.null_class,
+        "timesteps": [],
+        "reference": {"seed": SEED},
     }
-    return record | (text.pictures(text.source(net), x) if text.told(job.student) else {})
+    return record | (text.pictures(text.source(net), x) if text.takes_text(request.student) else {})
 
 
-def _folded(job: Job) -> nn.Module:
-    """The network with w and t - s in its biases, where it is a stock one: hooks that live for one call do not trace."""
-    from distill.nets.diffusers import Stock
+def _folded(request: ExportRequest) -> nn.Module:
+    """A stock network with w and t - s folded into its biases: hooks of a single call cannot be traced."""
+    from distill.models.diffusers import StockNetwork
 
-    net = job.student.net
-    if not isinstance(net, Stock) or not (net.guided or net.flow_map):
+    net = request.student.net
+    if not isinstance(net, StockNetwork) or not (net.guided or net.flow_map):
         return net
-    gap = folder.gap_of(job.grid, job.sampler) if net.flow_map else None
+    gap = folder.gap_of(request.grid, request.sampler) if net.flow_map else None
     plain = copy.deepcopy(net)
-    setattr(plain, net.part, net.fold(w=job.w if net.guided else None, gap=gap))
+    setattr(plain, net.part, net.fold(w=request.w if net.guided else None, gap=gap))
     plain.guided = plain.flow_map = False
     plain.guidance = plain.gap = None
     return plain
 
 
-def _told_as(job: Job, net: nn.Module) -> Denoiser:
-    """The student with this network, always told the same w and t - s where it has these inputs."""
-    student: Denoiser = copy.copy(job.student)
-    student._modules = job.student._modules | {"net": net}
+def _student_with(request: ExportRequest, net: nn.Module) -> Denoiser:
+    """The student with this network, and a fixed w and t - s where it has these inputs."""
+    student: Denoiser = copy.copy(request.student)
+    student._modules = request.student._modules | {"net": net}
     if as_network(net).flow_map:
-        student = folder.FlowMap(student, folder.gap_of(job.grid, job.sampler))
-    return _Guided(student, job.w) if as_network(net).guided else student
+        student = folder.FixedGap(student, folder.gap_of(request.grid, request.sampler))
+    return _Guided(student, request.w) if as_network(net).guided else student
 
 
 class _Guided(Denoiser):
-    """A student that is always told the same w."""
+    """A student evaluated with one fixed w."""
 
     def __init__(self, student: Denoiser, w: float | None):
         super().__init__(None, student.schedule, "x")
         if w is None:
-            raise BadInput("The network needs a fixed w: give it to be folded in.")
+            raise BadInput("The network takes w as an input: pass the w that the export is to have.")
         self.student, self.w = student, float(w)
 
     def native(self, x_t: Tensor, t: Tensor, **cond) -> Tensor:
         return self.student(x_t, t, w=torch.full_like(t, self.w), **cond)
 
 
-def _conditions(job: Job) -> dict[str, Tensor]:
+def _conditions(request: ExportRequest) -> dict[str, Tensor]:
     """Those of the reference samples: prompts by the teacher's own encoders, or labels."""
-    net = job.student.net
-    if text.told(job.student):
+    net = request.student.net
+    if text.takes_text(request.student):
         return text.Prompts(text.source(net))(text.PROMPTS)
-    return {"label": torch.arange(folder.REFERENCES) % net.classes} if network_of(job.student).classes else {}
+    return {"label": torch.arange(folder.REFERENCES) % net.classes} if network_of(request.student).classes else {}
 
 
 def _trace(step: Step, given: list[Tensor], file: Path) -> int | None:
-    """torch.onnx's exporter, its own chatter kept away; None for a free batch, 1 where the network does not let it be.
+    """Run torch.onnx's exporter with its logs off. None for a free batch size, 1 where the network fixes it.
 
     Raises:
-        BadInput: if neither goes.
+        BadInput: the network does not become ONNX.
     """
     import onnx
 
@@ -147,9 +166,18 @@ def _trace(step: Step, given: list[Tensor], file: Path) -> int | None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 try:
-                    torch.onnx.export(step, tuple(v[:rows] for v in given), str(file), input_names=step.names,
-                                      output_names=["x", "x_s"], opset_version=OPSET, dynamo=True, verbose=False,
-                                      dynamic_shapes=shapes, optimize=False)  # else x + 1e-15 becomes x
+                    torch.onnx.export(
+                        step,
+                        tuple(v[:rows] for v in given),
+                        str(file),
+                        input_names=step.names,
+                        output_names=["x", "x_s"],
+                        opset_version=OPSET,
+                        dynamo=True,
+                        verbose=False,
+                        dynamic_shapes=shapes,
+                        optimize=False,
+                    )  # else x + 1e-15 becomes x
                 except Exception as error:  # the exporter's, torch.export's and onnxscript's own
                     reason = reason or error
                     continue
@@ -160,5 +188,5 @@ def _trace(step: Step, given: list[Tensor], file: Path) -> int | None:
                 return None  # else the tracer took the number of rows for a constant
     finally:
         logging.getLogger("torch.onnx").setLevel(level)
-    said = [line for line in str(reason).splitlines() if "Error" in line] or [type(reason).__name__]
-    raise BadInput(f"{type(step.student.net).__name__} does not become ONNX: {said[-1]}") from reason
+    errors = [line for line in str(reason).splitlines() if "Error" in line] or [type(reason).__name__]
+    raise BadInput(f"{type(step.student.net).__name__} does not become ONNX: {errors[-1]}") from reason

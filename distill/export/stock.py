@@ -1,6 +1,6 @@
-"""What `verify` runs in a process of its own, where importing this package fails: argv = (steps, base, folder, folder, ...).
+"""The script that `verify` runs in a process where importing this package fails: argv = (steps, base, folder, ...).
 
-Prints a list with, for each folder, the largest difference to the trainer's samples, or a sentence that says what failed.
+Prints a list with one item a folder: the largest difference to the trainer's samples, or what failed.
 """
 
 import json
@@ -21,30 +21,36 @@ def randomness(record, noise):
     generator = torch.Generator().manual_seed(record["reference"]["seed"])
     start = generator.get_state()
     if not torch.equal(torch.randn(noise.shape, generator=generator), noise):
-        raise ValueError("torch draws other numbers here than where the references were made")
+        raise ValueError("torch draws other numbers in this process than where the references were made")
     torch.set_rng_state(generator.get_state())  # for pipelines that give their scheduler no generator
     return generator, start
 
 
-def away(x, ours):
+def relative_difference(x, ours):
     return ((x - ours).abs().max() / ours.abs().max().clamp(min=1)).nan_to_num(nan=float("inf")).item()
 
 
-def drawn(pipe, folder, record, steps):
-    """From prompts, by the call that distill.json tells."""
+def from_prompts(pipe, folder, record, steps):
+    """Sample from prompts, by the call in distill.json."""
     stored = read(folder)
     generator, _ = randomness(record, stored["noise"])
     pipe.set_progress_bar_config(disable=True)
     call = record["reference"]["call"] | record["call"]
     if steps != record["steps"]:
         call = {k: v for k, v in call.items() if k not in ("sigmas", "timesteps")} | {"num_inference_steps": steps}
-    latents = pipe(prompt=record["reference"]["prompts"], latents=stored["noise"].clone(), generator=generator,
-                   output_type="latent", return_dict=False, **call)[0]
-    return away(latents, stored["samples"])
+    latents = pipe(
+        prompt=record["reference"]["prompts"],
+        latents=stored["noise"].clone(),
+        generator=generator,
+        output_type="latent",
+        return_dict=False,
+        **call,
+    )[0]
+    return relative_difference(latents, stored["samples"])
 
 
 def pixels(folder, record, steps, base):
-    """From class labels or from nothing, by a pipeline that makes its own noise; the images that it shows count too."""
+    """Sample from labels or unconditionally, by a pipeline that draws its own noise; the images count too."""
     import torch
     from diffusers import DiffusionPipeline
 
@@ -56,16 +62,19 @@ def pixels(folder, record, steps, base):
     pipe.set_progress_bar_config(disable=True)
     step = pipe.scheduler.step
 
-    def watched(*args, **kw):
+    def recording_step(*args, **kw):
         states.append(step(*args, **kw))
         return states[-1]
 
-    pipe.scheduler.step = watched
+    pipe.scheduler.step = recording_step
     call = {"class_labels": stored["labels"].tolist()} if "labels" in stored else {}
     call |= {"guidance_scale": 1} if "transformer" in pipe.components else {"batch_size": len(noise)}
     images = pipe(num_inference_steps=steps, generator=generator, output_type="np", **call).images
-    shown = torch.from_numpy(images).permute(0, 3, 1, 2) - (ours / 2 + 0.5).clamp(0, 1)
-    return max(away(states[-1].prev_sample, ours), 2 * shown.abs().max().nan_to_num(nan=float("inf")).item())
+    image_difference = torch.from_numpy(images).permute(0, 3, 1, 2) - (ours / 2 + 0.5).clamp(0, 1)
+    return max(
+        relative_difference(states[-1].prev_sample, ours),
+        2 * image_difference.abs().max().nan_to_num(nan=float("inf")).item(),
+    )
 
 
 def pipeline(folder, record, steps, base):
@@ -73,7 +82,7 @@ def pipeline(folder, record, steps, base):
 
     if "prompts" not in record["reference"]:
         return pixels(folder, record, steps, base)
-    return drawn(DiffusionPipeline.from_pretrained(folder, use_safetensors=True), folder, record, steps)
+    return from_prompts(DiffusionPipeline.from_pretrained(folder, use_safetensors=True), folder, record, steps)
 
 
 def on_base(folder, record, base):
@@ -96,7 +105,7 @@ def lora(folder, record, steps, base):
 
             part = record["part"]
             setattr(pipe, part, PeftModel.from_pretrained(getattr(pipe, part), folder).merge_and_unload())
-        worst = max(worst, drawn(pipe, folder, record, steps))
+        worst = max(worst, from_prompts(pipe, folder, record, steps))
     return worst
 
 
@@ -106,8 +115,10 @@ def single_file(folder, record, steps, base):
     kind, part = getattr(diffusers, record["network"]), record["part"]
     pipe = on_base(folder, record, base)
     # Given to from_pretrained instead, it would be ignored where it is optional, as in WanPipeline.
-    setattr(pipe, part, kind.from_single_file(str(folder / record["file"]), config=base or record["base"], subfolder=part))
-    return drawn(pipe, folder, record, steps)
+    setattr(
+        pipe, part, kind.from_single_file(str(folder / record["file"]), config=base or record["base"], subfolder=part)
+    )
+    return from_prompts(pipe, folder, record, steps)
 
 
 def onnx(folder, record, steps, base):
@@ -118,31 +129,39 @@ def onnx(folder, record, steps, base):
 
     if steps != record["steps"]:
         raise ValueError(f"the stored noise is that of {record['steps']} steps")
-    stored, session = load_file(folder / "reference.safetensors"), onnxruntime.InferenceSession(folder / record["file"])
+    stored, experiment = (
+        load_file(folder / "reference.safetensors"),
+        onnxruntime.InferenceSession(folder / record["file"]),
+    )
     x = stored["noise"]
     for k, (t, s) in enumerate(zip(record["times"], record["times"][1:])):
-        told = {name: stored[name] for name in record["told"]}
-        told |= {"x_t": x, "t": np.full(len(x), t, np.float32), "s": np.full(len(x), s, np.float32)}
+        conditions = {name: stored[name] for name in record["conditions"]}
+        conditions |= {"x_t": x, "t": np.full(len(x), t, np.float32), "s": np.full(len(x), s, np.float32)}
         if record["sampler"] == "renoise":
-            told["noise"] = stored["fresh"][k]
+            conditions["noise"] = stored["fresh"][k]
         size = record["batch"] or len(x)
-        x = np.concatenate([session.run(["x_s"], {name: v[i : i + size] for name, v in told.items()})[0]
-                            for i in range(0, len(x), size)])
-    found = np.abs(x - stored["samples"]).max() / max(np.abs(stored["samples"]).max(), 1)
-    return float(found) if np.isfinite(found) else float("inf")
+        x = np.concatenate(
+            [
+                experiment.run(["x_s"], {name: v[i : i + size] for name, v in conditions.items()})[0]
+                for i in range(0, len(x), size)
+            ]
+        )
+    worst = np.abs(x - stored["samples"]).max() / max(np.abs(stored["samples"]).max(), 1)
+    return float(worst) if np.isfinite(worst) else float("inf")
 
 
-def attempt(folder, steps, base):
+def difference(folder, steps, base):
     try:
         record = json.loads((folder / "distill.json").read_text())
         kind = record.get("kind", "pipeline").replace("-", "_")
         return {"pipeline": pipeline, "lora": lora, "single_file": single_file, "onnx": onnx}[kind](
-            folder, record, steps, base)
+            folder, record, steps, base
+        )
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
 
 if __name__ == "__main__":
-    sys.modules["distill"] = None  # from here on, importing it fails
+    sys.modules["distill"] = None  # importing it fails from now on
     counts, given, *folders = sys.argv[1:]
-    print(json.dumps([attempt(Path(f), k, given) for f, k in zip(folders, json.loads(counts))]))
+    print(json.dumps([difference(Path(f), k, given) for f, k in zip(folders, json.loads(counts))]))

@@ -1,4 +1,4 @@
-"""Proof of an export: a fresh process with stock diffusers, and without us, must draw the trainer's own samples."""
+"""Verifies an export: a new process with stock diffusers, without distill, must draw the trainer's own samples."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import warnings
 from pathlib import Path
 
 from distill.errors import BadInput
+from distill.files import read_json
 
 TOLERANCE = 1e-4
 
-STOCK = Path(__file__).with_name("stock.py").read_text()  # run by itself: what it needs of us would be a fault
+STOCK = Path(__file__).with_name("stock.py").read_text()  # it must run without this package
 
 
 def verify(out: str | Path, steps: int | None = None, base: str | Path = "") -> float:
@@ -21,27 +22,32 @@ def verify(out: str | Path, steps: int | None = None, base: str | Path = "") -> 
 
     x_stock is drawn in a new process where `import distill` fails, from the noise, labels or prompts that were stored: by
     `DiffusionPipeline.from_pretrained(out)`; for a LoRA or a single file by the base's pipeline with it, at weight 1.0;
-    for ONNX by onnxruntime. `steps` other than those in distill.json warns, and is not judged. `base` is where the base
-    lies, if not where it was.
+    for ONNX by onnxruntime. `steps` other than those in distill.json only warns. `base` is where the base
+    is now, if it was moved.
 
     Raises:
-        BadInput: if the folder was not exported by us or does not load, or the difference exceeds 1e-4.
+        BadInput: the folder is no export or does not load, or the difference exceeds 1e-4.
     """
     trained = _steps(Path(out))
     if steps not in (None, trained):
-        warnings.warn(f"{out} is made for {trained} steps; {steps} may ask it at times it never saw.", stacklevel=2)
+        warnings.warn(
+            f"{out} is made for {trained} steps; with {steps} it may be evaluated at times it was not trained on.",
+            stacklevel=2,
+        )
     value = compare([out], [steps or trained], base)[0]
     if isinstance(value, str):
-        raise BadInput(f"{out}: it cannot be sampled from by stock code: {value}")
+        raise BadInput(f"{out}: stock code cannot sample from it: {value}")
     print(f"{out}: max |stock - ours| = {value:.2e} at {steps or trained} steps")
     if steps in (None, trained) and not value <= TOLERANCE:
-        raise BadInput(f"{out}: stock code draws other samples than the trainer (max difference {value:.2e} > "
-                       f"{TOLERANCE:g}): do not ship it, export again.")
+        raise BadInput(
+            f"{out}: stock code draws other samples than the trainer (max difference {value:.2e} > "
+            f"{TOLERANCE:g}): do not publish it, export again."
+        )
     return value
 
 
 def compare(folders: list[str | Path], steps: list[int] | None = None, base: str | Path = "") -> list[float | str]:
-    """What `verify` judges, of each folder, all in one fresh process: the difference, or why there is none."""
+    """For each folder the difference that `verify` judges, or why there is none; all in one new process."""
     steps = steps or [_steps(Path(folder)) for folder in folders]
     command = [sys.executable, "-c", STOCK, json.dumps(steps), str(base), *(str(Path(f).resolve()) for f in folders)]
     offline = {"HF_HUB_OFFLINE": "1"} if all(Path(_base(Path(f)) or ".").exists() for f in folders) else {}
@@ -52,16 +58,16 @@ def compare(folders: list[str | Path], steps: list[int] | None = None, base: str
 
 
 def _base(out: Path) -> str | None:
-    """The folder or hub name of what a LoRA or a single file goes on."""
+    """The folder or hub name of the base of a LoRA or a single file."""
     try:
-        record = json.loads((out / "distill.json").read_text())
-    except (OSError, ValueError):
+        record = read_json(out / "distill.json")
+    except BadInput:
         return None
     return record.get("base") if record.get("kind") in ("lora", "single-file") else None
 
 
 def _steps(out: Path) -> int:
     try:
-        return json.loads((out / "distill.json").read_text())["steps"]
-    except (OSError, ValueError, KeyError) as error:
+        return read_json(out / "distill.json")["steps"]
+    except (BadInput, KeyError) as error:
         raise BadInput(f"{out} was not exported by distill: it has no readable distill.json.") from error

@@ -1,1 +1,1 @@
-"""Pure functions: tensors in, a scalar (or one value a sample) out; no network, no randomness."""
+"""Losses: pure functions from tensors to a scalar, or to one value per sample; no networks, no random numbers."""

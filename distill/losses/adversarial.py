@@ -1,10 +1,10 @@
-r"""Adversarial losses on logits that a sample is real, (B,) or (B, patches); patches are averaged.
+r"""Adversarial losses on logits l(x) that x is real, (B,) or (B, patches); patches are averaged.
 
     softplus  discriminator  log(1 + e^{-l(real)}) + log(1 + e^{l(fake)}),  generator  log(1 + e^{-l(fake)})
     hinge     discriminator  (1 - l(real))_+ + (1 + l(fake))_+,             generator  -l(fake)
 
-The optimal softplus logit is log p_real - log p_fake. https://arxiv.org/abs/1406.2661 (non-saturating form),
-https://arxiv.org/abs/1705.02894 (hinge).
+The optimal softplus logit is log p_real - log p_fake. Sources: https://arxiv.org/abs/1406.2661 (softplus, the
+non-saturating form), https://arxiv.org/abs/1705.02894 (hinge).
 """
 
 from __future__ import annotations
@@ -18,42 +18,66 @@ from torch.nn import functional as F
 from distill.errors import BadInput, suggest
 
 FORMS = ("softplus", "hinge")
-SHARE = 0.1  # largest ratio of gradient norms that "auto" allows; docs/methods/dmd2.md has what others do
+MAX_RATIO = 0.1  # largest ratio of gradient norms of "auto"; docs/methods/dmd2.md compares it with other codebases
 
 
-def generator(fake: Tensor, form: str = "softplus") -> Tensor:
-    """The generator's loss, a scalar, falling in the logits of its samples."""
-    return F.softplus(-fake).mean() if _known(form) == "softplus" else -fake.mean()
+def generator_loss(fake: Tensor, form: str = "softplus") -> Tensor:
+    """The generator's loss, a scalar.
+
+    Args:
+        fake: logits of generated samples.
+        form: "softplus" or "hinge".
+
+    Raises:
+        BadInput: for another form.
+    """
+    return F.softplus(-fake).mean() if _check_form(form) == "softplus" else -fake.mean()
 
 
-def discriminator(real: Tensor, fake: Tensor, form: str = "softplus") -> Tensor:
-    """The discriminator's loss, a scalar."""
-    if _known(form) == "softplus":
+def discriminator_loss(real: Tensor, fake: Tensor, form: str = "softplus") -> Tensor:
+    """The discriminator's loss, a scalar.
+
+    Args:
+        real, fake: logits of real and of generated samples.
+        form: "softplus" or "hinge".
+
+    Raises:
+        BadInput: for another form.
+    """
+    if _check_form(form) == "softplus":
         return F.softplus(-real).mean() + F.softplus(fake).mean()
     return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
 
 
 def r1(logit: Tensor, x: Tensor) -> Tensor:
-    r"""E |d l / d x|^2 / 2, exact, with a graph for a second backward pass; l is the mean over patches.
+    r"""The exact R1 penalty E |dl/dx|^2 / 2, a scalar with a graph; l is the mean over patches.
 
-    x (B, ...) must require gradient and `logit` be computed from it. https://arxiv.org/abs/1801.04406
+    Args:
+        logit: (B,) or (B, patches), computed from x.
+        x: real samples (B, ...) that require gradient.
+
+    https://arxiv.org/abs/1801.04406
     """
     total = logit.flatten(1).mean(1).sum() if logit.ndim > 1 else logit.sum()
     (slope,) = torch.autograd.grad(total, x, create_graph=True)
     return 0.5 * slope.square().flatten(1).sum(1).mean()
 
 
-def r1_near(logit: Tensor, near: Tensor, step: float) -> Tensor:
-    r"""E (l(x) - l(x + step n))^2 / (2 step^2), n ~ N(0, I): tends to `r1` as step -> 0, without a second derivative.
+def approximate_r1(logit: Tensor, perturbed: Tensor, step: float) -> Tensor:
+    r"""E (l(x) - l(x + step n))^2 / (2 step^2), n ~ N(0, I): converges to `r1` as step -> 0, without second derivatives.
 
-    https://arxiv.org/abs/2501.08316 (approximated R1), without their division by step^2: their weight w is
-    2 w step^2 here.
+    Args:
+        logit: l(x), (B,) or (B, patches).
+        perturbed: l(x + step n), of the same shape.
+        step: standard deviation of the perturbation.
+
+    https://arxiv.org/abs/2501.08316, which does not divide by step^2: a weight w of the paper is 2 w step^2 here.
     """
-    change = (logit - near).flatten(1).mean(1) if logit.ndim > 1 else logit - near
+    change = (logit - perturbed).flatten(1).mean(1) if logit.ndim > 1 else logit - perturbed
     return 0.5 * (change / step).square().mean()
 
 
-def discriminate(
+def penalised_discriminator_loss(
     logit: Callable[[Tensor], Tensor],
     real: Tensor,
     fake: Tensor,
@@ -62,51 +86,62 @@ def discriminate(
     step: float | None = None,
     form: str = "softplus",
 ) -> Tensor:
-    """`discriminator` on logit(real) and logit(fake), plus `penalty` times R1 at `real`: exact, or by a step of size
-    `step` along `noise` ~ N(0, I). real, fake, noise: (B, ...), the first two noised alike."""
+    """`discriminator_loss` plus `penalty` times the R1 penalty at the real samples.
+
+    Args:
+        logit: the discriminator, (B, ...) -> (B,) or (B, patches).
+        real, fake: real and generated samples (B, ...), at the same noise level; gradients do not reach them.
+        noise: N(0, I) (B, ...), the direction of the approximate penalty.
+        penalty: weight of the R1 penalty.
+        step: None for the exact penalty, else the step of `approximate_r1`.
+        form: "softplus" or "hinge".
+    """
     real, fake = real.detach().requires_grad_(bool(penalty) and step is None), fake.detach()
-    l = logit(real)
-    loss = discriminator(l, logit(fake), form)
+    real_logit = logit(real)
+    loss = discriminator_loss(real_logit, logit(fake), form)
     if not penalty:
         return loss
-    return loss + penalty * (r1(l, real) if step is None else r1_near(l, logit(real + step * noise), step))
+    if step is None:
+        return loss + penalty * r1(real_logit, real)
+    return loss + penalty * approximate_r1(real_logit, logit(real + step * noise), step)
 
 
-def balance(x: Tensor, main: Tensor, extra: Tensor, floor: float = 1e-8) -> Tensor:
-    r"""|d main / d x| / |d extra / d x|, detached: the factor that gives `extra` the gradient norm of `main` at x.
+def gradient_ratio(x: Tensor, main: Tensor, extra: Tensor, floor: float = 1e-8) -> Tensor:
+    r"""|d main / dx| / |d extra / dx|, detached: the factor that gives `extra` the gradient norm of `main` at x.
 
-    The advice of DMD2's authors for its GAN weight, computed instead of searched. Both must depend on x; their graphs
-    are kept.
+    Both losses must depend on x; their graphs are retained. The authors of DMD2 recommend this ratio for choosing the
+    GAN weight; here it is computed.
     """
-    of = [torch.autograd.grad(loss, x, retain_graph=True)[0].norm() for loss in (main, extra)]
-    return of[0] / of[1].clamp_min(floor)
+    main_norm, extra_norm = (torch.autograd.grad(loss, x, retain_graph=True)[0].norm() for loss in (main, extra))
+    return main_norm / extra_norm.clamp_min(floor)
 
 
-def weigh(a: float, how: bool | str, x: Tensor, main: Tensor, extra: Tensor) -> float | Tensor:
+def extra_loss_weight(weight: float, balance: bool | str, x: Tensor, main: Tensor, extra: Tensor) -> float | Tensor:
     r"""The factor on `extra` in main + factor * extra, detached.
 
     Args:
-        a: the weight that the recipe gives.
-        how: False: a itself.  True: a times `balance`, so a is the ratio of the gradients' norms at x.  "auto": the same
-            with a at most `SHARE`, so that `extra` never drowns `main` and no weight has to be searched for.
-        x: (B, ...) what both losses depend on, such as the student's sample; the gradient stops there, so that no
-            network's weights are needed and shards of one work too.
+        weight: the configured weight.
+        balance: False returns `weight`. True returns `weight` times `gradient_ratio`, so that `weight` is the ratio of
+            the gradient norms at x. "auto" does the same with a ratio of at most `MAX_RATIO`.
+        x: the tensor (B, ...) that both losses depend on, such as the student's sample. Gradients are taken with
+            respect to x and not to weights, which may be sharded.
 
     Gradient-norm matching as in VQGAN, https://arxiv.org/abs/2012.09841, equation 7, there at the last layer's weights.
     """
-    if balancing(how) is False:
-        return a
-    return (min(a, SHARE) if how == "auto" else a) * balance(x, main, extra)
+    if check_balance(balance) is False:
+        return weight
+    return (min(weight, MAX_RATIO) if balance == "auto" else weight) * gradient_ratio(x, main, extra)
 
 
-def balancing(how: bool | str) -> bool | str:
-    """`how` of `weigh`, if it is one."""
-    if how not in (False, True, "auto"):
-        raise BadInput(f"balance: '{how}' must be false, true or auto.{suggest(str(how), ('auto', 'true', 'false'))}")
-    return how
+def check_balance(balance: bool | str) -> bool | str:
+    """Returns `balance` if it is False, True or "auto"; raises BadInput otherwise."""
+    if balance not in (False, True, "auto"):
+        hint = suggest(str(balance), ("auto", "true", "false"))
+        raise BadInput(f"balance: '{balance}' must be false, true or auto.{hint}")
+    return balance
 
 
-def _known(form: str) -> str:
+def _check_form(form: str) -> str:
     if form not in FORMS:
-        raise BadInput(f"adversarial form '{form}' is none of {', '.join(FORMS)}.{suggest(form, FORMS)}")
+        raise BadInput(f"adversarial form '{form}' must be one of {', '.join(FORMS)}.{suggest(form, FORMS)}")
     return form

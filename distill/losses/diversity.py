@@ -1,4 +1,4 @@
-r"""Diversity of samples that share a condition: https://arxiv.org/abs/2410.06084."""
+r"""Diversity of samples with the same condition, https://arxiv.org/abs/2410.06084."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ from distill.errors import BadInput
 
 
 def diversity(a: Tensor, b: Tensor) -> Tensor:
-    r"""1 - cos(a, b) (B,), in [0, 2], for features a, b (B, ...): 0 for identical samples. Differentiable."""
+    r"""1 - cos(a, b) (B,), in [0, 2], for features a, b (B, ...); 0 for identical samples. Differentiable."""
     return 1 - F.cosine_similarity(a.flatten(1), b.flatten(1), dim=1)
 
 
 def interpolate(a: dict[str, Tensor], b: dict[str, Tensor], share: float) -> dict[str, Tensor]:
-    r"""Weights (1 - share) a + share b of two students that started as one: the knob between quality and diversity.
+    r"""(1 - share) a + share b, for the weights of two students that were distilled from the same teacher.
 
-    `a` itself at 0 and `b` itself at 1, bit for bit; integers must agree. Interpolate full weights or products of
-    adapters, never a LoRA's two factors separately, for the product is not linear in them.
+    Exactly `a` at share = 0 and `b` at share = 1; integer tensors are those of `a`. Interpolate full weights or products
+    of LoRA factors: interpolating the two factors separately does not interpolate their product.
+
+    Args:
+        a, b: tensors by name.
+        share: in [0, 1].
 
     Raises:
-        BadInput: other names or shapes, or a share outside [0, 1].
+        BadInput: if names or shapes differ, or share is outside [0, 1].
     """
     if not 0 <= share <= 1:
         raise BadInput(f"share is {share}; give a number from 0 (the first model) to 1 (the second).")

@@ -1,4 +1,4 @@
-"""Distances between a prediction and its target, one value a sample or their mean."""
+"""Distances between predictions and targets: the mean over the batch, or one value per sample."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 
-def reduce(
-    value: Tensor, weight: Tensor | None = None, per_sample: bool = False, mask: Tensor | None = None
-) -> Tensor:
-    """Mean over all but the batch, times `weight` (B,), then the mean over the batch; (B,) if `per_sample`.
+def reduce(value: Tensor, weight: Tensor | None = None, per_sample: bool = False, mask: Tensor | None = None) -> Tensor:
+    """The mean over each sample's elements, times `weight`, then the mean over the batch.
 
-    `mask`, 1 or 0 and broadcastable to `value` (B, ...), restricts each sample's mean to where it is 1 (padding out).
+    Args:
+        value: (B, ...).
+        weight: (B,).
+        per_sample: return (B,) instead of the mean over the batch.
+        mask: 1 or 0, broadcastable to `value`; each sample's mean is over the elements where it is 1 (to skip padding).
     """
     if mask is None:
         value = value.flatten(1).mean(1)
@@ -39,16 +41,16 @@ def mae(
 def huber(a: Tensor, b: Tensor, c: float = 1e-3, weight: Tensor | None = None, per_sample: bool = False) -> Tensor:
     r"""Per-element pseudo-Huber: weight * mean_i (sqrt((a_i - b_i)^2 + c^2) - c), the form of LCM and TDM.
 
-    Near zero it is d^2 / 2c, far away |d|. Not the per-sample norm of iCT and ECT: see `huber_norm`.
-    https://arxiv.org/abs/2310.04378
+    For a difference d it is d^2 / 2c if |d| << c, and |d| - c if |d| >> c. iCT and ECT use the norm of a sample instead:
+    see `huber_norm`. https://arxiv.org/abs/2310.04378
     """
     return reduce(((a - b).square() + c * c).sqrt() - c, weight, per_sample)
 
 
 def huber_norm(a: Tensor, b: Tensor, c: float = 0.0, weight: Tensor | None = None, per_sample: bool = False) -> Tensor:
-    r"""Per-sample pseudo-Huber: weight * (sqrt(|a - b|^2 + c^2) - c) with the norm over all elements (iCT, ECT).
+    r"""Per-sample pseudo-Huber: weight * (sqrt(|a - b|^2 + c^2) - c) with the norm over a sample's elements (iCT, ECT).
 
-    https://arxiv.org/abs/2310.14189. The gradient at a = b is zero also for c = 0.
+    The gradient at a = b is zero for c = 0 too. https://arxiv.org/abs/2310.14189
     """
     square = (a - b).square().flatten(1).sum(1)
     safe = torch.where(square > 0, square, torch.ones_like(square))

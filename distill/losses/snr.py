@@ -1,12 +1,11 @@
-r"""Weights of |x - x'|^2 by the signal-to-noise ratio SNR = alpha^2 / sigma^2, from log SNR (B,).
+r"""Weights of |x - x'|^2 by the signal-to-noise ratio, SNR = alpha^2 / sigma^2.
 
     "snr"   max(SNR, 1)             the larger of the errors in x and in eps: |eps - eps'|^2 = SNR |x - x'|^2
-    "v"     SNR + 1                 the error in v = alpha eps - sigma x of a variance-preserving schedule
-    "flow"  (alpha / sigma + 1)^2   the error in z - x, the flow of any schedule's straight paths
+    "v"     SNR + 1                 the error in v = alpha eps - sigma x, for variance-preserving schedules
+    "flow"  (alpha / sigma + 1)^2   the error in the flow z - x
     "x"     1
 
-Salimans and Ho, 2022, https://arxiv.org/abs/2202.00512, section 4; "x" is the choice of ProDiff,
-https://arxiv.org/abs/2207.06389.
+Salimans and Ho, 2022, https://arxiv.org/abs/2202.00512, section 4; ProDiff, https://arxiv.org/abs/2207.06389, uses "x".
 """
 
 from __future__ import annotations
@@ -20,10 +19,15 @@ WEIGHTS = ("snr", "v", "flow", "x")
 
 
 def weight(name: str, log_snr: Tensor, limit: float = 20.0) -> Tensor:
-    """(B,) of that name. log SNR is truncated at +-`limit`, as the paper's schedule is; infinite values are allowed.
+    """The weight (B,).
+
+    Args:
+        name: "snr", "v", "flow" or "x".
+        log_snr: (B,), may be infinite.
+        limit: log_snr is clamped to [-limit, limit], as in the paper.
 
     Raises:
-        BadInput: if there is no weight of that name.
+        BadInput: for another name.
     """
     snr = log_snr.clamp(-limit, limit).exp()
     if name == "snr":
@@ -34,4 +38,4 @@ def weight(name: str, log_snr: Tensor, limit: float = 20.0) -> Tensor:
         return (snr.sqrt() + 1).square()
     if name == "x":
         return torch.ones_like(snr)
-    raise BadInput(f"weight '{name}' is none of {', '.join(WEIGHTS)}.{suggest(name, WEIGHTS)}")
+    raise BadInput(f"weight '{name}' must be one of {', '.join(WEIGHTS)}.{suggest(name, WEIGHTS)}")

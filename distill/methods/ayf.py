@@ -20,12 +20,12 @@ import torch
 
 from distill.denoise import Guided, network_of
 from distill.errors import BadInput
-from distill.grid import LogitNormal, Uniform
-from distill.losses.flowmap import average_velocity, normalised
+from distill.losses.flowmap import average_velocity, normalised_direction_loss
 from distill.methods.base import Method
-from distill.noise import bcast, wide
-from distill.solvers.flowmap import FlowMap, along, flow, straight_time
-from distill.tangent import Rewind, jvp
+from distill.noise import at_least_float32, bcast
+from distill.solvers.flowmap import FlowMap, path_tangent, predicted_flow, straight_time
+from distill.tangent import ReplayRNG, jvp
+from distill.times import LogitNormal, Uniform
 
 
 class AYF(Method):
@@ -44,7 +44,8 @@ class AYF(Method):
         BadInput: if the student's network takes no s, or w is drawn for a student without it.
     """
 
-    trainable, frozen = ("student",), ("teacher", "weak")
+    trainable: tuple[str, ...] = ("student",)
+    frozen: tuple[str, ...] = ("teacher", "weak")
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class AYF(Method):
         if not net.flow_map:
             raise BadInput("roles.student: a flow map needs a network with an input s; set flow_map: true.")
         if guidance_range is not None and not self.tells:
-            raise BadInput("method.guidance_range: the student has no input w to tell it by; set guided: true.")
+            raise BadInput("method.guidance_range: the student has no guidance input; set guided: true.")
         self.distance, self.share_max, self.share_steps = distance or LogitNormal(-0.6, 1.6), share_max, share_steps
         self.strength = None if guidance_range is None else Uniform(*guidance_range)
         self.share, self.c, self.jvp = 0.0, c, jvp
@@ -80,26 +81,26 @@ class AYF(Method):
 
     def loss(self, x, z, cond):
         schedule, n = self.teacher.schedule, len(x)
-        d = self.distance(n, device=x.device, dtype=wide(x).dtype)
+        d = self.distance(n, device=x.device, dtype=at_least_float32(x).dtype)
         s = (1 - d) * torch.rand_like(d)
         t = s + d
         w = self.guidance if self.strength is None else self.strength.draw(n, device=x.device, dtype=t.dtype)
-        told = cond | ({"w": torch.as_tensor(w).to(t).expand(n)} if self.tells else {})
+        student_cond = cond | ({"w": torch.as_tensor(w).to(t).expand(n)} if self.tells else {})
         x_t = schedule.add_noise(x, t, z)
-        rewind = Rewind(x.device)
-        u_of = lambda x_t, t, s: flow(self.student, x_t, t, s=s, **told)
+        rewind = ReplayRNG(x.device)
+        u_of = lambda x_t, t, s: predicted_flow(self.student, x_t, t, s=s, **student_cond)
         u = u_of(x_t, t, s)
         with torch.no_grad():
             v = self.velocity(x_t, t, w, cond)
-            dx, dt = along(schedule, v, x_t, t)
+            dx, dt = path_tangent(schedule, v, x_t, t)
             with rewind:
                 _, du_dr = jvp(u_of, (x_t, t, s), (dx, dt, torch.zeros_like(s)), method=self.jvp)
         gap = straight_time(schedule, t) - straight_time(schedule, s)
-        return normalised(u, average_velocity(v, du_dr, gap, self.share), self.c)
+        return normalised_direction_loss(u, average_velocity(v, du_dr, gap, self.share), self.c)
 
     def velocity(self, x_t, t, w, cond):
         """The teacher's velocity at x_t, with guidance or autoguidance of strength w."""
         if "weak" not in self.frozen:
-            return flow(self.guided, x_t, t, w=w, **cond)
-        weak, strong = (flow(model, x_t, t, **cond) for model in (self.weak, self.teacher))
+            return predicted_flow(self.guided, x_t, t, w=w, **cond)
+        weak, strong = (predicted_flow(model, x_t, t, **cond) for model in (self.weak, self.teacher))
         return weak + (bcast(w, weak) if torch.is_tensor(w) else w) * (strong - weak)

@@ -19,10 +19,10 @@ from distill.denoise import Guided, network_of
 from distill.errors import BadInput
 from distill.losses.regression import huber, mse
 from distill.methods.base import Method
-from distill.noise import bcast, wide
+from distill.noise import at_least_float32, bcast
 from distill.solvers import Renoise
 from distill.solvers import solver as solver_of
-from distill.tangent import Rewind
+from distill.tangent import ReplayRNG
 
 
 class Consistency(Method):
@@ -64,18 +64,18 @@ class Consistency(Method):
         yield "student", self.loss
 
     def loss(self, x, z, cond):
-        times = torch.tensor(self.times, dtype=wide(x).dtype, device=x.device)
+        times = torch.tensor(self.times, dtype=at_least_float32(x).dtype, device=x.device)
         j = torch.randint(1, len(times), (len(x),), device=x.device)
         t, s = times[j], times[j - 1]
         w = self.strength(x)
-        told = cond | ({"w": w} if network_of(self.student).guided else {})
+        student_cond = cond | ({"w": w} if network_of(self.student).guided else {})
         x_t = self.teacher.schedule.add_noise(x, t, z)
-        rewind = Rewind(x.device)
-        y = self.student(x_t, t, **told)
+        rewind = ReplayRNG(x.device)
+        y = self.student(x_t, t, **student_cond)
         with torch.no_grad():
             x_s = self.solver(self.guided, x_t, t, s, w=w, **cond)
             with rewind:
-                ahead = self.target(x_s, s, **told)
+                ahead = self.target(x_s, s, **student_cond)
             target = torch.where(bcast(j > 1, x_s), ahead, x_s)
         return mse(y, target) if self.huber is None else huber(y, target, self.huber)
 
@@ -89,9 +89,10 @@ class Consistency(Method):
 
 def times_of(intervals: int | list[float]) -> tuple[float, ...]:
     """t_0 < ... < t_N."""
-    many = isinstance(intervals, int)
-    times = tuple(j / intervals for j in range(intervals + 1)) if many and intervals else ()
-    times = times if many else tuple(float(t) for t in intervals)[::-1]
+    if isinstance(intervals, int):
+        times = tuple(j / intervals for j in range(intervals + 1)) if intervals else ()
+    else:
+        times = tuple(float(t) for t in intervals)[::-1]
     if len(times) < 2 or not 0 <= times[0] < times[-1] <= 1 or any(s >= t for s, t in zip(times, times[1:])):
         raise BadInput("method.intervals: give a number of steps, or two or more times that decrease from 1 towards 0.")
     return times

@@ -1,6 +1,6 @@
 r"""Consistency trajectory models (Kim et al. 2023, https://arxiv.org/abs/2310.02279), without their GAN term.
 
-The student g(x_t, t, s) is told where it goes; its jump is the DDIM step G(x_t, t, s) = ddim(g, x_t: t -> s), which is
+The student g(x_t, t, s) takes the end time s as an input; its jump is the DDIM step G(x_t, t, s) = ddim(g, x_t: t -> s), which is
 sigma_s/sigma_t x_t + (1 - sigma_s/sigma_t) g in EDM's chart. On a grid of N times, for one n for all and t = t_j,
 u = t_{j-n}, s = t_i <= u per sample:
 
@@ -19,14 +19,14 @@ import torch
 
 from distill.denoise import Guided, network_of
 from distill.errors import BadInput
-from distill.grid import Uniform
 from distill.losses.regression import mse
 from distill.methods.base import Method
-from distill.noise import wide
+from distill.noise import at_least_float32
 from distill.solvers import ddim
 from distill.solvers import solver as solver_of
-from distill.solvers.flowmap import Gamma
-from distill.tangent import Rewind
+from distill.solvers.flowmap import GammaSampler
+from distill.tangent import ReplayRNG
+from distill.times import Uniform
 
 
 class CTM(Method):
@@ -49,14 +49,23 @@ class CTM(Method):
     unsharded = "its balance differentiates by the student's last weight matrix"
 
     def __init__(
-        self, roles: dict[str, Any], *, intervals: int = 18, longest: int | None = None, solver: str = "heun",
-        target_ema: float = 0.999, gamma: float = 0.0, denoise: float = 1.0, density: Any = None, **base,
-    ):  # fmt: skip
+        self,
+        roles: dict[str, Any],
+        *,
+        intervals: int = 18,
+        longest: int | None = None,
+        solver: str = "heun",
+        target_ema: float = 0.999,
+        gamma: float = 0.0,
+        denoise: float = 1.0,
+        density: Any = None,
+        **base,
+    ):
         super().__init__(roles, averages={"target": ("student", target_ema)}, **base)
         if not network_of(self.student).flow_map:
             raise BadInput("roles.student: CTM needs a network with an input s; set flow_map: true.")
         self.intervals, self.longest = intervals, min(longest or intervals, intervals)
-        self.solver, self.sampler = solver_of(solver), Gamma(gamma)
+        self.solver, self.sampler = solver_of(solver), GammaSampler(gamma)
         self.denoise, self.density = denoise, density or Uniform(1e-3, 1.0)
         self.guided, self.schedule = Guided(self.teacher, self.guidance), self.student.schedule
 
@@ -73,29 +82,29 @@ class CTM(Method):
         j = torch.randint(n, self.intervals + 1, (len(x),), device=x.device)
         i = (torch.rand(len(x), device=x.device) * (j - n + 1)).long()
         t, s = self.time(j, x), self.time(i, x)
-        told, x_t = self.student_cond(cond, len(x)), self.schedule.add_noise(x, t, z)
+        student_cond, x_t = self.student_conditions(cond, len(x)), self.schedule.add_noise(x, t, z)
         with torch.no_grad():
             x_u = x_t
             for k in range(n):
                 x_u = self.solver(self.guided, x_u, self.time(j - k, x), self.time(j - k - 1, x), **cond)
-        rewind = Rewind(x.device)
-        e = self.landed(x_t, t, s, told)
+        rewind = ReplayRNG(x.device)
+        e = self.landed(x_t, t, s, student_cond)
         with torch.no_grad(), rewind:
-            target = self.landed(x_u, self.time(j - n, x), s, told)
+            target = self.landed(x_u, self.time(j - n, x), s, student_cond)
         return mse(e, target)
 
-    def landed(self, x_t, t, s, told):
+    def landed(self, x_t, t, s, student_cond):
         """The student's jump from t to s, carried on to the data by the target."""
-        x_s = jump(self.student, x_t, t, s, told)
-        return jump(self.target, x_s, s, torch.zeros_like(s), told)
+        x_s = jump(self.student, x_t, t, s, student_cond)
+        return jump(self.target, x_s, s, torch.zeros_like(s), student_cond)
 
     def denoise_loss(self, x, z, cond):
-        t = self.density(len(x), device=x.device, dtype=wide(x).dtype)
+        t = self.density(len(x), device=x.device, dtype=at_least_float32(x).dtype)
         x_t = self.schedule.add_noise(x, t, z)
         if self.guidance != 1:
             with torch.no_grad():
                 x = self.guided(x_t, t, **cond)
-        native = self.student.native(x_t, t, s=t, **self.student_cond(cond, len(x)))
+        native = self.student.native(x_t, t, s=t, **self.student_conditions(cond, len(x)))
         return mse(native, self.student.from_x(x, x_t, t))
 
     def balance(self, jump, denoise):
@@ -105,9 +114,9 @@ class CTM(Method):
         return (above / (below + 1e-4)).clamp_max(1e4).detach()
 
     def time(self, j, x):
-        return j.to(wide(x).dtype) / self.intervals
+        return j.to(at_least_float32(x).dtype) / self.intervals
 
 
-def jump(student, x_t, t, s, told):
+def jump(student, x_t, t, s, student_cond):
     """G(x_t, t, s); x_t itself where s = t."""
-    return ddim(student.schedule, student(x_t, t, s=s, **told), x_t, t, s)
+    return ddim(student.schedule, student(x_t, t, s=s, **student_cond), x_t, t, s)

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from distill.errors import BadInput
-from distill.grid import Uniform
-from distill.losses.preference import choose
+from distill.losses.preference import sample_choice
 from distill.losses.regression import mse
 from distill.methods.base import Method
 from distill.solvers import DDIM, solve
+from distill.times import Uniform
 
 
 class Curation(Method):
@@ -38,9 +38,18 @@ class Curation(Method):
     sampler, serving = DDIM(), "ode"
 
     def __init__(
-        self, roles: dict[str, Any], *, metric: Any, group: int = 4, temperature: float = 0.0, round: int = 500,
-        synthetic: float = 1.0, density: Any = None, grid: Any = 50, **base,
-    ):  # fmt: skip
+        self,
+        roles: dict[str, Any],
+        *,
+        metric: Any,
+        group: int = 4,
+        temperature: float = 0.0,
+        round: int = 500,
+        synthetic: float = 1.0,
+        density: Any = None,
+        grid: Any = 50,
+        **base,
+    ):
         if group < 1 or round < 1 or not 0 <= synthetic <= 1:
             raise BadInput(f"group={group} and round={round} must be at least 1, synthetic={synthetic} within [0, 1].")
         super().__init__(roles, grid=grid, averages={"source": ("student", None)}, **base)
@@ -54,7 +63,7 @@ class Curation(Method):
     @torch.no_grad()
     def draw(self, x, z, cond):
         if (self.step - self.warm_start) % self.round == 0:
-            self.renew("source", "ema")
+            self.copy_weights("source", "ema")
         curated = self.curated(x, z, cond)
         if self.synthetic == 1:
             return curated, cond
@@ -66,9 +75,9 @@ class Curation(Method):
         k, n = self.group, len(z)
         wide = {name: v.repeat_interleave(k, 0) for name, v in cond.items()}
         noise = torch.randn(n * k, *z.shape[1:], dtype=z.dtype, device=z.device)
-        x = solve(self.source, noise, self.grid, self.sampler, **self.student_cond(wide, n * k))
-        scores = self.judge(x, None if data is None else data.repeat_interleave(k, 0), wide).view(n, k)
-        kept = choose(scores, torch.rand(n, device=z.device), self.temperature)
+        x = solve(self.source, noise, self.grid, self.sampler, **self.student_conditions(wide, n * k))
+        scores = self.reward_of(x, None if data is None else data.repeat_interleave(k, 0), wide).view(n, k)
+        kept = sample_choice(scores, torch.rand(n, device=z.device), self.temperature)
         self.log_value("student/score", scores.mean())
         self.log_value("student/spread", x.std(0).mean())
         return x.view(n, k, *z.shape[1:])[torch.arange(n, device=z.device), kept]

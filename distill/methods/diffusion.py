@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 
-from distill.grid import Uniform
 from distill.losses.regression import mse
 from distill.methods.base import Method
+from distill.times import Uniform
 
 
 class Diffusion(Method):
     """A denoiser from data.
 
     Args:
-        density: law of t; any object of `distill.grid` with `density(n, device=...)`.
+        density: law of t; any object of `distill.times` with `density(n, device=...)`.
         drop_label: share of samples that lose their label, so that guidance has an unconditional model.
         base: arguments of Method; `grid` is what validation samples with.
     """

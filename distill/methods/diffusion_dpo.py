@@ -13,11 +13,11 @@ import torch
 
 from distill.denoise import Guided
 from distill.errors import BadInput
-from distill.grid import Grid, Uniform
 from distill.losses.preference import dpo, rank
 from distill.losses.regression import mse
 from distill.methods.base import Method
 from distill.solvers import DDIM, solve
+from distill.times import Grid, Uniform
 
 
 class DiffusionDPO(Method):
@@ -30,8 +30,17 @@ class DiffusionDPO(Method):
         density, base: law of t; arguments of Method.
     """
 
-    def __init__(self, roles: dict[str, Any], *, metric: Any = None, beta: float = 1000.0, pair_steps: int = 8,
-                 density: Any = None, grid: Any = 50, **base):  # fmt: skip
+    def __init__(
+        self,
+        roles: dict[str, Any],
+        *,
+        metric: Any = None,
+        beta: float = 1000.0,
+        pair_steps: int = 8,
+        density: Any = None,
+        grid: Any = 50,
+        **base,
+    ):
         super().__init__(roles, grid=grid, **base)
         self.metric, self.beta, self.pair_steps = metric, beta, pair_steps
         self.density, self.guided = density or Uniform(1e-3, 1.0), Guided(self.teacher, self.guidance)
@@ -47,7 +56,7 @@ class DiffusionDPO(Method):
             raise BadInput("DiffusionDPO needs pairs: give method.metric, or data whose batches have the key 'loser'.")
         times = Grid.uniform(self.pair_steps)
         a, b = (solve(self.guided, noise, times, DDIM(), **cond) for noise in (z, torch.randn_like(z)))
-        return *rank(a, b, self.judge(a, x, cond) >= self.judge(b, x, cond)), cond
+        return *rank(a, b, self.reward_of(a, x, cond) >= self.reward_of(b, x, cond)), cond
 
     def loss(self, winner, loser, cond):
         t, noise = self.density(len(winner), device=winner.device, dtype=winner.dtype), torch.randn_like(winner)

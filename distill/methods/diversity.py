@@ -46,16 +46,16 @@ class DiversityRewarded(Method):
     def draw(self, x, z, cond):
         """Two paths a condition, (K + 1, 2B, ...), with the conditions of both."""
         pairs = {k: torch.cat([v, v]) for k, v in cond.items()}
-        told, z = self.student_cond(pairs, 2 * len(z)), torch.cat([z, torch.randn_like(z)])
+        student_cond, z = self.student_conditions(pairs, 2 * len(z)), torch.cat([z, torch.randn_like(z)])
         x_1 = self.student.schedule.start(z)
-        return solve(self.student, x_1, self.grid, self.sampler, trajectory=True, **told), pairs, told
+        return solve(self.student, x_1, self.grid, self.sampler, trajectory=True, **student_cond), pairs, student_cond
 
-    def loss(self, path, cond, told):
+    def loss(self, path, cond, student_cond):
         n, steps = path.shape[1], self.grid.steps
         t = self.grid.tensor(path.device, path.dtype)[:-1].repeat_interleave(n)
         x_t = path[:-1].flatten(0, 1)
         every = lambda c: {k: torch.cat([v] * steps) for k, v in c.items()}  # noqa: E731
-        x = self.student(x_t, t, **every(told))
+        x = self.student(x_t, t, **every(student_cond))
         with torch.no_grad():
             target = self.guided(x_t, t, **every(cond))
         loss = mse(x, target)

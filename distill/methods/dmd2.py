@@ -15,13 +15,13 @@ import torch
 
 from distill.denoise import Guided, network_of
 from distill.errors import BadInput
-from distill.grid import Grid, Uniform
-from distill.losses.adversarial import balancing, discriminate, generator, weigh
+from distill.losses.adversarial import check_balance, extra_loss_weight, generator_loss, penalised_discriminator_loss
 from distill.losses.matching import divergence_weight, gap, matching
 from distill.losses.regression import mse
 from distill.methods.base import Method
-from distill.nets.heads import Head, Layers
+from distill.models.heads import FeatureExtractor, Head
 from distill.solvers import DDIM, Renoise, solve
+from distill.times import Grid, Uniform
 
 
 class DMD2(Method):
@@ -32,7 +32,7 @@ class DMD2(Method):
         divergence: name in `losses.matching.DIVERGENCES`; any but reverse_kl has a head estimate the density ratio.
         adversarial: weight a of the student's GAN loss; 0 leaves it out.
         critic_adversarial: weight b of the head's loss for the critic whose features it reads.
-        features, layers: the head reads these layers (see `nets.heads.Layers`) of the `critic` or the `teacher`.
+        features, layers: the head reads these layers (see `models.heads.FeatureExtractor`) of the `critic` or the `teacher`.
         r1, r1_step: weight of the head's gradient penalty, and the step that approximates it; none: exact.
         balance: true: a is a ratio of the GAN and the matching loss's gradient norms at x; auto: that, 0.1 at most.
         regression: weight of |G(z) - y|^2 with y the teacher's ODE from the same z in `regression_steps` DDIM steps
@@ -40,15 +40,30 @@ class DMD2(Method):
         normalise, density, base: of `losses.matching.matching`; law of u; arguments of Method.
     """
 
-    trainable, frozen = ("critic", "head", "student"), ("teacher",)
+    trainable: tuple[str, ...] = ("critic", "head", "student")
+    frozen: tuple[str, ...] = ("teacher",)
     sampler, serving = Renoise(), "renoise"
 
     def __init__(
-        self, roles: dict[str, Any], *, grid: Any = 4, student_every: int = 5, divergence: str = "reverse_kl",
-        adversarial: float = 0.0, critic_adversarial: float = 0.01, features: str = "critic",
-        layers: str | list[str] = "mid_block", r1: float = 0.0, r1_step: float | None = 0.01, balance: bool | str = False,
-        regression: float = 0.0, regression_steps: int = 16, normalise: str = "real", density: Any = None, **base,
-    ):  # fmt: skip
+        self,
+        roles: dict[str, Any],
+        *,
+        grid: Any = 4,
+        student_every: int = 5,
+        divergence: str = "reverse_kl",
+        adversarial: float = 0.0,
+        critic_adversarial: float = 0.01,
+        features: str = "critic",
+        layers: str | list[str] = "mid_block",
+        r1: float = 0.0,
+        r1_step: float | None = 0.01,
+        balance: bool | str = False,
+        regression: float = 0.0,
+        regression_steps: int = 16,
+        normalise: str = "real",
+        density: Any = None,
+        **base,
+    ):
         self.needs_data = self.judged = adversarial > 0 or divergence != "reverse_kl"
         self.trainable = tuple(role for role in self.trainable if self.judged or role != "head")
         self.features, self.layers = features, layers
@@ -60,14 +75,14 @@ class DMD2(Method):
         super().__init__(roles, grid=grid, **base)
         self.student_every, self.divergence, self.adversarial = student_every, divergence, adversarial
         self.critic_adversarial = critic_adversarial if features == "critic" and self.judged else 0.0
-        self.r1, self.r1_step, self.balance = r1, r1_step, balancing(balance)
+        self.r1, self.r1_step, self.balance = r1, r1_step, check_balance(balance)
         self.regression, self.regression_steps, self.normalise = regression, regression_steps, normalise
         self.density, self.guided = density or Uniform(0.02, 0.98), Guided(self.teacher, self.guidance)
 
     def start(self, role, roles):
         if role != "head":
             return super().start(role, roles)
-        return Head.of(Layers(read := getattr(self, self.features), self.layers), network_of(read).shape)
+        return Head.of(FeatureExtractor(read := getattr(self, self.features), self.layers), network_of(read).shape)
 
     def turns(self, step):
         yield "critic", self.critic_loss
@@ -77,18 +92,25 @@ class DMD2(Method):
             yield "student", self.student_loss
 
     def draw(self, x, z, cond):
-        told = self.student_cond(cond, len(z))
-        x_t, t = self.simulate(z, told)
+        student_cond = self.student_conditions(cond, len(z))
+        x_t, t = self.simulate(z, student_cond)
         with torch.no_grad():
-            return x, self.student(x_t, t, **told), cond, lambda: self.student(x_t, t, **told), x_t, self.step_told(t, t)
+            return (
+                x,
+                self.student(x_t, t, **student_cond),
+                cond,
+                lambda: self.student(x_t, t, **student_cond),
+                x_t,
+                self.critic_time_condition(t, t),
+            )
 
     def noised(self, x):
         u = self.density(len(x), device=x.device, dtype=x.dtype)
         return self.teacher.schedule.add_noise(x, u, torch.randn_like(x)), u
 
     def logit(self, x_u, u, cond, step=None):
-        step = {} if self.features == "teacher" else self.step_told(u) if step is None else step
-        return self.head(Layers(getattr(self, self.features), self.layers)(x_u, u, **cond, **step))
+        step = {} if self.features == "teacher" else self.critic_time_condition(u) if step is None else step
+        return self.head(FeatureExtractor(getattr(self, self.features), self.layers)(x_u, u, **cond, **step))
 
     def critic_loss(self, data, x, cond, sample, z, step):
         x_u, u = self.noised(x)
@@ -98,7 +120,9 @@ class DMD2(Method):
     def head_loss(self, data, x, cond, sample, z, step):
         x_u, u = self.noised(x)
         data_u, noise = self.teacher.schedule.add_noise(data, u, torch.randn_like(data)), torch.randn_like(data)
-        return discriminate(lambda y: self.logit(y, u, cond, step), data_u, x_u, noise, self.r1, self.r1_step)
+        return penalised_discriminator_loss(
+            lambda y: self.logit(y, u, cond, step), data_u, x_u, noise, self.r1, self.r1_step
+        )
 
     def student_loss(self, data, _, cond, sample, z, step):
         x_u, u = self.noised(x := sample())
@@ -109,8 +133,10 @@ class DMD2(Method):
         loss = matching(x, fake, real, weight=weight, normalise=self.normalise)
         self.log_value("student/gap", gap(x, fake, real))
         if self.adversarial:
-            extra = generator(logit)
-            self.log_value("student/adversarial_weight", a := weigh(self.adversarial, self.balance, x, loss, extra))
+            extra = generator_loss(logit)
+            self.log_value(
+                "student/adversarial_weight", a := extra_loss_weight(self.adversarial, self.balance, x, loss, extra)
+            )
             loss = loss + a * extra
         if self.regression:
             with torch.no_grad():

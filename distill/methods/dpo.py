@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from distill.denoise import Guided
-from distill.grid import Uniform
 from distill.losses.matching import matching
 from distill.losses.preference import rank
 from distill.losses.regression import mse
 from distill.methods.base import Method
 from distill.solvers import Renoise
+from distill.times import Uniform
 
 
 class DistillationDPO(Method):
@@ -38,9 +38,18 @@ class DistillationDPO(Method):
     sampler, serving = Renoise(), "renoise"
 
     def __init__(
-        self, roles: dict[str, Any], *, metric: Any, loser: float = -1.0, prefer: float = 0.0,
-        spread: float | None = None, student_every: int = 1, density: Any = None, grid: Any = 1, **base,
-    ):  # fmt: skip
+        self,
+        roles: dict[str, Any],
+        *,
+        metric: Any,
+        loser: float = -1.0,
+        prefer: float = 0.0,
+        spread: float | None = None,
+        student_every: int = 1,
+        density: Any = None,
+        grid: Any = 1,
+        **base,
+    ):
         super().__init__(roles, grid=grid, **base)
         self.metric, self.sign, self.prefer, self.spread = metric, loser, prefer, spread
         self.student_every, self.density = student_every, density or Uniform(0.02, 0.98)
@@ -55,12 +64,12 @@ class DistillationDPO(Method):
     def draw(self, x, z, cond):
         z = torch.cat([z, torch.randn_like(z) if self.spread is None else self.spread * z])
         both = {k: torch.cat([v, v]) for k, v in cond.items()}
-        told = self.student_cond(both, len(z))
-        x_t, t = self.simulate(z, told)
+        student_cond = self.student_conditions(both, len(z))
+        x_t, t = self.simulate(z, student_cond)
         with torch.no_grad():
-            a, b = self.student(x_t, t, **told).chunk(2)
-            a_wins = self.judge(a, x, cond) >= self.judge(b, x, cond)
-        return rank(a, b, a_wins), cond, lambda: rank(*self.student(x_t, t, **told).chunk(2), a_wins)
+            a, b = self.student(x_t, t, **student_cond).chunk(2)
+            a_wins = self.reward_of(a, x, cond) >= self.reward_of(b, x, cond)
+        return rank(a, b, a_wins), cond, lambda: rank(*self.student(x_t, t, **student_cond).chunk(2), a_wins)
 
     def critic_loss(self, critic, x, cond):
         u = self.density(len(x), device=x.device, dtype=x.dtype)

@@ -7,8 +7,8 @@ At times t > r with one noise z for both, and y = sigma / alpha:
     x_t = alpha_t x + sigma_t z,   x_r = alpha_r x + sigma_r z
     L   = d( G(x_t, t), sg G(x_r, r) ) / (y_t - y_r),   G(x_r, r) = x_r at the smallest time
 
-CT: t and r are neighbours on a grid that doubles (`distill.grid.Doubling`). ECT: y_r = y_t (1 - gap), the gap shrinking
-from 1, where the objective is diffusion's (`distill.grid.Shrinking`). The optimum is the Euler solver's map on the same
+CT: t and r are neighbours on a grid that doubles (`distill.times.Doubling`). ECT: y_r = y_t (1 - gap), the gap shrinking
+from 1, where the objective is diffusion's (`distill.times.Shrinking`). The optimum is the Euler solver's map on the same
 pairs of times in the chart x_t / alpha_t, as that of distillation with DDIM.
 """
 
@@ -19,19 +19,19 @@ from typing import Any
 
 import torch
 
-from distill.grid import Pairs, Shrinking
 from distill.losses.regression import huber_norm, mse
 from distill.methods.base import Method
-from distill.noise import bcast, wide
+from distill.noise import at_least_float32, bcast
 from distill.solvers import Renoise
-from distill.tangent import Rewind
+from distill.tangent import ReplayRNG
+from distill.times import Shrinking, TimePairs
 
 
 class ConsistencyTraining(Method):
     """Student against itself at a smaller time of the same sample and noise.
 
     Args:
-        pairs: law of (t, r), an object of `distill.grid`: Doubling for CT, Shrinking (the default) for ECT.
+        pairs: law of (t, r), an object of `distill.times`: Doubling for CT, Shrinking (the default) for ECT.
         huber: constant of the per-sample pseudo-Huber sqrt(|.|^2 + c^2) - c in units of sqrt(elements): 0 is the plain
             norm of ECT, 0.00054 improved CT's; none is the squared distance of CT.
         weigh: divide by the gap y_t - y_r. Times with alpha_t = 0 then weigh nothing.
@@ -45,7 +45,7 @@ class ConsistencyTraining(Method):
         self,
         roles: dict[str, Any],
         *,
-        pairs: Pairs | None = None,
+        pairs: TimePairs | None = None,
         huber: float | None = 0.0,
         weigh: bool = True,
         target_ema: float = 0.0,
@@ -59,10 +59,10 @@ class ConsistencyTraining(Method):
         yield "student", self.loss
 
     def loss(self, x, z, cond):
-        step, total = self.clock()
-        t, r = self.pairs(len(x), self.schedule, step / max(total, step + 1), x.device, wide(x).dtype)
+        step, total = self.schedule_step()
+        t, r = self.pairs(len(x), self.schedule, step / max(total, step + 1), x.device, at_least_float32(x).dtype)
         x_t, x_r = self.schedule.add_noise(x, t, z), self.schedule.add_noise(x, r, z)
-        rewind = Rewind(x.device)
+        rewind = ReplayRNG(x.device)
         y = self.student(x_t, t, **cond)
         with torch.no_grad(), rewind:
             target = torch.where(bcast(r > self.pairs.floor, x), self.target(x_r, r, **cond), x_r)

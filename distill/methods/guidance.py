@@ -17,12 +17,12 @@ import torch
 
 from distill.denoise import Guided, network_of
 from distill.errors import BadInput
-from distill.grid import Uniform
 from distill.losses import snr
 from distill.losses.regression import mse
 from distill.methods.base import Method
-from distill.noise import wide
+from distill.noise import at_least_float32
 from distill.solvers import solver
+from distill.times import Uniform
 
 
 class Guidance(Method):
@@ -30,7 +30,7 @@ class Guidance(Method):
 
     Args:
         guidance_range: [w_min, w_max]; `guidance` is the w of validation and samples.
-        density: law of t; any object of `distill.grid` with `density(n, device=...)`.
+        density: law of t; any object of `distill.times` with `density(n, device=...)`.
         weight: `snr`, `v` or `x`, see `distill.losses.snr`.
         sampler: `ddim`, or `overshoot`, the paper's stochastic sampler.
         base: arguments of Method; `grid` is what validation samples with.
@@ -65,7 +65,7 @@ class Guidance(Method):
 
     def loss(self, x, z, cond):
         schedule, n = self.teacher.schedule, len(x)
-        t = self.density(n, device=x.device, dtype=wide(x).dtype)
+        t = self.density(n, device=x.device, dtype=at_least_float32(x).dtype)
         w = self.strength.draw(n, device=x.device, dtype=t.dtype)
         x_t = schedule.add_noise(x, t, z)
         with torch.no_grad():

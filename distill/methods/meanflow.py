@@ -19,12 +19,12 @@ import torch
 
 from distill.denoise import Guided, network_of
 from distill.errors import BadInput
-from distill.grid import LogitNormal
-from distill.losses.flowmap import adaptive, average_velocity, guided_velocity
+from distill.losses.flowmap import adaptive_loss, average_velocity, guided_velocity
 from distill.methods.base import Method
-from distill.noise import bcast, wide
-from distill.solvers.flowmap import FlowMap, along, flow, straight_time
-from distill.tangent import Rewind, jvp
+from distill.noise import at_least_float32, bcast
+from distill.solvers.flowmap import FlowMap, path_tangent, predicted_flow, straight_time
+from distill.tangent import ReplayRNG, jvp
+from distill.times import LogitNormal
 
 
 class MeanFlow(Method):
@@ -44,7 +44,8 @@ class MeanFlow(Method):
         BadInput: if the student's network takes no s.
     """
 
-    trainable, frozen = ("student",), ("teacher",)
+    trainable: tuple[str, ...] = ("student",)
+    frozen: tuple[str, ...] = ("teacher",)
     sampler = FlowMap()
 
     def __init__(
@@ -78,35 +79,37 @@ class MeanFlow(Method):
         t, s = self.times(x)
         dropped = torch.arange(len(x), device=x.device) < (torch.rand_like(t) < self.drop_label).sum()
         cond = self.student.drop(cond, dropped) if self.drop_label else cond
-        schedule, told = self.student.schedule, self.student_cond(cond, len(x))
+        schedule, student_cond = self.student.schedule, self.student_conditions(cond, len(x))
         x_t = schedule.add_noise(x, t, z)
         with torch.no_grad():
             v = self.velocity(z - x, x_t, t, cond, dropped)
-            dx, dt = along(schedule, v, x_t, t)
-        u_of = lambda x_t, t, s: flow(self.student, x_t, t, s=s, **told)
-        rewind = Rewind(x.device)
+            dx, dt = path_tangent(schedule, v, x_t, t)
+        u_of = lambda x_t, t, s: predicted_flow(self.student, x_t, t, s=s, **student_cond)
+        rewind = ReplayRNG(x.device)
         u = u_of(x_t, t, s)
         with torch.no_grad(), rewind:
             _, du_dr = jvp(u_of, (x_t, t, s), (dx, dt, torch.zeros_like(s)), method=self.jvp)
         gap = straight_time(schedule, t) - straight_time(schedule, s)
-        return adaptive(u, average_velocity(v, du_dr, gap), self.power, self.c)
+        return adaptive_loss(u, average_velocity(v, du_dr, gap), self.power, self.c)
 
     def times(self, x):
         """t >= s, each (B,); equal in the first share of the batch."""
         n = len(x)
-        a, b = (self.density(n, device=x.device, dtype=wide(x).dtype) for _ in range(2))
+        a, b = (self.density(n, device=x.device, dtype=at_least_float32(x).dtype) for _ in range(2))
         t = torch.maximum(a, b)
         return t, torch.where(torch.arange(n, device=x.device) < self.same * n, t, torch.minimum(a, b))
 
     def velocity(self, v, x_t, t, cond, dropped):
         """The teacher's guided velocity at x_t, or that of the pair, z - x, with guidance by the student itself."""
         if self.guided is not None:
-            return flow(self.guided, x_t, t, **cond)
+            return predicted_flow(self.guided, x_t, t, **cond)
         if not cond or (self.guidance == 1 and self.kappa == 0):
             return v
         training, null = self.student.training, self.student.null(cond)
         self.student.eval()
-        u_null, u_cond = (flow(self.student, x_t, t, s=t, **self.student_cond(c, len(t))) for c in (null, cond))
+        u_null, u_cond = (
+            predicted_flow(self.student, x_t, t, s=t, **self.student_conditions(c, len(t))) for c in (null, cond)
+        )
         self.student.train(training)
         plain = dropped | (t > self.guide_until)
         return torch.where(bcast(plain, v), v, guided_velocity(v, u_null, u_cond, self.guidance, self.kappa))

@@ -1,7 +1,7 @@
 r"""MMD-DDM: finetune a diffusion model for a fixed number of steps (Aiello et al., 2023), https://arxiv.org/abs/2301.07969.
 
-    x = z -> x_{t_{K-1}} -> ... -> x_0 by K DDIM steps of the student, the graph kept through all of them
-    L = MMD^2_u( features(x), features(data) ),  the unbiased estimate
+x = z -> x_{t_{K-1}} -> ... -> x_0 by K DDIM steps of the student, the graph kept through all of them
+L = MMD^2_u( features(x), features(data) ),  the unbiased estimate
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ class MMD(Method):
 
     def loss(self, data, z, cond):
         denoiser = Recomputed(self.student) if self.recompute else self.student
-        x = solve(denoiser, self.student.schedule.start(z), self.grid, self.sampler, **self.student_cond(cond, len(z)))
+        x = solve(
+            denoiser, self.student.schedule.start(z), self.grid, self.sampler, **self.student_conditions(cond, len(z))
+        )
         with torch.no_grad():
             real = self.seen(data)
         return mmd(self.seen(x), real, self.kernel, self.bandwidths)

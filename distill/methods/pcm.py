@@ -21,10 +21,10 @@ from distill.errors import BadInput
 from distill.losses.regression import huber as huber_of
 from distill.losses.regression import mse
 from distill.methods.base import Method
-from distill.noise import bcast, wide
+from distill.noise import at_least_float32, bcast
 from distill.solvers import ddim
 from distill.solvers import solver as solver_of
-from distill.tangent import Rewind
+from distill.tangent import ReplayRNG
 
 
 class PCM(Method):
@@ -67,20 +67,20 @@ class PCM(Method):
     def loss(self, x, z, cond):
         t, s, edge, last = self.times(x)
         w = self.strength(x)
-        told = cond | ({"w": w} if network_of(self.student).guided else {})
+        student_cond = cond | ({"w": w} if network_of(self.student).guided else {})
         x_t = self.schedule.add_noise(x, t, z)
-        rewind = Rewind(x.device)
-        f = to_edge(self.student, x_t, t, edge, told)
+        rewind = ReplayRNG(x.device)
+        f = to_edge(self.student, x_t, t, edge, student_cond)
         with torch.no_grad():
             x_s = self.solver(self.guided, x_t, t, s, w=w, **cond)
             with rewind:
-                ahead = to_edge(self.target, x_s, s, edge, told)
+                ahead = to_edge(self.target, x_s, s, edge, student_cond)
             target = torch.where(bcast(last, x_s), x_s, ahead)
         return mse(f, target) if self.huber is None else huber_of(f, target, self.huber)
 
     def times(self, x):
         """t, s and the edge of t's phase, each (B,), and whether s is that edge."""
-        top, edge = self.grid.segment(self.grid.draw(len(x)).to(x.device), dtype=wide(x).dtype)
+        top, edge = self.grid.segment(self.grid.draw(len(x)).to(x.device), dtype=at_least_float32(x).dtype)
         i = torch.randint(1, self.intervals + 1, (len(x),), device=x.device)
         t, s = (edge + j / self.intervals * (top - edge) for j in (i, i - 1))
         return t, s, edge, i == 1
@@ -93,6 +93,6 @@ class PCM(Method):
         return low + (high - low) * torch.rand(len(x), device=x.device)
 
 
-def to_edge(student, x_t, t, edge, told):
+def to_edge(student, x_t, t, edge, student_cond):
     """f(x_t, t), the student's one jump to the edge of its phase."""
-    return ddim(student.schedule, student(x_t, t, **told), x_t, t, edge)
+    return ddim(student.schedule, student(x_t, t, **student_cond), x_t, t, edge)

@@ -20,12 +20,12 @@ import torch
 
 from distill.denoise import Guided, network_of
 from distill.errors import BadInput
-from distill.grid import Uniform, ladder
 from distill.losses import snr
 from distill.losses.regression import mae, mse
 from distill.methods.base import Method
-from distill.noise import wide
+from distill.noise import at_least_float32
 from distill.solvers import DDIM, Overshoot
+from distill.times import Uniform, halving_steps
 
 DISTANCES = {"mse": mse, "mae": mae}
 
@@ -59,10 +59,10 @@ class Progressive(Method):
         **base,
     ):
         super().__init__(roles, averages={"promoted": ("student", None)}, **base)
-        self.ladder = ladder(teacher_steps, self.grid)
+        self.ladder = halving_steps(teacher_steps, self.grid)
         self.tells = network_of(self.student).guided
         if guidance_range is not None and not self.tells:
-            raise BadInput("method.guidance_range: the student has no input w to tell it by; set guided: true.")
+            raise BadInput("method.guidance_range: the student has no guidance input; set guided: true.")
         if distance not in DISTANCES:
             raise BadInput(f"method.distance: '{distance}' is none of {', '.join(DISTANCES)}.")
         self.rung_steps, self.weight, self.distance = rung_steps, weight, DISTANCES[distance]
@@ -81,30 +81,30 @@ class Progressive(Method):
     def length(self) -> int:  # of a rung, in training steps
         return self.rung_steps or max(1, (self.total_steps - self.warm_start) // len(self.ladder))
 
-    def clock(self):
-        return super().clock() if self.step < self.warm_start else (self.step - self.begun, self.length)
+    def schedule_step(self):
+        return super().schedule_step() if self.step < self.warm_start else (self.step - self.begun, self.length)
 
     def promote(self) -> None:
         """The averaged student becomes the teacher, and the start, of the next rung."""
         for copied in ("promoted", "student"):
-            self.renew(copied, "ema")
-        self.forget("student")
+            self.copy_weights(copied, "ema")
+        self.reset_optimizer("student")
         self.rung, self.begun = self.rung + 1, self.step
 
     def loss(self, x, z, cond):
         schedule, n, steps = self.teacher.schedule, len(x), self.ladder[self.rung]
-        i = torch.randint(1, steps + 1, (n,), device=x.device).to(wide(x).dtype)
+        i = torch.randint(1, steps + 1, (n,), device=x.device).to(at_least_float32(x).dtype)
         t, m, s = (((i - c * self.stride).clamp(min=0)) / steps for c in (0, 0.5, 1))
         w = self.guidance if self.strength is None else self.strength.draw(n, device=x.device, dtype=t.dtype)
-        told = cond | ({"w": torch.as_tensor(w).to(t).expand(n)} if self.tells else {})
+        student_cond = cond | ({"w": torch.as_tensor(w).to(t).expand(n)} if self.tells else {})
         x_t = schedule.add_noise(x, t, z)
         with torch.no_grad():
-            teacher, asked = (self.promoted, told) if self.rung else (self.guided, cond | {"w": w})
+            teacher, asked = (self.promoted, student_cond) if self.rung else (self.guided, cond | {"w": w})
             x_m = DDIM()(teacher, x_t, t, m, **asked)
             x_s = DDIM()(teacher, x_m, m, s, **asked)
             target = DDIM().invert(schedule, x_s, x_t, t, s)
         weight = snr.weight(self.weight, schedule.log_snr(t))
-        return self.distance(self.student(x_t, t, **told), target, weight, mask=cond.get("mask"))
+        return self.distance(self.student(x_t, t, **student_cond), target, weight, mask=cond.get("mask"))
 
     def snapshot(self):
         return super().snapshot() | {"ladder": [self.rung, self.begun]}

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 
 from distill.denoise import Guided
-from distill.grid import Grid, Uniform
 from distill.losses import snr
 from distill.losses.regression import mse
 from distill.methods.base import Method
-from distill.noise import bcast, wide
+from distill.noise import at_least_float32, bcast
 from distill.solvers import solve
 from distill.solvers import solver as solver_of
+from distill.times import Grid, Uniform
 
 
 class Reflow(Method):
@@ -77,14 +77,17 @@ class Reflow(Method):
 
     def start_of(self, z):
         """sigma_1 z: where sampling starts, without the trace of data that alpha_1 > 0 would leave."""
-        return bcast(self.teacher.schedule.sigma(torch.ones(len(z), device=z.device, dtype=wide(z).dtype)), z) * z
+        return (
+            bcast(self.teacher.schedule.sigma(torch.ones(len(z), device=z.device, dtype=at_least_float32(z).dtype)), z)
+            * z
+        )
 
     def loss(self, x, z, cond):
         n, schedule = len(z), self.teacher.schedule
         if self.only_grid:
-            t, _ = self.grid.segment(self.grid.draw(n, device=z.device), wide(z).dtype)
+            t, _ = self.grid.segment(self.grid.draw(n, device=z.device), at_least_float32(z).dtype)
         else:
-            t = self.density(n, device=z.device, dtype=wide(z).dtype)
+            t = self.density(n, device=z.device, dtype=at_least_float32(z).dtype)
         x_t = torch.where(bcast(t == 1, z), self.start_of(z), schedule.add_noise(x, t, z))
         weight = snr.weight(self.weight, schedule.log_snr(t))
-        return mse(self.student(x_t, t, **self.student_cond(cond, n)), x, weight)
+        return mse(self.student(x_t, t, **self.student_conditions(cond, n)), x, weight)

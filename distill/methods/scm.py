@@ -19,13 +19,13 @@ from torch import nn
 
 from distill.denoise import Guided
 from distill.errors import BadInput
-from distill.grid import LogNormalSigma
-from distill.losses.continuous import balanced, descend, normalised, tangent
+from distill.losses.continuous import normalised_tangent, tangent, tangent_loss, uncertainty_weighted
 from distill.methods.base import Method
-from distill.nets.small import Scalar
-from distill.noise import TrigFlow, bcast, wide
+from distill.models.small import ScalarEmbedding
+from distill.noise import TrigFlow, at_least_float32, bcast
 from distill.solvers import Renoise
-from distill.tangent import Rewind, jvp
+from distill.tangent import ReplayRNG, jvp
+from distill.times import LogNormalSigma
 
 
 class SCM(Method):
@@ -46,13 +46,22 @@ class SCM(Method):
             without forward-mode derivative if jvp is "forward".
     """
 
-    trainable, frozen = ("student", "balance"), ("teacher",)
+    trainable: tuple[str, ...] = ("student", "balance")
+    frozen: tuple[str, ...] = ("teacher",)
     sampler, serving = Renoise(), "renoise"
 
     def __init__(
-        self, roles: dict[str, Any], *, sigma_data: float = 1.0, mean: float = -1.0, std: float = 1.4,
-        warm_up: int = 10_000, c: float | None = 0.1, jvp: str = "forward", **base,
-    ):  # fmt: skip
+        self,
+        roles: dict[str, Any],
+        *,
+        sigma_data: float = 1.0,
+        mean: float = -1.0,
+        std: float = 1.4,
+        warm_up: int = 10_000,
+        c: float | None = 0.1,
+        jvp: str = "forward",
+        **base,
+    ):
         if "teacher" not in roles:
             self.frozen = ()
         super().__init__(roles, **base)
@@ -67,34 +76,34 @@ class SCM(Method):
 
     def turns(self, step):
         yield "student", self.loss
-        yield "balance", lambda *shared: balanced(shared[-1]["value"], self.balance(shared[-1]["theta"]))
+        yield "balance", lambda *shared: uncertainty_weighted(shared[-1]["value"], self.balance(shared[-1]["theta"]))
 
     def draw(self, x, z, cond):
         return x, z, cond, {}  # the last: what the student's turn leaves for the balance's
 
     def loss(self, x, z, cond, left=None):
-        sd, told = self.chart.sigma_data, self.student_cond(cond, len(x))
-        t = self.density(len(x), device=x.device, dtype=wide(x).dtype).clamp_max(1 - 1e-4)
+        sd, student_cond = self.chart.sigma_data, self.student_conditions(cond, len(x))
+        t = self.density(len(x), device=x.device, dtype=at_least_float32(x).dtype).clamp_max(1 - 1e-4)
         theta = t * (math.pi / 2)
         x_t = self.chart.add_noise(x, t, z)
-        F = lambda x_t, theta: self.output(self.student, x_t, theta, told)
+        F = lambda x_t, theta: self.output(self.student, x_t, theta, student_cond)
         dx, along = self.velocity(x, z, x_t, theta, cond), theta.cos() * theta.sin()
-        rewind, out = Rewind(x.device), F(x_t, theta)
+        rewind, out = ReplayRNG(x.device), F(x_t, theta)
         with torch.no_grad(), rewind:
             _, slope = jvp(F, (x_t, theta), (bcast(along, x) * dx, along), self.jvp)
-            r = min(1.0, self.clock()[0] / self.warm_up) if self.warm_up else 1.0
+            r = min(1.0, self.schedule_step()[0] / self.warm_up) if self.warm_up else 1.0
             g = tangent(out, slope, x_t, dx, theta, sd, r)
             self.log_value("student/tangent", g.flatten(1).square().mean(1).sqrt().mean())
-            g = g if self.c is None else normalised(g, self.c)
+            g = g if self.c is None else normalised_tangent(g, self.c)
             u = self.balance(theta)
-        value = descend(out, g, 1 / (sd * theta.tan()), per_sample=True)
+        value = tangent_loss(out, g, 1 / (sd * theta.tan()), per_sample=True)
         if left is not None:
             left |= {"theta": theta, "value": value.detach()}
-        return balanced(value, u)
+        return uncertainty_weighted(value, u)
 
     def output(self, denoiser, x_t, theta, cond):
-        """F = (cos x_theta - D) / (sd sin) of any Denoiser, asked in the chart."""
-        x = denoiser.under(self.chart)(x_t, theta / (math.pi / 2), **cond)
+        """F = (cos x_theta - D) / (sd sin) of any Denoiser, evaluated in the TrigFlow parametrisation."""
+        x = denoiser.with_schedule(self.chart)(x_t, theta / (math.pi / 2), **cond)
         return (bcast(theta.cos(), x_t) * x_t - x) / (self.chart.sigma_data * bcast(theta.sin(), x_t))
 
     @torch.no_grad()
@@ -110,7 +119,7 @@ class Balance(nn.Module):
 
     def __init__(self, width: int = 64):
         super().__init__()
-        self.features, self.out = Scalar(width, zero=True), nn.Linear(width, 1, bias=False)
+        self.features, self.out = ScalarEmbedding(width, zero=True), nn.Linear(width, 1, bias=False)
 
     def forward(self, theta):
         return self.out(self.features(theta / (math.pi / 2))).squeeze(1)

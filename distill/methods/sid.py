@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from distill.denoise import Guided
-from distill.grid import Uniform
 from distill.losses.identity import identity
 from distill.losses.matching import gap
 from distill.losses.regression import mse
 from distill.methods.base import Method
 from distill.solvers import Renoise
+from distill.times import Uniform
 
 
 class SiD(Method):
@@ -56,8 +56,8 @@ class SiD(Method):
 
     def sampled(self, z, cond):
         """x = G(x_t, t) from fresh inputs, and x_u, u."""
-        told = self.student_cond(cond, len(z))
-        x = self.student(*self.simulate(z, told), **told)
+        student_cond = self.student_conditions(cond, len(z))
+        x = self.student(*self.simulate(z, student_cond), **student_cond)
         u = self.density(len(x), device=x.device, dtype=x.dtype)
         return x, self.teacher.schedule.add_noise(x, u, torch.randn_like(x)), u
 

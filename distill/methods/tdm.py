@@ -19,7 +19,7 @@ from distill.denoise import Guided
 from distill.losses.matching import importance, matching
 from distill.losses.regression import mse
 from distill.methods.base import Method
-from distill.noise import wide
+from distill.noise import at_least_float32
 
 
 class TDM(Method):
@@ -67,19 +67,21 @@ class TDM(Method):
     @torch.no_grad()
     def draw(self, x, z, cond):
         """The student's trajectory x_{t_K} = z, ..., x_{t_1}, shared by both turns: (K, B, ...)."""
-        told, path = self.student_cond(cond, len(z)), [self.schedule.start(wide(z))]
-        for t, s in pairwise(self.grid.tensor(z.device, wide(z).dtype)[:-1].unsqueeze(1).expand(-1, len(z))):
-            x = self.student(path[-1], t, **told)
+        student_cond, path = self.student_conditions(cond, len(z)), [self.schedule.start(at_least_float32(z))]
+        for t, s in pairwise(
+            self.grid.tensor(z.device, at_least_float32(z).dtype)[:-1].unsqueeze(1).expand(-1, len(z))
+        ):
+            x = self.student(path[-1], t, **student_cond)
             path.append(self.sampler.step(self.schedule, x, path[-1], t, s))
-        return torch.stack(path[::-1]), cond, told
+        return torch.stack(path[::-1]), cond, student_cond
 
-    def walk(self, path, told):
+    def segment(self, path, student_cond):
         """x = G(x_t, t), x_u ~ q(x_u | x_s), u and the noise that made x_u, in a segment drawn per sample."""
         n = path.shape[1]
         k = self.grid.draw(n).to(path.device)
         t, s = self.grid.segment(k, path.dtype)
         x_t = path[k - 1, torch.arange(n, device=path.device)]
-        x = self.student(x_t, t, **told)
+        x = self.student(x_t, t, **student_cond)
         low = s.clamp_min(self.margin)
         high = t if self.separate else torch.ones_like(t)
         u = low + (high - self.margin - low).clamp_min(0) * torch.rand_like(t)
@@ -89,16 +91,16 @@ class TDM(Method):
             x_u = self.schedule.transition(x_s, s, u, noise)
         return x, x_u, u, noise
 
-    def critic_loss(self, path, cond, told):
+    def critic_loss(self, path, cond, student_cond):
         with torch.no_grad():
-            x, x_u, u, noise = self.walk(path, told)
+            x, x_u, u, noise = self.segment(path, student_cond)
         weight = self.schedule.log_snr(u).exp().clamp_max(self.snr_max)
         if self.weigh:
             weight = weight * importance(self.schedule.eps(x, x_u, u), noise)
         return mse(self.critic(x_u, u, **cond), x, weight.to(x))
 
-    def student_loss(self, path, cond, told):
-        x, x_u, u, _ = self.walk(path, told)
+    def student_loss(self, path, cond, student_cond):
+        x, x_u, u, _ = self.segment(path, student_cond)
         with torch.no_grad():
             real, fake = self.guided(x_u, u, **cond), self.critic(x_u, u, **cond)
         return matching(x, fake, real, self.huber, normalise=self.normalise)

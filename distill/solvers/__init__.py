@@ -1,7 +1,8 @@
-"""Solvers: pure maps (x_t, t, s) -> x_s between any two times, and the loop that chains them."""
+"""Solvers: pure maps (x_t, t, s) -> x_s between any two times, and the sampling loop `solve`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from distill.errors import BadInput, suggest
@@ -10,35 +11,45 @@ from distill.solvers.multistep import DPMSolverPP2M
 from distill.solvers.onestep import DDIM, DPMSolverPP, Euler, Heun
 from distill.solvers.overshoot import Overshoot
 from distill.solvers.solve import solve
-from distill.solvers.stochastic import Ancestral, Renoise, ReverseSDE
+from distill.solvers.stochastic import Ancestral, Renoise
 
-SOLVERS = {
+SOLVERS: dict[str, Callable[[], Solver]] = {
     "ddim": DDIM,
     "euler": Euler,
     "heun": Heun,
     "dpmpp_2s": partial(DPMSolverPP, order=2),
     "dpmpp_2m": DPMSolverPP2M,
     "ancestral": Ancestral,
-    "sde": ReverseSDE,
     "renoise": Renoise,
     "overshoot": Overshoot,
 }
 
 
 def solver(name: str | Solver) -> Solver:
-    """The solver of that name in `SOLVERS`; a Solver passes through.
+    """The solver of this name in `SOLVERS`; a Solver is returned unchanged.
 
     Raises:
-        BadInput: if there is no such solver.
+        BadInput: for an unknown name.
     """
     if isinstance(name, Solver):
         return name
     if name not in SOLVERS:
-        raise BadInput(f"solver '{name}' is none of {', '.join(SOLVERS)}.{suggest(name, SOLVERS)}")
+        raise BadInput(f"solver '{name}' must be one of {', '.join(SOLVERS)}.{suggest(name, SOLVERS)}")
     return SOLVERS[name]()
 
 
 __all__ = [
-    "DDIM", "DPMSolverPP", "DPMSolverPP2M", "Ancestral", "Euler", "Heun", "Overshoot", "Renoise", "ReverseSDE",
-    "SOLVERS", "Solver", "ddim", "solve", "solver",
+    "DDIM",
+    "DPMSolverPP",
+    "DPMSolverPP2M",
+    "Ancestral",
+    "Euler",
+    "Heun",
+    "Overshoot",
+    "Renoise",
+    "SOLVERS",
+    "Solver",
+    "ddim",
+    "solve",
+    "solver",
 ]

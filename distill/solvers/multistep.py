@@ -1,26 +1,40 @@
-"""Deterministic multistep solvers: one evaluation a step, and the memory of the step before."""
+"""Deterministic multistep solvers: one evaluation per step, using the previous step's prediction."""
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from distill.denoise import Denoiser
 from distill.noise import bcast
-from distill.solvers.base import Solver, ddim, half_log_snr
+from distill.solvers.base import History, Solver, ddim, half_log_snr
 
 
 class DPMSolverPP2M(Solver):
     r"""DPM-Solver++(2M): a DDIM step with x extrapolated linearly in lambda = log(alpha / sigma),
 
-    x = D_t + (D_t - D_p) h / (2 h_p), h = lambda_s - lambda_t, h_p = lambda_t - lambda_p for the step before from p.
+    x = D_t + (D_t - D_p) h / (2 h_p), h = lambda_s - lambda_t, h_p = lambda_t - lambda_p, previous step from p to t.
 
-    Order 1 at the first step, and where lambda is infinite: s = 0, or p with alpha_p = 0.
-    `history` is a list that holds (t, x) of the step before; it is updated here.
+    Order 1 in the first step, and where lambda is infinite: s = 0, or p with alpha_p = 0.
+    `history` holds (t, x) of the previous step and is updated in place.
     Lu et al., 2022, https://arxiv.org/abs/2211.01095, Algorithm 2.
     """
 
     order = 2
 
-    def __call__(self, denoiser, x_t, t, s, *, history=None, noise=None, **cond):
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        x_t: Tensor,
+        t: Tensor,
+        s: Tensor,
+        *,
+        history: History | None = None,
+        noise: Tensor | None = None,
+        **cond: Any,
+    ) -> Tensor:
         schedule = denoiser.schedule
         x_now = x = denoiser(x_t, t, **cond)
         if history:

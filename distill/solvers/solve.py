@@ -1,47 +1,63 @@
-"""The one sampling loop."""
+"""The sampling loop."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
+from distill.denoise import Denoiser
 from distill.errors import BadInput
-from distill.solvers.base import Solver
+from distill.solvers.base import History, Solver
+from distill.times import Grid
 
 
 def solve(
-    denoiser,
+    denoiser: Denoiser,
     z: Tensor,
-    times: Sequence[float],
+    times: Sequence[float] | Grid,
     solver: Solver,
     *,
     generator: Generator | None = None,
     trajectory: bool = False,
-    **cond,
+    **cond: Any,
 ) -> Tensor:
-    """From z = x at times[0] through all times to x at times[-1]; gradients flow, unless the caller turns them off.
+    """Applies `solver` from times[0] through all times to times[-1]. Gradients are recorded if they are enabled.
 
     Args:
         denoiser: a Denoiser.
-        z: (B, ...), the state at times[0]; sigma_1 N(0, I) when that is 1.
+        z: the state (B, ...) at times[0]; at time 1, `denoiser.schedule.start(z)` of z ~ N(0, I).
         times: at least two decreasing numbers in [0, 1], or a Grid.
         solver: any Solver.
-        generator: for a stochastic solver's noise.
-        trajectory: return all states (len(times), B, ...) and not only the last.
-        cond: passed to the denoiser at every step.
+        generator: source of the noise of a stochastic solver.
+        trajectory: return the states at all times instead of the last one.
+        cond: conditions, passed to the denoiser in every step.
+
+    Returns:
+        x (B, ...) at times[-1], or (len(times), B, ...) with `trajectory`; float32, or float64 if z is.
 
     Raises:
-        BadInput: if the times do not decrease or leave [0, 1].
+        BadInput: if there are fewer than two times, or they do not decrease within [0, 1].
+
+    >>> from distill.denoise import Gaussian
+    >>> from distill.noise import RectifiedFlow
+    >>> from distill.solvers import DDIM
+    >>> denoiser = Gaussian([1.0], 0.5, RectifiedFlow())
+    >>> z = torch.randn(1000, 1, generator=torch.Generator().manual_seed(0))
+    >>> x = solve(denoiser, denoiser.schedule.start(z), Grid.uniform(100), DDIM())
+    >>> round(x.mean().item(), 1), round(x.std().item(), 1)
+    (1.0, 0.5)
     """
-    times = [float(t) for t in getattr(times, "times", times)]
-    if len(times) < 2 or any(not 1 >= t > s >= 0 for t, s in zip(times, times[1:])):
-        raise BadInput(f"times {times} must be two or more, decreasing, within [0, 1].")
+    points = [float(t) for t in (times.times if isinstance(times, Grid) else times)]
+    if len(points) < 2 or any(not 1 >= t > s >= 0 for t, s in zip(points, points[1:])):
+        raise BadInput(f"times {points}: give two or more decreasing numbers within [0, 1].")
     dtype = torch.promote_types(z.dtype, torch.float32)
-    x_t, states, history = z.to(dtype), [z.to(dtype)], []
-    for t, s in zip(times, times[1:]):
-        t, s = (torch.full((len(z),), a, dtype=dtype, device=z.device) for a in (t, s))
+    x_t, states = z.to(dtype), [z.to(dtype)]
+    history: History = []
+    for start, end in zip(points, points[1:]):
+        t, s = (torch.full((len(z),), time, dtype=dtype, device=z.device) for time in (start, end))
         noise = _noise(x_t, generator) if solver.stochastic else None
         x_t = solver(denoiser, x_t, t, s, history=history, noise=noise, **cond)
         if trajectory:
@@ -50,5 +66,5 @@ def solve(
 
 
 def _noise(x: Tensor, generator: Generator | None) -> Tensor:
-    home = generator.device if generator is not None else x.device
-    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=home).to(x.device)
+    device = generator.device if generator is not None else x.device
+    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)

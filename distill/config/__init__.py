@@ -1,0 +1,23 @@
+"""Configs: YAML files and `key=value` overrides to one checked mapping, and to the objects that it names."""
+
+from distill.config.loading import checked, fingerprint, load, merge, override, read, save
+from distill.config.objects import build, open_ended, resolve, signature
+from distill.config.plugins import confirm, record
+from distill.config.schema import TARGET
+
+__all__ = [
+    "TARGET",
+    "build",
+    "checked",
+    "confirm",
+    "fingerprint",
+    "load",
+    "merge",
+    "open_ended",
+    "override",
+    "read",
+    "record",
+    "resolve",
+    "save",
+    "signature",
+]

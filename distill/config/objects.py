@@ -1,0 +1,225 @@
+"""Builds objects from mappings: `_target_` is the dotted path of a class or function, its signature is the schema."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import types
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from distill.config import plugins
+from distill.config.schema import MOVED_MODULES, TARGET
+from distill.errors import BadInput, suggest
+
+# Modules of distill that hold parts of a run. A config comes from strangers: nothing else of distill may be named.
+PARTS = ("noise", "times", "denoise", "tangent", "solvers", "losses", "models", "data", "methods", "metrics")
+
+
+@typing.runtime_checkable
+class _Source(typing.Protocol):
+    """What a config may name in `distill.data`: a source of batches, never a writer."""
+
+    def loader(self, rank: int = 0, world: int = 1, start: int = 0) -> Iterator[dict]: ...
+
+
+# Of these modules a config may name only classes of this kind: they also hold functions that write and delete files.
+KINDS = {
+    "data": (_Source, "a data source"),
+    "metrics": (Callable, "a reward or a feature network"),
+}
+
+
+def resolve(dotted: str, allow: tuple[str, ...] = (), where: str = TARGET) -> Any:
+    """The class or function at a dotted path in the parts of distill, in a plugin or in an allowed package.
+
+    Args:
+        dotted: such as `distill.methods.TDM`.
+        allow: further packages that may be named, by their top-level names.
+        where: the config key, for messages.
+
+    Raises:
+        BadInput: the path is private, does not exist, or names no part of a run. What a module imports from elsewhere
+            counts as what it is: `distill.noise.torch.load` is refused as `torch.load` is.
+    """
+    if not isinstance(dotted, str):
+        raise BadInput(f"{where}: {dotted!r} is no dotted path; write one such as distill.methods.TDM.")
+    _check_name(dotted, allow, where)
+    target = _find(dotted, where)
+    kind = _unwrapped(target)
+    if not (isinstance(kind, (type, types.FunctionType)) or callable(target) and not _ours(dotted)):
+        raise BadInput(f"{where}: '{dotted}' is neither a class nor a function; name one, such as distill.methods.TDM.")
+    _check_definition(dotted, kind, allow, where)
+    return target
+
+
+def _ours(dotted: str) -> bool:
+    return dotted.split(".")[0] == "distill"
+
+
+def _unwrapped(target: Any) -> Any:
+    """The function behind a classmethod or a decorator."""
+    if isinstance(target, types.MethodType):
+        target = target.__func__ if isinstance(target.__self__, type) else None
+    return inspect.unwrap(target) if callable(target) else target
+
+
+def _check_name(dotted: str, allow: tuple[str, ...], where: str) -> None:
+    """Refuse by name alone, before anything is imported."""
+    parts = dotted.split(".")
+    if not all(part.isidentifier() for part in parts) or len(parts) < 2:
+        raise BadInput(f"{where}: '{dotted}' is no dotted path; write one such as distill.methods.TDM.")
+    if any(part.startswith("_") for part in parts):
+        raise BadInput(f"{where}: '{dotted}' is private; name a public class or function.")
+    if not _ours(dotted) and not plugins.may_name(parts[0], allow):
+        raise BadInput(f"{where}: '{dotted}' is outside distill; allow its package by name with --allow {parts[0]}.")
+    for old, new in MOVED_MODULES.items():
+        if dotted.startswith(f"{old}."):
+            raise BadInput(f"{where}: '{dotted}' is now {new}{dotted.removeprefix(old)}; write it so.")
+    if _ours(dotted) and parts[1] not in PARTS:
+        raise BadInput(
+            f"{where}: '{dotted}' is no part of a run; a config may name what is in {', '.join(PARTS)}."
+            f"{suggest(parts[1], PARTS)}"
+        )
+
+
+def _check_definition(dotted: str, target: Any, allow: tuple[str, ...], where: str) -> None:
+    """Refuse what is defined outside the parts of a run, wherever it was imported to."""
+    module = (getattr(target, "__module__", None) or "builtins").split(".")
+    if module[0] != "distill":
+        if not plugins.may_name(module[0], allow):
+            raise BadInput(
+                f"{where}: '{dotted}' comes from outside distill; allow its package with --allow {module[0]}."
+            )
+        return
+    room = module[1] if len(module) > 1 else ""
+    if room not in PARTS or target.__name__.startswith("_"):
+        raise BadInput(f"{where}: '{dotted}' is no part of a run: it is defined in {'.'.join(module)}.")
+    wanted: Any
+    wanted, name = KINDS.get(room, (None, ""))
+    if wanted and not (isinstance(target, type) and issubclass(target, wanted)):
+        raise BadInput(f"{where}: '{dotted}' is not {name}, the only kind of object of distill.{room} in a config.")
+    if "allow" in signature(target):
+        raise BadInput(f"{where}: '{dotted}' is no part of a run: it would let a config allow packages by itself.")
+
+
+def _find(dotted: str, where: str) -> Any:
+    parts = dotted.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        module = ".".join(parts[:cut])
+        try:
+            found = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name and (module == error.name or module.startswith(error.name + ".")):
+                continue
+            raise
+        for depth, part in enumerate(parts[cut:]):
+            if not hasattr(found, part):
+                files = [m.name for m in pkgutil.iter_modules(getattr(found, "__path__", []))]
+                near = suggest(part, [*(n for n in dir(found) if not n.startswith("_")), *files])
+                raise BadInput(f"{where}: '{'.'.join(parts[: cut + depth])}' has no '{part}'.{near}")
+            found = getattr(found, part)
+        return found
+    raise BadInput(f"{where}: the package '{parts[0]}' is not installed; install it, or correct the path '{dotted}'.")
+
+
+def signature(target: Any) -> dict[str, inspect.Parameter]:
+    """Parameters that `target` accepts by name; a class's `**keywords` are those of its bases."""
+    layers: list[Any] = [target]
+    if isinstance(target, type):
+        layers = [vars(c)["__init__"] for c in target.__mro__ if "__init__" in vars(c)]
+    found: dict[str, inspect.Parameter] = {}
+    for layer in layers:
+        parameters = list(inspect.signature(layer).parameters.values())
+        for p in parameters[isinstance(target, type) :]:
+            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
+                found.setdefault(p.name, p)
+        if not any(p.kind == p.VAR_KEYWORD for p in parameters):
+            break
+    return found
+
+
+def open_ended(target: Any) -> bool:
+    """Whether `target` is a function with `**keywords`, which checks the names itself (it may pass them to diffusers)."""
+    kinds = [] if isinstance(target, type) else [p.kind for p in inspect.signature(target).parameters.values()]
+    return inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def build(node: Any, allow: tuple[str, ...] = (), where: str = "", **given: Any) -> Any:
+    """The object that `node` describes; mappings without `_target_` and lists are built item by item.
+
+    `given` are arguments of the outermost object that do not come from the config.
+
+    Raises:
+        BadInput: unknown, missing or wrongly typed argument, or one that the object refuses, with its full key.
+    """
+    if isinstance(node, DictConfig) or OmegaConf.is_list(node):
+        node = OmegaConf.to_container(node, resolve=True)
+    dot = f"{where}." if where else ""
+    if isinstance(node, list):
+        return [build(v, allow, f"{where}[{i}]") for i, v in enumerate(node)]
+    if not isinstance(node, dict):
+        return node
+    if TARGET not in node:
+        return {k: build(v, allow, f"{dot}{k}") for k, v in node.items()}
+    target = resolve(node[TARGET], allow, f"{dot}{TARGET}")
+    schema = signature(target)
+    arguments = {}
+    for key, value in node.items():
+        if key == TARGET:
+            continue
+        if (key not in schema and not open_ended(target)) or key in given:
+            known = [k for k in schema if k not in given]
+            raise BadInput(
+                f"Unknown key '{dot}{key}' for {node[TARGET]}.{suggest(key, known)} Known keys: {', '.join(known)}."
+            )
+        argument = build(value, allow, f"{dot}{key}")
+        arguments[key] = _typed(argument, schema[key], target, f"{dot}{key}") if key in schema else argument
+    missing = [k for k, p in schema.items() if p.default is p.empty and k not in arguments and k not in given]
+    if missing:
+        raise BadInput(f"Missing key '{dot}{missing[0]}' for {node[TARGET]}; give it in the config.")
+    return _call(target, arguments, given, where)
+
+
+def _call(target: Any, arguments: dict[str, Any], given: dict[str, Any], where: str) -> Any:
+    """Build the object. A BadInput that it raises gets the config key in front, unless it names one already."""
+    try:
+        return target(**arguments, **given)
+    except BadInput as error:
+        if not where or str(error).startswith((f"{where}.", f"{where}:", *(f"{g}." for g in given))):
+            raise
+        raise BadInput(f"{where}: {error}") from error
+    except (TypeError, ValueError, AttributeError) as error:  # of a type that the annotation leaves open
+        name = getattr(target, "__qualname__", str(target))
+        text = " ".join(str(error).split())
+        raise BadInput(f"{where}: {name} refuses {', '.join(arguments)}: {text} (--debug shows where).") from error
+
+
+_PLAIN = {int: (int,), float: (int, float), str: (str,), bool: (bool,)}
+
+
+def _typed(value: Any, parameter: inspect.Parameter, target: Any, where: str) -> Any:
+    """Check a value against an annotation of int, float, str, bool or a union of them; others are not checked."""
+    hint = _hint(parameter, target)
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if not all(o in _PLAIN or o is type(None) for o in options):
+        return value
+    accepted = tuple(t for o in options for t in (_PLAIN.get(o) or (type(None),)))
+    if isinstance(value, bool) and bool not in accepted or not isinstance(value, accepted):
+        names = " or ".join("none" if o is type(None) else o.__name__ for o in options)
+        raise BadInput(f"{where}: expected {names}, got {value!r} of type {type(value).__name__}.")
+    return float(value) if float in options and int not in options and isinstance(value, int) else value
+
+
+def _hint(parameter: inspect.Parameter, target: Any) -> Any:
+    hint = parameter.annotation
+    if isinstance(hint, str):
+        try:
+            return eval(hint, dict(vars(importlib.import_module(target.__module__))))  # our own annotation text
+        except Exception:
+            return Any
+    return hint

@@ -1,0 +1,82 @@
+"""Recipes, reference curves and checkpoints that come with the package, found by name from any folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from distill.errors import BadInput, suggest
+
+PACKAGE = Path(__file__).parents[1]
+RECIPES = PACKAGE / "shipped_configs"  # as a wheel installs them
+CHECKPOINTS = PACKAGE / "shipped_checkpoints"
+if not RECIPES.is_dir():  # a clone, or an editable install of one
+    RECIPES, CHECKPOINTS = PACKAGE.parent / "configs", PACKAGE.parent / "checkpoints"
+
+
+def names() -> list[str]:
+    """All recipes by name, such as `toy/tdm`; files that others only build on are left out."""
+    paths = (path.relative_to(RECIPES).with_suffix("") for path in sorted(RECIPES.glob("*/*.yaml")))
+    return [str(path) for path in paths if path.name != "base"]
+
+
+def about(name: str) -> str:
+    """The first sentence of a recipe's leading comment."""
+    text_lines = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    comment = []
+    for line in text_lines:
+        if not line.startswith("#"):
+            break
+        comment.append(line.lstrip("# "))
+    return " ".join(comment).partition(". ")[0].rstrip(".") + "." if comment else ""
+
+
+def find(path: str | Path) -> Path:
+    """The config file at `path`; else the shipped recipe of that name, with or without `configs/` and `.yaml`.
+
+    Raises:
+        BadInput: there is neither; suggests the nearest name.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if shipped := _shipped(path):
+        return shipped
+    name = str(path).removesuffix(".yaml").removeprefix("configs/")
+    near = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+    hint = suggest(path.name, near) or suggest(name, names())
+    raise BadInput(f"Config file {path} does not exist.{hint} `distill recipes` lists those that come with distill.")
+
+
+def text(name: str) -> str:
+    """A recipe as a file for any folder: a `base:` beside it is named as the shipped recipe that it is."""
+    file = find(name)
+    text_lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    for i, line in enumerate(text_lines):
+        key, _, base = line.partition(":")
+        path = (file.parent / base.strip()).resolve()
+        if key == "base" and path.is_relative_to(RECIPES.resolve()) and path.is_file():
+            text_lines[i] = f"base: {path.relative_to(RECIPES.resolve()).with_suffix('')}\n"
+    return "".join(text_lines)
+
+
+def beside(file: Path, base: str) -> Path:
+    """The base of a config file: relative to that file; where there is none, the shipped recipe of that name."""
+    path = file.parent / base
+    return path if path.is_file() else _shipped(base) or path
+
+
+def _shipped(path: str | Path) -> Path | None:
+    """The shipped recipe of that name, with or without `configs/` and `.yaml`."""
+    path = Path(path)
+    name = str(path.with_suffix("") if path.suffix == ".yaml" else path).removeprefix("configs/")
+    file = RECIPES / f"{name}.yaml"
+    return file if not path.is_absolute() and file.is_file() else None
+
+
+def checkpoint(path: str | Path) -> Path:
+    """`path`; where nothing is there and the package ships a checkpoint of that name, that one's folder."""
+    name = str(path).removeprefix("checkpoints/")
+    shipped = CHECKPOINTS / name
+    if not Path(path).exists() and not Path(path).is_absolute() and name and shipped.is_dir():
+        return shipped
+    return Path(path)

@@ -1,0 +1,1 @@
+"""Readers of source files: folders of images, arrays, video, audio, prompts."""

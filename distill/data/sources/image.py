@@ -1,0 +1,98 @@
+"""Images: decoding, encoding and resizing of uint8 (C, H, W) with C = 1 (grey) or 3 (colour)."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+_GREY = ("1", "L", "LA")
+_MODES = {1: "L", 3: "RGB"}
+
+
+def encode(x: np.ndarray) -> bytes:
+    """uint8 (C, H, W) as the bytes of a PNG file (lossless)."""
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.fromarray(x[0] if len(x) == 1 else np.ascontiguousarray(x.transpose(1, 2, 0))).save(out, "PNG")
+    return out.getvalue()
+
+
+def decode(data: bytes | Path, channels: int | None = None, size: int | tuple[int, int] | None = None) -> np.ndarray:
+    """Pixels of an image file.
+
+    Args:
+        data: the file's bytes, or its path.
+        channels: 1 or 3; None gives grey images 1 and all others 3. Transparent pixels are blended with white.
+        size: pixels of a side, or (H, W), see `fit`; None keeps the size.
+
+    Returns:
+        uint8 (C, H, W), rotated by the orientation tag of the camera.
+
+    Raises:
+        OSError, ValueError: not an image, truncated, or with more than 8 bits a channel.
+    """
+    from PIL import Image, ImageOps
+
+    with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=_FORMATS) as file:
+        if file.mode.startswith(("I", "F")):
+            raise ValueError(f"more than 8 bits a channel (mode {file.mode}); keep such data as arrays")
+        image = ImageOps.exif_transpose(file)
+        pixels = np.array(_opaque(image).convert(_MODES[channels or _channels(file)]))
+    pixels = pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    return pixels if size is None else fit(pixels, size)
+
+
+def fit(x: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
+    """Resize images until they cover `size` and cut out the middle, with Lanczos' filter.
+
+    Args:
+        x: uint8 or floats (..., H, W).
+        size: pixels of a side, or (H, W).
+
+    Returns:
+        (..., *size), of the same dtype, within the range of `x`.
+    """
+    from PIL import Image, ImageOps
+
+    height, width = (size, size) if isinstance(size, int) else size
+    if x.shape[-2:] == (height, width):
+        return x
+    planes = x.reshape(-1, *x.shape[-2:])
+    if x.dtype != np.uint8:
+        planes = planes.astype(np.float32)
+    images = (Image.fromarray(np.ascontiguousarray(plane)) for plane in planes)
+    fitted = np.stack([np.array(ImageOps.fit(i, (width, height), Image.Resampling.LANCZOS)) for i in images])
+    if x.dtype != np.uint8:
+        fitted = fitted.clip(planes.min(), planes.max())  # Lanczos' filter overshoots at edges
+    return fitted.astype(x.dtype).reshape(*x.shape[:-2], height, width)
+
+
+def probe(data: bytes | Path) -> tuple[int, int, int]:
+    """(C, H, W) that `decode` would return, from the header only; raises the same errors."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=_FORMATS) as file:
+        width, height = file.size
+        if file.getexif().get(0x0112, 1) >= 5:  # orientation tag: rotated by 90 degrees
+            width, height = height, width
+        return _channels(file), height, width
+
+
+def _channels(image: Any) -> int:
+    return 1 if image.mode in _GREY else 3
+
+
+def _opaque(image: Any) -> Any:
+    from PIL import Image
+
+    if not image.has_transparency_data:
+        return image
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image)

@@ -1,1 +1,0 @@
-"""What a run needs besides the method: checkpoints, callbacks, the trainer."""

@@ -1,0 +1,35 @@
+"""What every writer of an export is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill.denoise import Denoiser
+from distill.times import Grid
+
+SEED = 0  # of the reference samples that `verify` repeats
+
+
+@dataclass
+class ExportRequest:
+    """A student, its sampler, and the folder to fill.
+
+    Args:
+        student: in float32 on the CPU, in eval mode; its network is whole.
+        adapter: the `distill.models.lora.LoRAAdapter` that was merged into its base to make that network; None if none was.
+        grid: the times it was trained on.
+        sampler: "ode" or "renoise".
+        w: the guidance that it imitates; None if it has none.
+        staging: the folder to write into.
+        name: of the folder that it becomes.
+    """
+
+    student: Denoiser
+    adapter: Any
+    grid: Grid
+    sampler: str
+    w: float | None
+    staging: Path
+    name: str

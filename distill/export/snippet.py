@@ -1,0 +1,112 @@
+"""The code on a model card that loads an export and draws from it, without this package."""
+
+from __future__ import annotations
+
+VIDEO = ("Wan", "CogVideoX", "LTX")
+# Stock networks whose files ComfyUI reads: U-Nets and Wan by the extra LoRA file, SD3 and FLUX by diffusers' own names.
+COMFYUI = {
+    "lora": (
+        "UNet2DConditionModel",
+        "SD3Transformer2DModel",
+        "FluxTransformer2DModel",
+        "WanTransformer3DModel",
+    ),
+    "single-file": ("UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel"),
+}
+
+
+def kind_phrase(record: dict) -> str:
+    """What the export is and who loads it, after "A diffusion model"."""
+    kind = record.get("kind", "pipeline")
+    readers = "stock diffusers" + (" and ComfyUI" if record.get("network") in COMFYUI.get(kind, ()) else "")
+    return {
+        "pipeline": f" for {readers}",
+        "lora": f" as a LoRA for {readers}",
+        "single-file": f" as one file for {readers}",
+        "onnx": " as an ONNX graph",
+    }[kind]
+
+
+def pipeline_tag(record: dict) -> str:
+    """The hub's name of what the model does."""
+    if "call" not in record:
+        return "unconditional-image-generation"
+    return "text-to-video" if record["network"].startswith(VIDEO) else "text-to-image"
+
+
+def usage_snippet(record: dict, name: str) -> tuple[str, str]:
+    """Code that draws samples, and one sentence about the call."""
+    if record.get("kind") == "onnx":
+        return _onnx(record, name)
+    return _text(record, name) if "call" in record else _pixels(record, name)
+
+
+def _pixels(record: dict, name: str) -> tuple[str, str]:
+    classes, steps = record["classes"], record["steps"]
+    labels = f"class_labels=[i % {classes} for i in range(10)]"
+    arguments = "batch_size=10" + f", {labels}" * (classes > 0)
+    if (
+        record.get("part") == "transformer"
+    ):  # DiTPipeline guides by default, and this student's guidance is in its weights
+        arguments = f"{labels}, guidance_scale=1"
+    code = f"""from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{name}")  # the path of this folder
+images = pipe({arguments}, num_inference_steps={steps}).images
+images[0].save("sample.png")"""
+    reason = "the numbers below were measured there." if steps > 16 else "it was trained on these times only."
+    return code, f"Sample with exactly {steps} step{'s' * (steps != 1)}: {reason}"
+
+
+def _text(record: dict, name: str) -> tuple[str, str]:
+    call = "".join(f", {key}={value!r}" for key, value in record["call"].items())
+    draw = f'pipe("a cat on a sofa"{call})'
+    video = pipeline_tag(record) == "text-to-video"
+    code = f"{_load(record, name)}\n" + (
+        f"frames = {draw}.frames[0]" if video else f'{draw}.images[0].save("sample.png")'
+    )
+    if not record["call"]:
+        return code, f"The defaults of `{record['pipeline']}` are those of this student: no argument is needed."
+    names = ", ".join(f"`{key}`" for key in record["call"])
+    return code, (
+        f"Pass {names} as shown: the defaults of `{record['pipeline']}` are for another number of steps or for a guided "
+        "teacher. `distill.json` has the same arguments under `call`."
+    )
+
+
+def _load(record: dict, name: str) -> str:
+    """Lines that leave the pipeline as `pipe`."""
+    if record["kind"] == "pipeline":
+        return f'from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("{name}")'
+    base, scheduler, network, part = (record[key] for key in ("base", "scheduler", "network", "part"))
+    scheduler_line = f'scheduler = {scheduler}.from_pretrained("{name}", subfolder="scheduler")'
+    pipe_line = f'pipe = DiffusionPipeline.from_pretrained("{base}", scheduler=scheduler)'
+    if record["kind"] == "single-file":
+        imports = f"from diffusers import DiffusionPipeline, {scheduler}, {network}\n"
+        load = f'{network}.from_single_file("{name}/{record["file"]}", config="{base}", subfolder="{part}")'
+        return "\n".join([imports, scheduler_line, pipe_line, f"pipe.{part} = {load}"])
+    imports = [f"from diffusers import DiffusionPipeline, {scheduler}", ""]
+    load = f'pipe.load_lora_weights("{name}", weight_name="{record["files"][0]}")'
+    if record["files"][0].startswith("adapter"):  # peft's file, for a pipeline that loads no LoRA
+        imports = [imports[0], "from peft import PeftModel\n"]
+        load = f'pipe.{part} = PeftModel.from_pretrained(pipe.{part}, "{name}").merge_and_unload()'
+    return "\n".join([*imports, scheduler_line, pipe_line, load])
+
+
+def _onnx(record: dict, name: str) -> tuple[str, str]:
+    noise = '"noise": np.float32(np.random.randn(*x.shape)), ' if record["sampler"] == "renoise" else ""
+    imports, conditions = "import numpy as np, onnxruntime", "cond = {}"
+    if record["conditions"]:
+        imports += "\nfrom safetensors.numpy import load_file"
+        conditions = (
+            f'stored = load_file("{name}/reference.safetensors")  # put your own in place of these\n'
+            f"cond = {{key: stored[key][:1] for key in {record['conditions']}}}"
+        )
+    shape = str(record["shape"])[1:-1]
+    code = f"""{imports}
+
+step, x = onnxruntime.InferenceSession("{name}/{record["file"]}"), np.float32(np.random.randn(1, {shape}))
+{conditions}
+for t, s in zip({record["times"][:-1]}, {record["times"][1:]}):
+    x = step.run(["x_s"], {{"x_t": x, "t": np.float32([t]), "s": np.float32([s]), {noise}**cond}})[0]"""
+    return code, "Schedule, prediction type and guidance are inside the graph; the output `x` is E[x | x_t]."

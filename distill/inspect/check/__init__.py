@@ -1,0 +1,97 @@
+"""`distill check`: test a run before it costs anything, and refuse one that cannot come out right.
+
+Each check yields findings: ok, skipped and why, WARN for what is suspicious, FAIL for what is certainly wrong, with the
+key and the mend. docs/check.md lists them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill.errors import BadInput
+from distill.inspect.check import conventions, guidance, settings
+from distill.inspect.check.base import CheckContext, Finding, Findings, device_of, first_samples, untouched
+from distill.inspect.check.updates import dry_run
+from distill.training.experiment import build_experiment
+
+CHECKS: dict[str, Callable[[CheckContext], Findings]] = {
+    "data": settings.data,
+    "teacher": conventions.denoises,
+    "pipeline": conventions.matches_stock,
+    "guidance": guidance.guides,
+    "start": guidance.starts_equal,
+    "grid": settings.serves,
+    "batch": settings.batches,
+    "disk": settings.disk,
+    "settings": settings.settings,
+}
+
+
+def check(cfg: Any, folder: Path, allow: tuple[str, ...] = (), world: int = 1) -> list[Finding]:
+    """All findings about the run that `cfg` describes, if it were written to `folder` by `world` processes."""
+    return findings(build_experiment(cfg, allow), folder, world)
+
+
+def findings(experiment: Any, folder: Path, world: int = 1) -> list[Finding]:
+    """The findings about an experiment, which is restored bit for bit."""
+    method, device = experiment.method, device_of(experiment.cfg.engine)
+    before, out = method.device, []
+    method.to(device)
+    try:
+        with untouched(method):
+            torch.manual_seed(experiment.cfg.seed)
+            batch = {k: v.to(device) for k, v in first_samples(experiment.data).items()}
+            context = CheckContext(experiment, Path(folder), world, batch)
+            for name, function in CHECKS.items():
+                out += _run(name, function, context)
+            out += _run("update", dry_run, context)
+    finally:
+        method.to(before)
+    return out
+
+
+def _run(name: str, function: Callable[[CheckContext], Iterable[Finding]], context: CheckContext) -> list[Finding]:
+    """A check's findings. One that raises is a warning, unless it was the run's own bad input."""
+    try:
+        return [Finding(finding.level, finding.text, finding.name or name) for finding in function(context)]
+    except BadInput as error:
+        return [Finding.fail(str(error), name)]
+    except Exception as error:  # a user's method or network may raise anything
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return [
+            Finding.warn(f"the check failed to run ({text}); if your own code is not in it, please report it.", name)
+        ]
+
+
+def gate(quiet: bool = False) -> Any:
+    """For `train(check=...)`: prints warnings, and refuses to start on a FAIL.
+
+    Raises:
+        BadInput: with the sentence of the first certain fault.
+    """
+    from distill.training import run_folder
+
+    def look(experiment: Any, folder: Path) -> None:
+        began, out = time.perf_counter(), findings(experiment, folder, run_folder.world())
+        speaks = run_folder.is_rank_zero() and not quiet
+        for finding in out if speaks else ():
+            if finding.level == "WARN":
+                print(finding)
+        refuse(out)
+        if speaks:
+            print(f"{sum(f.level == 'ok' for f in out)} checks passed in {time.perf_counter() - began:.1f} s.")
+
+    return look
+
+
+def refuse(findings: list[Finding]) -> None:
+    """Raise `BadInput` if a finding is certain."""
+    wrong = [f for f in findings if f.level == "FAIL"]
+    if wrong:
+        more = f" ({len(wrong) - 1} more; `distill check` lists them)" if len(wrong) > 1 else ""
+        raise BadInput(f"check {wrong[0].name}: {wrong[0].text}{more} Start anyway with --no-check.")

@@ -1,0 +1,270 @@
+r"""Whether the model that training starts from denoises this data: most wrong conventions show here.
+
+With x_t = alpha_t x + sigma_t z and v the data's variance about its mean, the best linear denoiser errs by
+
+    w(t) = sigma_t^2 / (alpha_t^2 v + sigma_t^2)    of v,
+
+0 at t = 0 and 1 at t = 1, below both trivial ones, the mean (1) and x_t / alpha_t (sigma_t^2 / (alpha_t^2 v)). A trained
+model stays below w at every t; one with a wrong prediction type, time or scale does not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.denoise import PREDICTIONS, has_network, network_of
+from distill.errors import BadInput
+from distill.inspect.check.base import CheckContext, Finding, Findings
+from distill.noise import Table
+from distill.solvers import DDIM, Renoise, solve
+from distill.times import Grid
+
+BETTER = 0.8  # another convention whose error is below this share of the present one's is the right one
+SHIFTS = (1 / 3, 0.5, 2.0, 3.0)
+SCALES = (0.13025, 0.18215, 0.2, 0.5, 0.67, 1.5, 2.0, 5.0, 1 / 0.18215, 1 / 0.13025)
+
+
+def denoises(context: CheckContext) -> Findings:
+    """The error against the noise level, and the convention that fits better if there is one."""
+    role, model = context.pretrained()
+    if model is None:
+        yield Finding.skipped("no role is trained yet.")
+        return
+    if not context.readable or float(context.x.var(0).mean() if len(context.x) > 1 else 0) == 0:
+        yield Finding.skipped("it needs samples that are finite and differ.")
+        return
+    if fault := _schedule_fault(model.schedule):
+        yield Finding.fail(f"roles.{role}.schedule: {fault}")
+        return
+    fit = ConventionFit(model, context.x, context.cond)
+    now = fit.score()
+    mend, error = _alternative(fit, role, now)
+    allowed = 1.1 + 4 / math.sqrt(context.x.numel())
+    if mend and error < BETTER * now:
+        yield Finding.fail(f"{mend} (error {error:.2f} instead of {now:.2f} of the best linear denoiser's).")
+    elif now > allowed or not math.isfinite(now):
+        yield Finding.fail(
+            f"roles.{role} denoises worse than a linear map (error {now:.2f} of its; at most 1 is right): "
+            "its prediction, schedule, time or scale of the data is wrong, or it is not trained."
+        )
+    else:
+        rises = all(b > a - 0.1 for a, b in pairwise(fit.errors))
+        shape = (
+            f"from {fit.errors[0]:.2f} of the data's variance at t = {fit.times[0]:.2f} to "
+            f"{fit.errors[-1]:.2f} at {fit.times[-1]:.2f}"
+        )
+        if rises:
+            yield Finding.ok(f"roles.{role} errs {shape}: {now:.2f} of the best linear denoiser's.")
+        else:
+            yield Finding.warn(f"roles.{role}'s error does not rise with the noise ({shape}); look at its schedule.")
+
+
+class ConventionFit:
+    """How well conventions fit a model, on fixed samples and noise: its error over the best linear denoiser's."""
+
+    def __init__(self, model: Any, x: Tensor, cond: dict[str, Tensor]):
+        big = sum(p.numel() for p in model.parameters()) > 2e7
+        n = min(len(x), 16 if big else 32 if x[0].numel() > 16 else 256)
+        self.model, self.x, self.cond = model.eval(), x[:n], {k: v[:n] for k, v in cond.items()}
+        self.v = float((x - x.mean(0)).square().mean())
+        self.z = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)[:n]
+        self.times = _times(model.schedule, math.sqrt(self.v), 5 if big else 8)
+        self.errors: list[float] = []
+        self.raw: dict[float, Tensor] = {}  # the network's outputs at its own times
+
+    @torch.no_grad()
+    def score(self, prediction: str | None = None, time_map: Any = None, scale: float = 1.0) -> float:
+        """exp of the mean over times of log(error / w) under another prediction type, time input or scale of the data.
+
+        Args:
+            time_map: t to the time that the network gets.
+        """
+        logs, errors, schedule = [], [], self.model.schedule
+        x = self.x * scale
+        for time in self.times:
+            t = torch.full((len(x),), time, device=x.device)
+            x_t = schedule.add_noise(x, t, self.z)
+            if time_map is None and prediction is None:
+                estimate = self.model(x_t, t, **self.cond)
+            else:
+                out = self._native(x_t, time, time_map(t) if time_map else t, scale)
+                estimate = to_x(self.model, out, x_t, t, prediction or self.model.prediction)
+            alpha, sigma = (float(c) for c in schedule(t[:1]))
+            v = self.v * scale**2
+            errors.append(float((estimate - x).square().mean()) / v)
+            logs.append(math.log(max(errors[-1] * (alpha**2 * v + sigma**2) / sigma**2, 1e-12)))
+        if prediction is None and time_map is None and scale == 1:
+            self.errors = errors
+        value = sum(logs) / len(logs)
+        return math.exp(min(value, 50)) if math.isfinite(value) else math.inf
+
+    def _native(self, x_t: Tensor, time: float, network_time: Tensor, scale: float) -> Tensor:
+        if scale != 1 or float(network_time[0]) != torch.tensor(time).item():
+            return self.model.native(x_t, network_time, **self.cond)
+        if time not in self.raw:
+            self.raw[time] = self.model.native(x_t, network_time, **self.cond)
+        return self.raw[time]
+
+
+def to_x(model: Any, out: Tensor, x_t: Tensor, t: Tensor, prediction: str) -> Tensor:
+    """`model.to_x` with another prediction type."""
+    declared, model.prediction = model.prediction, prediction
+    try:
+        return model.to_x(out, x_t, t)
+    finally:
+        model.prediction = declared
+
+
+def _times(schedule: Any, std: float, count: int) -> list[float]:
+    """Times at which noise and data are within a factor of ten of each other, evenly spread."""
+    t = torch.linspace(0, 1, 402, dtype=torch.float64)[1:-1]
+    alpha, sigma = schedule(t)
+    ratio = sigma / (alpha * std)
+    inside = t[(ratio > 0.1) & (ratio < 10)]
+    inside = inside if len(inside) >= count else t
+    return inside[torch.linspace(0, len(inside) - 1, count).round().long()].tolist()
+
+
+def _schedule_fault(schedule: Any) -> str:
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    alpha, sigma = schedule(t)
+    if abs(float(alpha[0]) - 1) > 1e-3 or float(sigma[0]) > 1e-3:
+        return (
+            f"at t = 0 alpha is {float(alpha[0]):.3g} and sigma {float(sigma[0]):.3g}, but data has 1 and 0; "
+            "alpha and sigma are swapped, or time runs backwards."
+        )
+    if bool((alpha.diff() > 1e-6).any()) or bool((sigma.diff() < -1e-6).any()):
+        return (
+            "alpha rises or sigma falls somewhere between data (t = 0) and noise (t = 1); give a schedule of noise.py."
+        )
+    return ""
+
+
+def _alternative(fit: ConventionFit, role: str, now: float) -> tuple[str, float]:
+    """The convention with the smallest error but the present one, as a sentence, and that error."""
+    if not has_network(fit.model):
+        return "", math.inf
+    error, mend = min((fit.score(**change), mend) for change, mend in _alternatives(fit.model, role, now > BETTER))
+    return mend, error
+
+
+def _alternatives(model: Any, role: str, scales: bool) -> Iterator[tuple[dict[str, Any], str]]:
+    """Arguments of `ConventionFit.score` for other conventions, and what to do where one is right."""
+    for kind in PREDICTIONS:
+        if kind not in (model.prediction, "edm") and "edm" != model.prediction:
+            mend = f"{model.prediction} fits the network worse than {kind}; set {kind}"
+            yield {"prediction": kind}, f"roles.{role}.prediction: {mend}"
+    for shift in SHIFTS:
+        yield (
+            {"time_map": lambda t, k=shift: k * t / (1 + (k - 1) * t)},
+            f"roles.{role}.schedule: the network expects another noise level at the times it gets, as if "
+            f"time were shifted by {shift:.2g}; give it the schedule it was trained under",
+        )
+    yield (
+        {"time_map": lambda t: 1 - t},
+        f"roles.{role}: the network's time runs from noise to data; give it 1 - t",
+    )
+    for factor in (1000.0, 0.001):
+        yield (
+            {"time_map": lambda t, k=factor: t * k},
+            f"roles.{role}: the network counts time in units of {1 / factor:g}; give it {factor:g} t",
+        )
+    for scale in SCALES if scales else ():
+        yield (
+            {"scale": scale},
+            f"data: the samples are not on the scale of roles.{role}; multiply them by about {scale:.3g}",
+        )
+
+
+# -- the stock pipeline ------------------------------------------------------------------------------------------
+
+
+def matches_stock(context: CheckContext) -> Findings:
+    """A loaded model draws the samples stored in its folder, or denoises as the stock scheduler there does."""
+    from distill.models.diffusers import StockNetwork
+
+    for role in (*context.method.frozen, *context.method.trainable):
+        network = network_of(getattr(context.method, role))
+        if network.folder and isinstance(network.base, StockNetwork):
+            yield from _against(context, getattr(context.method, role), Path(network.folder), f"roles.{role}.path")
+            return
+    yield Finding.skipped("no role is loaded from a diffusers folder.")
+
+
+@torch.no_grad()
+def _against(context: CheckContext, model: Any, folder: Path, key: str) -> Findings:
+    stored = folder / "reference.safetensors"
+    if stored.is_file() and (folder / "distill.json").is_file():
+        gap, target = (
+            _references(model, stored, json.loads((folder / "distill.json").read_text())),
+            "the samples stored there",
+        )
+    else:
+        try:
+            gap, target = _scheduler(context, model, folder), "what its stock scheduler makes of the network"
+        except BadInput as error:
+            yield Finding.skipped(str(error))
+            return
+    if gap <= 1e-3:
+        yield Finding.ok(f"{folder} repeats {target} to {gap:.0e}.")
+    else:
+        yield Finding.fail(
+            f"{key}: {folder} does not repeat {target} (difference {gap:.2g}); its weights, scheduler or "
+            "null_class were changed: copy the folder again, or read it as it was made."
+        )
+
+
+def _references(model: Any, stored: Path, record: dict) -> float:
+    from safetensors.torch import load_file
+
+    stored_samples, device, net = load_file(stored), next(model.parameters()).device, network_of(model)
+    cond = {"w": record["guidance"]} if net.guided and record.get("guidance") is not None else {}
+    if "labels" in stored_samples and net.classes:
+        cond["label"] = torch.where(stored_samples["labels"] >= net.classes, -1, stored_samples["labels"]).to(device)
+    generator = torch.Generator().manual_seed(record["reference"]["seed"])
+    torch.randn(stored_samples["noise"].shape, generator=generator)
+    solver = {"ode": DDIM(), "renoise": Renoise()}[record["sampler"]]
+    x = solve(
+        model, stored_samples["noise"].to(device), Grid(tuple(record["times"])), solver, generator=generator, **cond
+    )
+    return float((x.cpu() - stored_samples["samples"]).abs().max() / stored_samples["samples"].abs().max().clamp(min=1))
+
+
+def _scheduler(context: CheckContext, model: Any, folder: Path) -> float:
+    """Largest difference to `pred_original_sample` of stock DDIM over ten timesteps, under conditions of the data."""
+    from diffusers import DDIMScheduler
+
+    from distill.models.diffusers import scheduler_of
+
+    stock, net, worst = scheduler_of(folder), network_of(model).base, 0.0
+    if not isinstance(model.schedule, Table):
+        raise BadInput(
+            f"{type(stock).__name__} does not return its estimate of x, so there is nothing to compare with."
+        )
+    table = stock.alphas_cumprod
+    stock = DDIMScheduler.from_config(stock.config, clip_sample=False, thresholding=False)
+    stock.alphas_cumprod = table  # some classes shift theirs
+    total = len(stock.alphas_cumprod)
+    stock.set_timesteps(10)
+    _, cond = context.samples(2)
+    if not net.conditions:
+        cond = {"label": torch.zeros(2, dtype=torch.long)} if net.classes else {}
+    device = next(model.parameters()).device
+    cond = {k: v.to(device) for k, v in cond.items()}
+    x = torch.randn(len(next(iter(cond.values()), [0, 0])), *net.shape, generator=torch.Generator().manual_seed(0)).to(
+        device
+    )
+    for n in stock.timesteps.tolist():
+        out = net.call(x, torch.full((len(x),), float(n), device=device), cond if net.conditions else cond.get("label"))
+        theirs = stock.step(out, n, x).pred_original_sample
+        ours = model(x, torch.full((len(x),), (n + 1) / total, device=device), **cond)
+        worst = max(worst, float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)))
+    return worst

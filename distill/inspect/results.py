@@ -1,0 +1,261 @@
+"""What a finished run gives: samples, measurements, exports."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from distill import config
+from distill.denoise import Denoiser
+from distill.errors import BadInput
+from distill.files import read_json
+from distill.inspect.measure import measure
+from distill.metrics import table
+from distill.metrics.evaluate import draw_samples
+from distill.training import launch, load, loggers, run, run_folder
+from distill.training.experiment import Experiment
+from distill.training.run_folder import METRICS
+
+PIXEL_CHANNELS = (1, 3)  # of samples that are images themselves; others are latents, which their pipeline decodes
+
+
+class Run:
+    """A run folder: its config, its averaged student, and what can be made of them.
+
+    Args:
+        folder: what `distill train` wrote.
+        allow: packages besides installed plugins whose objects its config may name.
+
+    Raises:
+        BadInput: the folder is no run.
+
+    Example:
+        >>> import distill
+        >>> run = distill.open_run("runs/toy-tdm")
+        >>> run.cfg.method.grid, run.step
+        (2, 5)
+        >>> run.sample(4, seed=1).shape
+        torch.Size([4, 2])
+        >>> isinstance(run.student, distill.Denoiser)
+        True
+    """
+
+    def __init__(self, folder: str | Path, allow: tuple[str, ...] = ()):
+        self.folder, self.allow = Path(folder), tuple(allow)
+        self.cfg: DictConfig = run_folder.read_config(self.folder)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r})"
+
+    @cached_property
+    def experiment(self) -> Experiment:
+        """The config's objects with the weights of the newest checkpoint, loaded at first use; for reading only."""
+        return load.open_run(self.folder, self.allow)
+
+    @property
+    def student(self) -> Denoiser:
+        """The averaged student, which samples and is exported."""
+        return self.experiment.method.ema
+
+    @property
+    def step(self) -> int:
+        """Training steps done."""
+        return self.experiment.method.step
+
+    @property
+    def metrics(self) -> dict[str, Any] | None:
+        """What `evaluate` wrote last; None before that."""
+        file = self.folder / METRICS
+        if not file.exists():
+            return None
+        return read_json(file, f"write it again by `distill eval {self.folder}`, or remove it")
+
+    def sample(self, n: int = 100, seed: int = 0) -> Tensor:
+        """Draw n samples (n, ...) of the student in its own number of steps, from noise of this seed.
+
+        Labels are balanced; other conditions are those of the data's first rows.
+        """
+        z, cond = self.experiment.noise(n, seed)
+        return self.experiment.method.sample(z, cond, generator=torch.Generator().manual_seed(seed))
+
+    def evaluate(self, samples: int | None = None) -> dict[str, Any]:
+        """Measure teacher, training-free solvers and student; see `distill.evaluate`."""
+        return evaluate(self.folder, samples, self.allow)
+
+    def export(self, out: str | Path, kind: str = "pipeline", licence: str | None = None) -> Path:
+        """Write the student for others; see `distill.export_run`."""
+        return export_run(self.folder, out, self.allow, kind, licence)
+
+
+def open_run(folder: str | Path, allow: tuple[str, ...] = ()) -> Run:
+    """Open a run folder.
+
+    Args:
+        folder: what `distill train` wrote.
+        allow: packages besides installed plugins whose objects its config may name.
+
+    Raises:
+        BadInput: the folder is no run, or names objects of a package that is not allowed.
+
+    Example:
+        >>> distill.open_run("runs/toy-tdm").sample(8, seed=0).shape
+        torch.Size([8, 2])
+    """
+    return Run(folder, allow)
+
+
+def train(
+    recipe: str | Path,
+    *overrides: str,
+    runs: str | Path = "runs",
+    resume: bool = False,
+    allow: tuple[str, ...] = (),
+) -> Run:
+    """Train a recipe in this process and open its run, as `distill train` does without its checks.
+
+    Args:
+        recipe: a YAML file, or the name of a shipped recipe.
+        overrides: as on the command line, `"train.steps=400"`.
+        runs: parent of the run folder, which has the config's `name`.
+        resume: continue the run of that name.
+        allow: packages besides installed plugins whose objects the config may name.
+
+    Raises:
+        BadInput: a wrong config, or a run of that name where `resume` is not given.
+
+    Example:
+        >>> run = distill.train("toy/teacher", "train.steps=3", "name=short", "log.wandb=disabled")
+        validation at step 0: ...
+        >>> run.folder.name, run.step
+        ('short', 3)
+    """
+    cfg = config.load([recipe], list(overrides))
+    folder = Path(runs) / cfg.name
+    run.train(cfg, folder, resume, allow)
+    return Run(folder, allow)
+
+
+def sample(folder: str | Path, out: str | Path, n: int = 100, seed: int = 0, allow: tuple[str, ...] = ()) -> Path:
+    """Write a picture of n samples of a run's student.
+
+    Args:
+        folder: a run folder.
+        out: the .png file to write; it must not exist.
+        n, seed: how many, and the seed of their noise.
+        allow: as for `open_run`.
+
+    Raises:
+        BadInput: no run, or an `out` that exists or cannot be written.
+
+    Example:
+        >>> distill.sample("runs/toy-tdm", "points.png", n=50).name
+        'points.png'
+    """
+    out = Path(out)
+    if out.exists():
+        raise BadInput(f"{out} exists; name another file so nothing is overwritten.")
+    if out.suffix != ".png":
+        raise BadInput(f"{out} must end in .png, the kind of picture that is written.")
+    if not out.parent.is_dir():
+        raise BadInput(f"{out.parent} is no folder; make it, or write the picture elsewhere.")
+    opened = Run(folder, allow)
+    x = opened.sample(n, seed)
+    opened.experiment.suite().picture({f"{opened.experiment.method.grid.steps} evaluations": x}, out)
+    return out
+
+
+def evaluate(folder: str | Path, samples: int | None = None, allow: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Measure teacher, training-free solvers and student at each number of evaluations, from the same noise.
+
+    Writes metrics.json and samples.png into the run folder. Under torchrun or srun the ranks share the samples.
+
+    Args:
+        folder: a run folder.
+        samples: how many a row; `eval.samples` of the config by default.
+        allow: as for `open_run`.
+
+    Returns:
+        What metrics.json holds: {"teacher": {"1": {"fd": ...}, ...}, "training_free": ..., "student": ...}.
+
+    Example:
+        >>> list(distill.evaluate("runs/toy-tdm", samples=200)["student"]["2"])[:1]
+        ['energy']
+    """
+    folder = Path(folder)
+    if launch.launched_externally():
+        launch.join_processes(run_folder.read_config(folder).engine)
+    experiment = load.open_run(folder, allow)
+    experiment.method.to("cuda" if torch.cuda.is_available() else "cpu")
+    result, panels = measure(experiment, samples, folder=folder)
+    if run_folder.is_rank_zero():
+        table.write(result, folder / METRICS)
+        experiment.suite(folder).picture(panels, folder / "samples.png")
+    return result
+
+
+def export_run(
+    folder: str | Path,
+    out: str | Path,
+    allow: tuple[str, ...] = (),
+    kind: str = "pipeline",
+    licence: str | None = None,
+) -> Path:
+    """Write a run's averaged student for others, holding no more than one network in memory.
+
+    With `log.artifacts` the export is uploaded to wandb too.
+
+    Args:
+        folder: a run folder.
+        out: the folder to make; it must not exist.
+        allow: as for `open_run`.
+        kind: "pipeline", "lora", "single-file" or "onnx".
+        licence: of the weights, as the hub names it; that of the teacher by default.
+
+    Raises:
+        BadInput: `out` exists, or nothing stock serves this student in this kind.
+
+    Example:
+        >>> distill.export_run("runs/toy-tdm", "student")
+        Traceback (most recent call last):
+        distill.errors.BadInput: ...
+    """
+    folder, out = Path(folder), Path(out)
+    if out.exists():
+        raise BadInput(f"{out} exists; name another folder so nothing is overwritten.")
+    opened = Run(folder, allow)
+    write_export(load.open_run(folder, allow, alone=True), out, opened.metrics, kind, licence)
+    loggers.log_export(folder, opened.cfg.log, opened.cfg.name, out)
+    return out
+
+
+def write_export(
+    experiment: Experiment,
+    out: Path,
+    metrics: dict[str, Any] | None,
+    kind: str = "pipeline",
+    licence: str | None = None,
+) -> Path:
+    """Write the averaged student of `experiment` to `out`, with samples on its card where they are images."""
+    from distill.export import export
+
+    method, x = experiment.method, None
+    if len(method.shape) == 3 and method.shape[0] in PIXEL_CHANNELS:
+        x = draw_samples(method.sample, *experiment.noise(64, experiment.cfg.eval.seed), method.student)
+    return export(
+        method.ema,
+        method.grid,
+        method.serving,
+        out,
+        kind=kind,
+        samples=x,
+        method=type(method).__name__,
+        recipe=OmegaConf.to_yaml(experiment.cfg),
+        metrics=metrics,
+        w=method.guidance,
+        licence=licence,
+    )

@@ -1,0 +1,113 @@
+r"""Collapse indicators computed from samples alone (contrast, diversity, coverage, ...), to compare with the teacher's.
+
+x are samples (n, ...) made under `cond`, y reference samples (m, ...). Losses look normal while these move.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from distill.errors import BadInput
+from distill.metrics.distances import _distance, _rows, pair
+
+MOST = 500  # samples of the measures that take all pairs
+
+
+def diversity(x: Tensor, cond: Mapping[str, Tensor] | None = None) -> float:
+    r"""Standard deviation between seeds under one condition: the root of tr Cov(x | c), averaged over the conditions c.
+
+    0 where the noise no longer matters (collapse). Conditions that have fewer than two samples are left out.
+
+    Raises:
+        BadInput: no condition has two samples.
+    """
+    flat, group = x.detach().cpu().flatten(1).double(), _groups(cond or {}, len(x))
+    spread = [flat[group == g].var(0).sum() for g in group.unique() if int((group == g).sum()) > 1]
+    if not spread:
+        raise BadInput("diversity compares seeds under one condition: give at least two samples of one.")
+    return math.sqrt(float(torch.stack(spread).mean()))
+
+
+def _groups(cond: Mapping[str, Tensor], n: int) -> Tensor:
+    """(n,) which of the different conditions each sample has."""
+    group = torch.zeros(n, dtype=torch.long)
+    for value in cond.values():
+        kind = torch.unique(value.cpu(), dim=0, return_inverse=True)[1]
+        group = torch.unique(torch.stack([group, kind], 1), dim=0, return_inverse=True)[1]
+    return group
+
+
+def limits(y: Tensor, margin: float = 0.1) -> tuple[float, float]:
+    """The range of y's values, wider by `margin` of its width on both sides."""
+    low, high = float(y.min()), float(y.max())
+    return low - margin * (high - low), high + margin * (high - low)
+
+
+def beyond(x: Tensor, low: float, high: float) -> float:
+    """Share of x's values outside [low, high]."""
+    return float(((x < low) | (x > high)).double().mean())
+
+
+def contrast(x: Tensor) -> float:
+    """Standard deviation of all values about their sample's mean: grows with over-saturation, falls with washing out."""
+    flat = x.detach().flatten(1).double()
+    if flat.shape[1] < 3:  # a toy's coordinates are no pixels: about the mean over samples
+        return float(flat.std(0).square().mean().sqrt())
+    return float(flat.var(1).mean().sqrt())
+
+
+def high_frequency(x: Tensor, cut: float = 0.5) -> float | None:
+    r"""Energy above `cut` times the Nyquist frequency per value: mean of |FFT x|^2 / N over those radial frequencies.
+
+    Over all axes but sample and channel (B, C, ...); white noise of variance s^2 has s^2, a blurred image nearly none.
+    None for samples without such axes.
+    """
+    axes = tuple(range(2, x.ndim))
+    if not axes:
+        return None
+    x = x.detach().float()
+    radius = torch.zeros(())
+    for axis in axes:
+        shape = [-1 if a == axis else 1 for a in axes]
+        radius = radius + (2 * torch.fft.fftfreq(x.shape[axis])).square().view(shape)
+    high = radius.sqrt().to(x.device) > cut
+    power = torch.fft.fftn(x, dim=axes).abs().square() / math.prod(x.shape[a] for a in axes)
+    return float(power.mean((0, 1))[high].double().mean()) if bool(high.any()) else None
+
+
+def coverage(x: Tensor, y: Tensor, k: int = 5) -> float:
+    r"""Share of y that has a sample of x nearer than its k-th neighbour in y: falls as modes are lost.
+
+    1 - prod_{i<k} (m - 1 - i) / (2 m - 1 - i) ~ 1 - 2^{-k} where x is as many samples of y's law. Of more than `MOST` a fixed
+    random choice is taken. Source: Naeem et al. 2020, https://arxiv.org/abs/2002.09797.
+    """
+    x, y = pair(subset(x), subset(y), least=k + 1)
+    radius = torch.cat([_distance(rows, y).topk(k + 1, largest=False).values[:, -1] for _, rows in _rows(y, y)])
+    nearest = torch.cat([_distance(rows, x).min(1).values for _, rows in _rows(y, x)])
+    return float((nearest < radius).double().mean())
+
+
+def subset(x: Tensor, most: int = MOST) -> Tensor:
+    """At most `most` of x's samples, the same ones at each call: stored data may be sorted, labels may come in turns."""
+    return x if len(x) <= most else x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:most]]
+
+
+def collapse_indicators(x: Tensor, cond: Mapping[str, Tensor], y: Tensor) -> dict[str, float]:
+    """All of them of samples x beside the reference y, by name; those that the kind of sample does not have are absent.
+
+    Samples of another shape than y's, or too few, have no coverage; conditions that all differ leave no diversity.
+    """
+    x, y = x.detach().cpu().float(), y.detach().cpu().float()
+    indicators = {"beyond": beyond(x, *limits(y)), "contrast": contrast(x)}
+    if len(_groups(cond, len(x)).unique()) < len(x):
+        indicators = {"diversity": diversity(x, cond)} | indicators
+    high = high_frequency(x)
+    if high is not None:
+        indicators["high_frequency"] = high
+    if x.shape[1:] == y.shape[1:] and min(len(x), len(y)) >= 50:
+        indicators["coverage"] = coverage(x, y)
+    return indicators

@@ -1,0 +1,1 @@
+"""Feature networks of published metrics."""

@@ -1,0 +1,151 @@
+"""Diffusers folders, local or on the hub: resolving paths, finding the network, loading weights. No code is executed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill.config.recipes import checkpoint
+from distill.errors import BadInput, suggest
+from distill.models.diffusers.network import TensorConditioned
+from distill.models.diffusers.schedulers import read_json
+from distill.models.families.audio import StableAudio
+from distill.models.families.image import SD3, Flux, PixArt, Sana, TextUNet
+from distill.models.families.label import DiT, StockNetwork, UNet2D
+from distill.models.families.video import LTX, CogVideoX, Wan
+
+# Diffusers class of the denoising network -> its family: conditioned on class labels, or on tensors such as text.
+LABEL_FAMILIES: dict[str, type[StockNetwork]] = {"UNet2DModel": UNet2D, "DiTTransformer2DModel": DiT}
+FAMILIES: dict[str, type[TensorConditioned]] = {
+    "UNet2DConditionModel": TextUNet,
+    "PixArtTransformer2DModel": PixArt,
+    "SD3Transformer2DModel": SD3,
+    "FluxTransformer2DModel": Flux,
+    "SanaTransformer2DModel": Sana,
+    "WanTransformer3DModel": Wan,
+    "CogVideoXTransformer3DModel": CogVideoX,
+    "StableAudioDiTModel": StableAudio,
+    "LTXVideoTransformer3DModel": LTX,
+}
+BACKBONES = {name: kind.wrap for name, kind in (LABEL_FAMILIES | FAMILIES).items()}  # `wrap(model, timesteps=N, **kw)`
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+_SHAPES_ONLY: ContextVar[bool] = ContextVar("shapes only", default=False)
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Within this context networks are built on the meta device from config.json; weights are not downloaded or read."""
+    token = _SHAPES_ONLY.set(True)
+    try:
+        yield
+    finally:
+        _SHAPES_ONLY.reset(token)
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype of this name in DTYPES; raises BadInput for another name."""
+    if name not in DTYPES:
+        raise BadInput(f"dtype '{name}' must be one of {', '.join(DTYPES)}.{suggest(name, DTYPES)}")
+    return DTYPES[name]
+
+
+def network_part(folder: Path) -> tuple[str, str]:
+    """(component, class name) of the denoising network of a folder, such as ("unet", "UNet2DConditionModel").
+
+    Raises:
+        BadInput: if no family supports the class.
+    """
+    index = read_json(folder / "model_index.json")
+    part = next((p for p in ("unet", "transformer") if p in index), None)
+    name = index[part][1] if part else None
+    if part is None or name not in BACKBONES:
+        raise BadInput(f"{folder}: its network is {name}, and only {', '.join(BACKBONES)} can be loaded.")
+    return part, name
+
+
+def read_config(folder: Path, part: str) -> dict[str, Any]:
+    """The config.json of a component; empty if the folder does not have it."""
+    path = folder / part / "config.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def takes_first_frame(folder: Path) -> bool:
+    """Whether a folder's pipeline is image-to-video of a supported family."""
+    pipeline, family = read_json(folder / "model_index.json").get("_class_name", ""), network_part(folder)[1]
+    return "ImageToVideo" in pipeline and family in FAMILIES and bool(FAMILIES[family].frame_conditions)
+
+
+def load_weights(kind: Any, folder: Path, **kw: Any) -> Any:
+    """A model of the diffusers class `kind` from a folder with config.json and safetensors.
+
+    Args:
+        kind: the class.
+        folder: the component's folder.
+        kw: arguments of `from_pretrained`, such as dtype.
+
+    Raises:
+        BadInput: if weights are missing, unreadable or of other shapes.
+    """
+    if _SHAPES_ONLY.get():
+        with torch.device("meta"):
+            return torch.nn.Module.to(kind.from_config(kind.load_config(folder)), kw.get("dtype"))
+    if not list(folder.glob("*.safetensors")):
+        mend = "save the pickled weights again as safetensors" if list(folder.glob("*.bin")) else "copy them there"
+        raise BadInput(f"{folder}: the network's weights (*.safetensors) are missing: {mend}.")
+    try:
+        model, report = kind.from_pretrained(folder, use_safetensors=True, **kw, output_loading_info=True)
+    except Exception as error:  # diffusers, safetensors and torch raise different classes
+        raise BadInput(f"{folder}: the weights cannot be read, copy the folder again ({error}).") from error
+    if wrong := report["missing_keys"] or report["mismatched_keys"]:
+        raise BadInput(f"{folder}: weights missing or misshapen, such as {wrong[0]}: copy the folder again.")
+    return model
+
+
+def folder_of(path: str | Path, revision: str | None = None, more: tuple[str, ...] = ()) -> Path:
+    """The local diffusers folder of `path`.
+
+    Args:
+        path: a diffusers folder, a model of the hub ("owner/name"), or "tiny:FAMILY".
+        revision: of a model of the hub.
+        more: patterns of files to download from the hub beside configs and safetensors.
+
+    Raises:
+        BadInput: if the path is no diffusers folder, or the hub does not provide the model.
+    """
+    if str(path).startswith("tiny:"):
+        from distill.models.diffusers import tiny
+
+        return tiny.folder(str(path).removeprefix("tiny:"))
+    folder = checkpoint(path)
+    if (folder / "model_index.json").is_file():
+        return folder
+    # "checkpoints/x" beside a folder named checkpoints is a mistyped path, not a model of the hub.
+    local = folder.is_absolute() or folder.parent.is_dir()
+    if folder.exists() or local or len(folder.parts) != 2 or folder.parts[0].startswith("."):
+        raise BadInput(f"{folder} is no diffusers folder: it has no model_index.json.")
+    return _download(str(path), revision, more)
+
+
+def _download(name: str, revision: str | None, more: tuple[str, ...]) -> Path:
+    """The local snapshot of a model of the hub."""
+    from huggingface_hub import snapshot_download
+
+    # "*/*.safetensors" skips single-file copies at the top level; other precisions are ignored.
+    allowed = ["*.json"] if _SHAPES_ONLY.get() else ["*.json", "*/*.safetensors", *more]
+    try:
+        snapshot = snapshot_download(
+            name, revision=revision, ignore_patterns=["*.fp16.*", "*.non_ema.*"], allow_patterns=allowed
+        )
+    except Exception as error:  # offline, absent or gated: the hub raises different classes
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise BadInput(
+            f"'{name}' is neither a local folder nor a model that the hub provides ({reason}): correct the name, log in "
+            "if the model is gated, or download it on another machine and pass the folder."
+        ) from error
+    return Path(snapshot)

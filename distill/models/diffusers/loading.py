@@ -1,0 +1,130 @@
+"""Loading a diffusers folder, local or on the hub, as a Denoiser."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from distill.denoise import Denoiser
+from distill.errors import BadInput
+from distill.models.diffusers.folder import BACKBONES, FAMILIES, dtype_of, folder_of, load_weights, network_part
+from distill.models.diffusers.prompts import encode, scaling
+from distill.models.diffusers.schedulers import prediction_of, read_json, schedule_of, scheduler_of, stock_class
+from distill.noise import Table
+
+
+def load(path: str | Path, revision: str | None = None, **kw: Any) -> Denoiser:
+    """A Denoiser, in eval mode, from a diffusers folder. Schedule and prediction type are those of its scheduler.
+
+    Args:
+        path: a diffusers folder, a model of the hub ("owner/name"), or "tiny:FAMILY". Weights are read from safetensors.
+        revision: of a model of the hub.
+        kw: options of the family's `wrap`: guided, flow_map, math_attention; `null_class` for `UNet2DModel`.
+            Networks conditioned on text also accept:
+            - size: of the latents, (H, W) or (F, H, W), instead of the default; a shift that depends on it follows.
+            - null: the prompt of the null condition (""), which is encoded by the folder's text encoders; or its tensors
+              as returned by `encode`; or None to load without. It is zeros where the pipeline uses zeros for "".
+            - dtype: of the weights, "float32" or "bfloat16".
+            - checkpointing: recompute activations in the backward pass to save memory.
+
+    Returns:
+        The Denoiser. `denoiser.net.folder` is the local folder.
+
+    Raises:
+        BadInput: if the path is no diffusers folder, weights are missing or broken, no family supports the network, or
+            a class-conditional network does not state whether its last class is "no class".
+
+    >>> import torch
+    >>> from distill.models.diffusers import encode, load
+    >>> denoiser = load("tiny:sd15")  # a tiny random Stable Diffusion 1.5, for tests
+    >>> denoiser.prediction, denoiser.net.shape, denoiser.net.conditions
+    ('eps', (4, 8, 8), ('text',))
+    >>> cond = encode("tiny:sd15", ["a cat"])
+    >>> z = torch.randn(1, *denoiser.net.shape)
+    >>> denoiser(z, torch.ones(1), **cond).shape
+    torch.Size([1, 4, 8, 8])
+    """
+    folder = folder_of(path, revision)
+    part, name = network_part(folder)
+    if name in FAMILIES:
+        return _load_tensor_conditioned(folder, path, revision, part, name, **kw)
+    schedule = schedule_of(folder)
+    if not isinstance(schedule, Table):
+        scheduler = type(scheduler_of(folder)).__name__
+        raise BadInput(f"{folder}: {name} needs discrete timesteps, but {scheduler} has none.")
+    model = load_weights(stock_class(name), folder / part)
+    if model.config.get("num_class_embeds") and "null_class" not in kw:
+        record = read_json(folder / "distill.json") if (folder / "distill.json").is_file() else {}
+        if "null_class" not in record:
+            raise BadInput(f"{folder}: is the last class of its network 'no class'? Pass null_class=True or False.")
+        kw["null_class"] = record["null_class"]
+    net = BACKBONES[name](model, timesteps=len(schedule.alphas_cumprod), **kw)
+    net.folder = folder
+    return Denoiser(net, schedule, prediction_of(folder)).eval()
+
+
+def _load_tensor_conditioned(
+    folder: Path,
+    path: str | Path,
+    revision: str | None,
+    part: str,
+    name: str,
+    *,
+    null: str | dict[str, Tensor] | None = "",
+    dtype: str = "float32",
+    size: tuple[int, ...] | None = None,
+    **kw: Any,
+) -> Denoiser:
+    """`load` for the networks of FAMILIES."""
+    index, family = read_json(folder / "model_index.json"), FAMILIES[name]
+    if (index.get("transformer_2") or [None])[0] or index.get("expand_timesteps"):
+        raise BadInput(
+            f"{folder}: pipelines with two networks or with a timestep per token (Wan 2.2) are not supported; use one "
+            "with a single network and one timestep per sample."
+        )
+    model = load_weights(stock_class(name), folder / part, dtype=dtype_of(dtype))
+    size = tuple(size) if size else family.default_shape(model.config)[1:]
+    schedule = schedule_of(folder, **dynamic_shift(folder, family.token_count(size)))
+    timesteps = int(scheduler_of(folder).config.get("num_train_timesteps", 1000))
+    net = family.wrap(model, schedule=schedule, timesteps=timesteps, size=size, **kw)
+    net.source = str(path), revision
+    net.latent_scale, net.latent_shift, pixels = scaling(folder)
+    net.pixels, net.folder = pixels or net.pixels, folder
+    zeros = family.null_is_zero or index.get("force_zeros_for_empty_prompt")
+    if next(model.parameters()).is_meta or (null == "" and zeros):
+        net.set_null(None)
+    elif isinstance(null, str):
+        net.set_null(_encode_null(path, revision, null))
+    elif null is not None:
+        net.set_null(null)
+    return Denoiser(net, schedule, prediction_of(folder)).eval()
+
+
+@lru_cache(maxsize=16)
+def _encode_null(path: str | Path, revision: str | None, prompt: str) -> dict[str, Tensor]:
+    """The null condition. Cached, because student, teacher and critic of a run share it."""
+    return encode(path, [prompt], revision)
+
+
+def dynamic_shift(folder: Path, tokens: int) -> dict[str, Any]:
+    r"""Scheduler settings that fix a shift that depends on the image size: shift = exp(mu), mu linear in `tokens`.
+
+    `shift_terminal` (LTX) changes the times of sampling, not the network's timesteps, and is left to the grid.
+
+    Raises:
+        BadInput: for a dynamic shift of another type.
+    """
+    config = scheduler_of(folder).config
+    if not config.get("use_dynamic_shifting"):
+        return {}
+    if config.get("time_shift_type", "exponential") != "exponential":
+        raise BadInput(
+            f"{folder}: its scheduler has time_shift_type={config.time_shift_type!r}; only 'exponential' is supported."
+        )
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    mu = config.base_shift + slope * (tokens - config.base_image_seq_len)
+    return {"use_dynamic_shifting": False, "shift": math.exp(mu)}

@@ -1,5 +1,0 @@
-"""One page a run can be shown by: samples, quality against cost, curves, cost, config; offline and self-contained."""
-
-from distill.report.page import report
-
-__all__ = ["report"]

@@ -1,0 +1,279 @@
+"""Alarms on runs that go wrong while their losses look normal.
+
+At each validation the student's collapse indicators are compared with the teacher's (`RULES`, `MetricMonitor`). Between
+validations, gradient norms and update sizes are compared with their own past (`UpdateMonitor`).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import lightning
+import torch
+from torch import Tensor
+
+from distill.methods.placement import tensors
+
+
+class Alarm(NamedTuple):
+    """An alarm: step, kind, and one sentence with the remedy."""
+
+    step: int
+    kind: str
+    said: str
+
+
+# -- at validation ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A reading within [low, high] is healthy.
+
+    `against`: "ratio" divides by the reference's value, which must be at least `least`; "excess" subtracts it; "" neither.
+    """
+
+    kind: str
+    key: str
+    low: float
+    high: float
+    said: str
+    mend: str
+    against: str = "ratio"
+    least: float = 1e-6
+
+    def reading(self, row: Mapping[str, float], reference: Mapping[str, float]) -> float | None:
+        """None where the run has no such number, or nothing to hold it against."""
+        value, known = row.get(self.key), reference.get(self.key)
+        if value is None or self.against and known is None:
+            return None
+        if self.against == "ratio":
+            return value / known if known >= self.least else None
+        return value - known if self.against else value
+
+
+RULES = (
+    Rule(
+        "collapse",
+        "diversity",
+        0.5,
+        float("inf"),
+        "seeds under one condition differ {:.2g} x as much as the teacher's",
+        "lower optim.student.lr, give the critic more turns (method.student_every), or go back to the best checkpoint",
+    ),
+    Rule(
+        "mode loss",
+        "coverage",
+        0.5,
+        float("inf"),
+        "samples come near {:.2g} x as much of the data as the teacher's",
+        "a divergence that covers modes (divergence: js or kl), a head, or a smaller guidance brings them back",
+        least=0.3,
+    ),
+    Rule(
+        "saturation",
+        "beyond",
+        -float("inf"),
+        0.1,
+        "a share of {:.2g} more values than the teacher's lie beyond the data",
+        "lower guidance or optim.student.lr",
+        against="excess",
+    ),
+    Rule(
+        "contrast",
+        "contrast",
+        0.5,
+        1.5,
+        "values spread {:.2g} x as widely as the teacher's",
+        "above 1 lower guidance or optim.student.lr; below it give the critic more turns (method.student_every)",
+    ),
+    Rule(
+        "frequency",
+        "high_frequency",
+        0.25,
+        4.0,
+        "energy at high frequencies is {:.2g} x the teacher's",
+        "below 1 samples blur: more steps or a head; above it they are noisy: lower the head's weight or the learning rate",
+    ),
+    Rule(
+        "critic lag",
+        "critic_lag",
+        -float("inf"),
+        1.5,
+        "the critic's error on the student is {:.2g} x that on its running average, each over the teacher's",
+        "raise optim.critic.lr or the critic's turns (student_every), or lower optim.student.lr",
+        against="",
+    ),
+    Rule(
+        "head saturated",
+        "head_accuracy",
+        -float("inf"),
+        0.98,
+        "the head classifies a share of {:.3g} of data and samples correctly",
+        "lower optim.head.lr or raise r1: a saturated head gives the student almost no gradient",
+        against="",
+    ),
+)
+
+
+def rules_for(method: Any) -> tuple[Rule, ...]:
+    """All of them; without mode loss where a metric or a reward moves the student's law off the data's on purpose."""
+    moved = method.metric is not None
+    return tuple(rule for rule in RULES if not (moved and rule.kind == "mode loss"))
+
+
+def halfway_step(method: Any) -> float:
+    """Half of the run after its warm start; of a method that starts anew midway half of its last start, never before it."""
+    done, of = method.schedule_step()
+    begin = method.step - done
+    last = begin + 1.5 * of > method.total_steps  # no other start fits in; their lengths are rounded down
+    return (max(begin, method.warm_start) + begin + of) / 2 if last else float("inf")
+
+
+class MetricMonitor:
+    """Compares the student's metrics with a reference at each validation.
+
+    An alarm is raised where a reading leaves its range after it has been inside, and where it is still outside at the first
+    validation from half of the run on: what a student has not reached yet at the start is no fault. It is not raised again
+    until the reading has been inside once more.
+
+    Args:
+        half: the step from which a reading must be inside; see `halfway_step`.
+        warm: steps of its warm start, which count for nothing.
+    """
+
+    def __init__(self, half: float, warm: int = 0, rules: Iterable[Rule] = RULES):
+        self.half, self.warm, self.rules = half, warm, tuple(rules)
+        self.healthy: dict[str, str] = {}  # kind -> when it was last inside, in words
+        self.raised: set[str] = set()
+
+    def check(self, step: int, row: Mapping[str, float], reference: Mapping[str, float]) -> list[Alarm]:
+        """The alarms of one validation."""
+        found = []
+        for rule in self.rules if step >= self.warm else ():
+            value = rule.reading(row, reference)
+            if value is None:
+                continue
+            if rule.low <= value <= rule.high:
+                self.healthy[rule.kind] = f"{value:.2g} at step {step}"
+                self.raised.discard(rule.kind)
+            elif rule.kind not in self.raised and (rule.kind in self.healthy or step >= self.half):
+                self.raised.add(rule.kind)
+                before = f" ({self.healthy[rule.kind]})" if rule.kind in self.healthy else ", half way through"
+                found.append(Alarm(step, rule.kind, f"{rule.said.format(value)}{before}; {rule.mend}."))
+        return found
+
+
+# -- between validations ---------------------------------------------------------------------------------------------
+
+SPIKE, HUGE, SATURATED = 30.0, 0.1, 0.05
+LEAST, WINDOW, ROW = 10, 100, 5  # logged steps: before a median counts, that it is taken of, in a row that make a fault
+PIECES, PIECE = 8, 1 << 16  # tensors of a role, and values of each, that its update is measured on
+
+
+class UpdateMonitor(lightning.Callback):
+    """Gradient norms by role against their running median, update over weight by role, the head's loss.
+
+    Between logged steps one comparison per role runs on the device; logging synchronises with it anyway.
+    `ROLE/update`, the norm of a step's change over that of the weights, joins the log: on `PIECES` tensors, `PIECE` values
+    of each; of shards the mean over the ranks' own.
+
+    Args:
+        every: steps between checks, those of the log.
+        raise_alarm: called with each alarm.
+    """
+
+    def __init__(self, every: int, raise_alarm: Callable[[Alarm], None]):
+        self.every, self.raise_alarm = every, raise_alarm
+        self.start()
+
+    def start(self) -> None:
+        self.peak: dict[str, Tensor] = {}
+        self.norms: dict[str, deque[float]] = {}
+        self.rows: dict[str, int] = {}  # fault -> logged steps in a row
+        self.before: dict[str, list[Tensor]] = {}
+
+    def on_train_batch_start(self, trainer, method, batch, index):
+        if (method.step + 1) % self.every == 0:
+            self.before = {role: [v.clone() for v in self.pieces(method, role)] for role in method.trainable}
+
+    @staticmethod
+    def pieces(method: Any, role: str) -> list[Tensor]:
+        """Views of some of a role's weights, of the matrices where it has any."""
+        found = [t for t in tensors(method.placement.module(role)) if t.is_floating_point() and t.numel()]
+        found = [t for t in found if t.ndim > 1] or found
+        return [t.reshape(-1)[:PIECE] for t in found[:: max(1, len(found) // PIECES)]]
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer, method, outputs, batch, index):
+        if method.step - 1 == method.warm_start or method.schedule_step()[0] <= 1:  # other losses from here on
+            self.norms = {}
+        for role in method.trainable:
+            norm = method.logs.get(f"{role}/grad_norm")
+            if isinstance(norm, Tensor):
+                self.peak[role] = torch.maximum(self.peak[role], norm) if role in self.peak else norm
+        if method.step % self.every == 0:
+            for role in method.trainable:
+                if f"{role}/loss" in method.logs and self.before.get(role):
+                    method.log_value(f"{role}/update", self.update(method, role))
+            self.check_logged_step(method)
+            self.before = {}
+
+    def update(self, method: Any, role: str) -> Tensor:
+        """|change of the weights in this step| / |weights before|."""
+        norm = lambda some: torch.stack([v.float().square().sum() for v in some]).sum().sqrt()
+        now, before = self.pieces(method, role), self.before[role]
+        return method.placement.mean(norm([a - b for a, b in zip(now, before)]) / norm(before).clamp_min(1e-30))
+
+    def check_logged_step(self, method: Any) -> None:
+        for role, peak in self.peak.items():
+            self.spike(method, role, float(peak))
+        self.peak = {}
+        for role in method.trainable:
+            change, rate = method.logs.get(f"{role}/update"), method.optim[role].lr
+            if change is None:
+                continue
+            change = float(change)
+            self.fault(
+                method,
+                f"{role} updates too large",
+                change > HUGE,
+                f"a step changes the {role}'s weights by "
+                f"{change:.2g} of their norm, {{}} times in a row; lower optim.{role}.lr.",
+            )
+            self.fault(
+                method,
+                f"{role} updates lost",
+                change == 0 and rate > 0,
+                f"steps leave the {role}'s weights as they are, "
+                f"{{}} times in a row: rounded away, skipped or without gradient; raise optim.{role}.lr, keep weights "
+                "in float32, or look at its loss.",
+            )
+        if "head/loss" in method.logs:
+            loss = float(method.logs["head/loss"])
+            self.fault(
+                method,
+                "head saturated",
+                loss < SATURATED,
+                f"the head's loss is {loss:.2g}, {{}} times in a row: "
+                "a saturated head gives the student almost no gradient; lower optim.head.lr or raise r1.",
+            )
+
+    def spike(self, method: Any, role: str, peak: float) -> None:
+        norms = self.norms.setdefault(role, deque(maxlen=WINDOW))
+        usual = statistics.median(norms) if len(norms) >= LEAST else float("inf")
+        if peak > SPIKE * usual > 0:
+            said = f"the {role}'s gradient norm reached {peak:.3g}, {peak / usual:.0f} x its running median; look at the batch"
+            self.raise_alarm(
+                Alarm(method.step, f"{role} gradient", f"{said}, or lower optim.{role}.clip or optim.{role}.lr.")
+            )
+        norms.append(peak)
+
+    def fault(self, method: Any, kind: str, there: bool, said: str) -> None:
+        self.rows[kind] = self.rows.get(kind, 0) + 1 if there else 0
+        if self.rows[kind] == ROW:
+            self.raise_alarm(Alarm(method.step, kind, said.format(ROW)))

@@ -1,0 +1,88 @@
+"""The teacher's own scores, the baseline on every chart: measured once and shared by the runs in one folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill import __version__
+from distill.denoise import Guided
+from distill.files import write_json
+from distill.metrics.collapse import collapse_indicators
+from distill.metrics.evaluate import ddim_sampler
+
+Scores = dict[str, dict[str, float]]
+SAMPLED = 256  # values of each tensor that name it
+
+
+def fingerprint(teacher: nn.Module, z: Tensor, cond: Mapping[str, Tensor], tests: Any, about: Any) -> str:
+    """A name for all that the baseline depends on: weights, noises, conditions, reference and `about`, plain settings.
+
+    Of each tensor its shape and `SAMPLED` of its values, evenly spaced, so that a teacher of 10^10 weights takes a second.
+    """
+    digest = hashlib.sha256(
+        json.dumps([__version__, type(tests).__name__, about], sort_keys=True, default=str).encode()
+    )
+    reference = {"x": tests.x, "label": tests.label}
+    for name, value in [*teacher.state_dict().items(), ("z", z), *cond.items(), *reference.items()]:
+        if isinstance(value, Tensor):
+            flat = value.detach().reshape(-1)
+            picked = flat[torch.linspace(0, len(flat) - 1, min(len(flat), SAMPLED)).long()].double().cpu()
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode() + picked.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def measure_baseline(
+    method: Any, tests: Any, z: Tensor, cond: Mapping[str, Tensor], most: int, draw: Callable[..., Tensor], scores: bool
+) -> Scores:
+    """`teacher@K` and `teacher@most` by DDIM in equal steps, under the run's guidance, from the student's own noise.
+
+    Without a teacher the reference itself, `data`, and only what needs no second set of samples. With `scores` false
+    nothing is scored: for ranks that only take part in sharded forward passes.
+    """
+    teacher, found = method.role("teacher"), {}
+    if teacher is None:
+        return {"data": _reference(tests, cond)} if scores and tests.x is not None else {}
+    guided = Guided(teacher, method.guidance)
+    for steps in sorted({method.grid.steps, most}):
+        x = draw(ddim_sampler(guided, steps), z, cond, method.student)
+        if scores:
+            found[f"teacher@{steps}"] = tests.score(x, cond, quick=True) | collapse_indicators(x, cond, tests.x)
+    return found
+
+
+def _reference(tests: Any, cond: Mapping[str, Tensor]) -> dict[str, float]:
+    """Signs of the reference: coverage as of other samples of its law, diversity where samples have conditions alike."""
+    label = tests.label
+    found = collapse_indicators(tests.x, {} if label is None else {"label": label}, tests.x)
+    found["coverage"] = 1 - 0.5**5
+    return found if (label is not None) == ("label" in cond) else {k: v for k, v in found.items() if k != "diversity"}
+
+
+def read_baseline(path: Path) -> Scores | None:
+    """A saved baseline; None if there is none or it is damaged."""
+    try:
+        found = json.loads(path.read_text())
+        return {str(k): {str(n): float(v) for n, v in row.items()} for k, row in found.items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return None
+
+
+def save_baseline(path: Path, found: Scores) -> None:
+    """Save a baseline; a folder that cannot be written is ignored."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, found)
+    except OSError:
+        pass
+
+
+def baseline_path(folder: Path, name: str) -> Path:
+    """Where the baseline of a fingerprint is saved: beside the run, shared with other runs there."""
+    return folder.parent / ".cache" / f"teacher-{name}.json"

@@ -1,0 +1,160 @@
+"""Trainer callbacks: progress bar, metric logging, periodic actions and checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import lightning
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console()
+
+
+class ProgressBar(lightning.Callback):
+    """rich progress bar with losses by role and steps per second; without a terminal, a line every so many steps."""
+
+    def __init__(self, total: int, every: int = 10):
+        self.total, self.every, self.bar = total, every, None
+
+    def on_train_start(self, trainer, method):
+        self.start, self.first = time.monotonic(), method.step
+        if console.is_terminal:
+            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+            self.bar = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console)
+            self.bar.start()
+            name = type(method).__name__
+            self.task = self.bar.add_task(name, total=self.total, completed=method.step, note="")
+
+    def on_train_batch_end(self, trainer, method, outputs, batch, index):
+        if method.step % self.every and method.step != self.total:
+            return
+        rate = (method.step - self.first) / max(time.monotonic() - self.start, 1e-9)
+        losses = {k.removesuffix("/loss"): float(v) for k, v in method.logs.items() if k.endswith("/loss")}
+        note = "  ".join(f"{k} {v:.4g}" for k, v in losses.items()) + f"  {rate:.1f} steps/s"
+        if self.bar:
+            self.bar.update(self.task, completed=method.step, note=note)
+        elif method.step % (20 * self.every) == 0 or method.step == self.total:
+            left = (self.total - method.step) / rate
+            console.print(f"step {method.step}/{self.total}  {note}  {left:.0f} s left", highlight=False)
+
+    def teardown(self, trainer, method, stage):
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
+
+    def on_exception(self, trainer, method, exception):
+        self.teardown(trainer, method, "fit")  # else the terminal stays without a cursor
+
+
+class MetricLogger(lightning.Callback):
+    """Writes `method.logs` to every logger on each `every`-th step."""
+
+    def __init__(self, loggers: list, every: int = 10):
+        self.loggers, self.every = loggers, every
+
+    def on_train_start(self, trainer, method):
+        self.last, self.at = method.step, time.monotonic()
+
+    def on_train_batch_end(self, trainer, method, outputs, batch, index):
+        if method.step % self.every:
+            return
+        now = time.monotonic()
+        row = {k: float(v) for k, v in method.logs.items()}
+        row["steps_per_second"] = (method.step - self.last) / max(now - self.at, 1e-9)
+        self.last, self.at = method.step, now
+        self.write(row, method.step)
+
+    def write(self, row: dict[str, Any], step: int) -> None:
+        self.log_event("write", row, step)
+
+    def back(self, step: int) -> None:
+        """After a rollback to `step`: loggers that can do so drop what they have of later steps."""
+        self.last = min(self.last, step)
+        self.log_event("back", step)
+
+    def log_event(self, kind: str, *arguments: Any) -> None:
+        """Call the method `kind` of every logger that has it."""
+        for logger in self.loggers:
+            getattr(logger, kind, lambda *arguments: None)(*arguments)
+
+
+class PeriodicCallback(lightning.Callback):
+    """Calls `action(method)` every so many steps and at the end, at most once a step.
+
+    `every`: a number of steps, or several; 0 is never. `start`: at step 0 too. `finished`: at the end only of a run
+    that was not interrupted.
+    """
+
+    def __init__(
+        self,
+        every: int | tuple[int, ...],
+        action: Callable[[Any], None],
+        start: bool = False,
+        finished: bool = False,
+    ):
+        self.every = (every,) if isinstance(every, int) else every
+        self.action, self.start, self.finished, self.done = action, start, finished, None
+
+    def _call(self, method):
+        if self.done != method.step:
+            self.done = method.step
+            self.action(method)
+
+    def on_train_start(self, trainer, method):
+        if self.start and method.step == 0:
+            self._call(method)
+
+    def on_train_batch_end(self, trainer, method, outputs, batch, index):
+        if self.due(method.step):
+            self._call(method)
+
+    def due(self, step: int) -> bool:
+        return any(beat and step % beat == 0 for beat in self.every)
+
+    def on_train_end(self, trainer, method):
+        if method.step >= method.total_steps or not self.finished:
+            self._call(method)
+
+
+class CheckpointCallback(PeriodicCallback):
+    """Periodic checkpoints, written in the background; errors of a write are raised at the next step.
+
+    After a non-finite turn it waits for a step without one, so that not all kept checkpoints are from such a period.
+
+    Args:
+        writer: a `distill.training.checkpoints.Writer`, None on ranks that write nothing.
+        facts: what the manifest says of the run besides.
+    """
+
+    def __init__(self, every: int | tuple[int, ...], writer: Any, facts: Callable[[], dict[str, Any]]):
+        super().__init__(every, self._save)
+        self.writer, self.facts, self.owed = writer, facts, False
+
+    def _save(self, method):
+        state = method.snapshot()  # on every rank: the parts of one may lie on another
+        if self.writer:
+            self.writer.submit(state, fresh=method.placement.fresh, clean=method.nonfinite.clean(), **self.facts())
+
+    def on_train_batch_start(self, trainer, method, batch, index):
+        if self.writer:
+            self.writer.check()
+
+    def on_train_batch_end(self, trainer, method, outputs, batch, index):
+        self.owed = self.owed or self.due(method.step)
+        if self.owed and method.nonfinite.clean():
+            self.owed = False
+            self._call(method)
+
+    def on_train_end(self, trainer, method):
+        if self.writer:
+            self.writer.wait()
+        super().on_train_end(trainer, method)
+        if self.writer:
+            self.writer.wait()
+
+    def on_exception(self, trainer, method, exception):
+        if self.writer:
+            self.writer.finish()

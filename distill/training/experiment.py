@@ -1,0 +1,238 @@
+"""A config's objects, built and checked against each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from distill import config
+from distill.config.schema import Optim
+from distill.data.base import Dataset
+from distill.denoise import Guided, network_of
+from distill.errors import BadInput
+from distill.methods import Diffusion
+from distill.methods.base import Method
+from distill.methods.optim import optimizer_of
+from distill.metrics import latents, suite, training_free
+from distill.metrics.rewards import decoder
+from distill.models.lora import apply_layout
+from distill.training.compatibility import check_compatible
+
+SAMPLES = (
+    "x",
+    "z",
+    "label",
+    "loser",
+    "path",
+    "times",
+)  # batch keys that are not tensor conditions of a network
+
+
+@dataclass
+class Experiment:
+    """A config's objects."""
+
+    cfg: DictConfig
+    method: Method
+    data: Dataset
+    allow: tuple[str, ...] = ()
+    preempted: bool = False
+    stopped: str = ""  # why a run that came to a plateau ended before its last step
+    validation: Any = None  # of the run that was trained: its alarms and the teacher baseline
+
+    @property
+    def teacher(self) -> Any:
+        """The reference model: the frozen teacher; the averaged student of a run that trains a teacher; else None.
+
+        With tensor conditions it is guided as in the method, since its guided samples are the student's target.
+        """
+        teacher = self.method.role("teacher")
+        if teacher is not None and self.conditions and self.method.guidance != 1:
+            return Guided(teacher, self.method.guidance)
+        return self.method.ema if teacher is None and isinstance(self.method, Diffusion) else teacher
+
+    @cached_property
+    def conditions(self) -> bool:
+        """Whether the data brings conditions that are tensors, such as text, besides samples and labels."""
+        return not self.data.info.classes and bool(self._rows(1))
+
+    @property
+    def batch_rows(self) -> int:
+        """Batch size of sampling."""
+        return self.data.batch_size if self.conditions else 1000
+
+    def noise(self, n: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """n fixed noises and conditions: balanced labels, or those of the data's first rows, each for two noises."""
+        z = torch.randn(n, *self.method.shape, generator=torch.Generator().manual_seed(seed))
+        classes = self.data.info.classes
+        return z, {"label": torch.arange(n) % classes} if classes else self._rows(n)
+
+    def _rows(self, n: int) -> dict[str, Tensor]:
+        batch = self.data.all(-(-n // 2))
+        conditions = {k: v for k, v in batch.items() if isinstance(v, Tensor) and k not in SAMPLES}
+        return {k: v[torch.arange(n) % len(v)] for k, v in conditions.items()}
+
+    def suite(self, folder: Path | None = None) -> Any:
+        """The metrics of this data: against an exact law for toys; against the data's samples for images; for latents
+        under tensor conditions against the data's, or without samples against the teacher's, saved in `folder`."""
+        if self.data.oracle is not None:
+            return suite.ToySuite(self.data.oracle)
+        if self.conditions or self.data.info.encoder:
+            return self._latents(folder)
+        real, held_out = self.data.all(), self._held_out()
+        if "x" not in real:
+            raise BadInput(
+                "The dataset has conditions but no samples, so metrics have no reference: set eval.reference, or train on "
+                "distill.data.shards.Shards."
+            )
+        metric = self.method.metric
+        reward = None if getattr(metric, "paired", False) else metric
+        return suite.ImageSuite(
+            real["x"],
+            real.get("label"),
+            held_out,
+            reward,
+            metrics=self._metrics(),
+            decode=_decoder(self.cfg.eval.decode),
+            allow=self.allow,
+        )
+
+    def _metrics(self) -> Any:
+        return OmegaConf.to_container(self.cfg.eval)["metrics"]
+
+    def _captions(self, n: int) -> list[str]:
+        """Those of the rows that `noise` takes its conditions from."""
+        found = self.data.all(-(-n // 2), conditions=False)["caption"]
+        return [found[i % len(found)] for i in range(n)]
+
+    def _held_out(self, *most: int) -> Tensor | None:
+        if not self.cfg.eval.reference:
+            return None
+        _check_path(self.cfg.eval.reference, "eval.reference")
+        return _samples(config.build(self.cfg.eval.reference, self.allow, "eval.reference"), *most)
+
+    def _latents(self, folder: Path | None) -> latents.LatentSuite:
+        settings, decode = self.cfg.roles.get("teacher") or {}, None
+        if str(settings.get(config.TARGET, "")).endswith("diffusers.load"):
+            decode = latents.decoder(settings["path"], lambda: next(self.method.student.parameters()).device)
+        asked = {
+            "metrics": self._metrics(),
+            "allow": self.allow,
+            "look": _decoder(self.cfg.eval.decode or (settings["path"] if decode else None)),
+            "captions": self._captions if self.data.info.captions else None,
+        }
+        count, seed, steps = self.cfg.eval.samples, self.cfg.eval.seed + 1, max(self.cfg.eval.evaluations)
+        held_out, own = self._held_out(count), self.data.samples
+        if own or held_out is not None:
+            x, other = (_samples(self.data, count), held_out) if own else (held_out, None)
+            return latents.LatentSuite(x, decode=decode, held_out=other, **asked)
+        if self.teacher is None:
+            raise BadInput(
+                "The dataset has conditions but no samples, and there is no teacher to draw a reference from: set "
+                "eval.reference, or train on distill.data.shards.Shards."
+            )
+        price = 2 if isinstance(self.teacher, Guided) else 1
+
+        def reference() -> Tensor:
+            z, cond = self.noise(count, seed)
+            made = training_free.baseline(
+                self.teacher, z, cond, (steps * price,), ("ddim",), ("uniform",), batch=self.batch_rows
+            )
+            return made[steps * price]["ddim/uniform"]
+
+        key = f"{settings.get('path')}, {count} samples of seed {seed}, {steps} steps, w = {self.method.guidance:g}"
+        return latents.LatentSuite(reference, folder and Path(folder) / "reference.safetensors", key, decode, **asked)
+
+
+def _decoder(folder: str | None) -> Any:
+    return decoder(folder, "cuda" if torch.cuda.is_available() else "cpu") if folder else None
+
+
+def _samples(data: Dataset, *most: int) -> Tensor:
+    """x of a dataset."""
+    return data.all(*most, conditions=False)["x"]
+
+
+def build_experiment(cfg: DictConfig, allow: tuple[str, ...] = (), build: Any = config.build) -> Experiment:
+    """Set the seed, build data, roles (by `build`) and method, and check that they are compatible."""
+    for key in ("method", "data", "roles"):
+        if not cfg[key]:
+            raise BadInput(f"The config has no '{key}'; start from one in configs/, for example configs/toy/tdm.yaml.")
+    for key in ("method", "data"):
+        if not cfg[key].get(config.TARGET):
+            raise BadInput(f"{key}._target_ is missing; name a class, for example distill.{key}s.TDM for a method.")
+    _check_path(cfg.data, "data", cfg.roles)
+    torch.manual_seed(cfg.seed)
+    if cfg.train.threads:
+        torch.set_num_threads(cfg.train.threads)
+    data = config.build(cfg.data, allow, "data")
+    if not isinstance(data, Dataset):
+        raise BadInput(f"data._target_: {cfg.data[config.TARGET]} is not a Dataset; name a class of distill.data.")
+    roles = _build_roles(cfg, allow, build)
+    _set_null_conditions(roles, data)
+    data.accumulate = cfg.engine.accumulate
+    optim = {role: Optim(**settings) for role, settings in cfg.optim.items()}
+    method = config.build(cfg.method, allow, "method", roles=roles, optim=optim)
+    if not isinstance(method, Method):
+        raise BadInput(f"method._target_: {cfg.method['_target_']} is not a Method; name one of distill.methods.")
+    check_compatible(method, data)
+    _check_optimizers(method)
+    return Experiment(cfg, method, data, allow)
+
+
+def _check_optimizers(method: Method) -> None:
+    """Raises BadInput for optimizer settings that torch refuses, before anything is written."""
+    for role, settings in method.optim.items():
+        weights = list(getattr(method, role).parameters())
+        if not weights:
+            raise BadInput(f"roles.{role} has no weights to train; give it a network of distill.models.")
+        try:
+            optimizer_of(settings, weights, role)
+        except BadInput:
+            raise
+        except (TypeError, ValueError, RuntimeError) as error:
+            text = str(error).splitlines()[0]
+            raise BadInput(f"optim.{role}: torch.optim.{settings.name} refuses its settings: {text}") from error
+
+
+def _set_null_conditions(roles: dict[str, Any], data: Any) -> None:
+    """Sets the null (unconditional) condition of networks that lack one from the dataset."""
+    for role in roles.values():
+        net, null = network_of(role), data.null
+        if net.needs_null and null is not None:
+            net.set_null(null)
+
+
+def _build_roles(cfg: DictConfig, allow: tuple[str, ...], build: Any) -> dict[str, Any]:
+    roles = build(cfg.roles, allow, "roles")
+    layout, settings = (roles.pop(k, None) if isinstance(roles, dict) else None for k in ("layout", "adapter"))
+    for name, role in roles.items() if isinstance(roles, dict) else [("_target_", None)]:
+        if not isinstance(role, (torch.nn.Module, str)):
+            raise BadInput(f"roles.{name} is no network; give it a _target_, such as distill.denoise.Denoiser.")
+    apply_layout(roles, layout or "full", settings)
+    return roles
+
+
+def _check_path(settings: DictConfig, key: str, roles: Any = None) -> None:
+    """Refuse a source whose files are not there, and name the command that makes them."""
+    path = settings.get("path")
+    if not isinstance(path, str) or any(c in path for c in "{*?[") or Path(path).expanduser().exists():
+        return
+    out = Path(path).parent if Path(path).name in ("train", "test") else Path(path)
+    kind = "digits" if "digits" in out.parts else "images PHOTOS"
+    kind = "pairs CONFIG" if settings[config.TARGET].endswith("Pairs") else kind
+    teacher = (roles or {}).get("teacher") or {}
+    if settings[config.TARGET].endswith("Buckets"):
+        kind = "encode PHOTOS --pipeline P --buckets"
+    elif kind == "images PHOTOS" and str(teacher.get(config.TARGET, "")).endswith("diffusers.load"):
+        kind, out = (
+            "prompts FILE" if out.name.endswith("prompts") else "encode SOURCE",
+            f"{out} --pipeline {teacher['path']}",
+        )
+    raise BadInput(f"{key}.path: {path} does not exist; make it by `distill data {kind} {out}`, or correct the path.")

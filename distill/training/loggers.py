@@ -1,0 +1,175 @@
+"""Dashboards: Weights & Biases and TensorBoard, one logger each, opened by `log.to`."""
+
+from __future__ import annotations
+
+import json
+import netrc
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from distill.errors import BadInput
+from distill.files import markdown_table
+from distill.training.records import AlarmFile, MetricsFile
+
+
+class WandbLogger:
+    """A Weights & Biases run; offline without an API key, and it never prompts.
+
+    `log` is the config's section. `log.wandb`: auto (WANDB_MODE if set, else online when there is a key), online, offline.
+    The run id is kept in `folder/wandb_id`, and every process announces that it may resume that run, so that `wandb sync`
+    joins the offline parts of a restarted run.
+
+    Raises:
+        BadInput: online without a key, or wandb refuses to start.
+    """
+
+    def __init__(self, folder: Path, log: Any, name: str, config: dict[str, Any], files: list[Path] = ()):
+        import wandb
+
+        mode = log.wandb
+
+        if mode == "auto":
+            mode = os.environ.get("WANDB_MODE") or ("online" if has_api_key() else "offline")
+        if mode == "online" and not has_api_key():
+            raise BadInput("log.wandb=online needs a key: set WANDB_API_KEY, or run `wandb login`, or take offline.")
+        identity = folder / "wandb_id"
+        if not identity.exists():
+            identity.write_text(secrets.token_hex(4))
+        self.wandb = wandb
+        try:
+            self.run = wandb.init(
+                project=log.project,
+                entity=log.entity,
+                group=log.group,
+                tags=list(log.tags) or None,
+                name=name,
+                config=config,
+                dir=str(folder),
+                mode=mode,
+                id=identity.read_text(),
+                resume="allow",
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+            for path in files:
+                self.run.save(str(path), base_path=str(path.parent), policy="now")
+        except Exception as error:  # no network, a refused key, a bad project: each its own class
+            text = " ".join(str(error).split())
+            raise BadInput(f"wandb did not start ({text}); take log.wandb=offline and sync later.") from error
+
+    def write(self, row: dict[str, Any], step: int) -> None:
+        self.run.log(row, step=step)
+
+    def picture(self, name: str, path: Path, step: int, caption: str) -> None:
+        self.run.log({name: self.wandb.Image(str(path), caption=caption)}, step=step)
+
+    def alarm(self, alarm: Any) -> None:
+        self.run.log({f"alarms/{alarm.kind}": 1}, step=alarm.step)
+        self.run.alert(title=alarm.kind, text=alarm.said, level=self.wandb.AlertLevel.WARN, wait_duration=0)
+
+    def chart(self, name: str, steps: list[int], series: dict[str, list[float]]) -> None:
+        """Several curves over one axis: the student's and the teacher baseline."""
+        table = self.wandb.plot.line_series(steps, list(series.values()), keys=list(series), title=name, xname="step")
+        self.run.log({f"charts/{name}": table}, step=steps[-1])
+
+    def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        self.run.log({name: self.wandb.Table(columns=columns, data=rows)})
+
+    def artifact(self, kind: str, path: Path, **facts: Any) -> None:
+        """Upload a file or folder as an artifact of type `kind` ("checkpoint" or "export")."""
+        artifact = self.wandb.Artifact(f"{self.run.name}-{kind}".replace("/", "-"), type=kind, metadata=facts)
+        artifact.add_dir(str(path)) if path.is_dir() else artifact.add_file(str(path))
+        self.run.log_artifact(artifact)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def has_api_key() -> bool:
+    """Whether wandb would find a key without asking: in the environment or the netrc file."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0]
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+class TensorBoardLogger:
+    """TensorBoard event files in `folder/tensorboard`; the page is `tensorboard --logdir` of it.
+
+    Every metric has a chart with the teacher baseline on the Custom Scalars page. `until`: events of later steps, done in
+    vain by a process that died, are hidden by TensorBoard.
+
+    Raises:
+        BadInput: the package is not installed.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any], until: int = -1):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise BadInput(
+                "log.to: tensorboard needs its package: pip install 'distill-diffusion[tensorboard]'."
+            ) from None
+        self.out = SummaryWriter(str(folder / "tensorboard"), purge_step=until + 1 if until >= 0 else None)
+        self.charts: dict[str, list[str]] = {}
+        if until < 0:
+            self.out.add_text("config", f"```\n{json.dumps(config, indent=2)}\n```", 0)
+
+    def write(self, row: dict[str, Any], step: int) -> None:
+        for name, value in row.items():
+            self.out.add_scalar(name, value, step)
+
+    def picture(self, name: str, path: Path, step: int, caption: str) -> None:
+        import numpy
+        from PIL import Image
+
+        self.out.add_image(name, numpy.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
+        self.out.flush()
+
+    def alarm(self, alarm: Any) -> None:
+        self.out.add_scalar(f"alarms/{alarm.kind}", 1, alarm.step)
+        self.out.add_text("alarms", alarm.said, alarm.step)
+
+    def chart(self, name: str, steps: list[int], series: dict[str, list[float]]) -> None:
+        tags = [f"validation/{name}", *(f"validation/{label}/{name}" for label in series if label != "student")]
+        if self.charts.get(name) != tags:
+            self.charts[name] = tags
+            layout = {n: ["Multiline", [f"^{t}$" for t in found]] for n, found in self.charts.items()}
+            self.out.add_custom_scalars({"student and teacher": layout})
+
+    def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        cells = [[f"{v:.4g}" if isinstance(v, float) else v for v in row] for row in rows]
+        self.out.add_text(name, markdown_table(columns, cells))
+
+    def close(self) -> None:
+        self.out.close()
+
+
+def open_loggers(
+    opened: list[Any], folder: Path, log: Any, name: str, config: dict[str, Any], until: int, files: list[Path] = ()
+) -> None:
+    """Add to `opened` what the config's `log` asks for, one by one, so that those before a failing one can be closed.
+
+    `until`: the step from which the run goes on; `files`: what else a dashboard should keep, such as the code's state.
+    """
+    opened += [MetricsFile(folder / "metrics.csv", until), AlarmFile(folder / "alarms.jsonl", until)]
+    if "tensorboard" in log.to:
+        opened.append(TensorBoardLogger(folder, config, until))
+    if "wandb" in log.to and log.wandb != "disabled":
+        opened.append(WandbLogger(folder, log, name, config, files))
+
+
+def log_export(folder: Path, log: Any, name: str, path: Path) -> bool:
+    """Upload an export as an artifact of the run in `folder`, if the run's config asks for it; returns whether it did."""
+    if not log.artifacts or "wandb" not in log.to or log.wandb == "disabled":
+        return False
+    logger = WandbLogger(folder, log, name, {})
+    try:
+        logger.artifact("export", path)
+    finally:
+        logger.close()
+    return True

@@ -1,0 +1,1 @@
+"""Where networks live and how they step: ddp, FSDP2, DeepSpeed."""

@@ -1,0 +1,108 @@
+"""The run folder's own logs: rows in `metrics.csv`, alarms in `alarms.jsonl`.
+
+A logger has `write(row, step)` and what it can of `back(step)`, `picture(name, path, step, caption)`, `alarm(alarm)`,
+`chart(name, steps, series)`, `table(name, columns, rows)`, `close()`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from distill.errors import BadInput
+from distill.files import read_csv, write_csv, write_text
+
+
+class MetricsFile:
+    """`metrics.csv`: rows with their step, appended; a new column rewrites the file with the union of columns.
+
+    `until`: the step from which a run goes on; rows of later steps, done in vain by a process that died, are dropped.
+    """
+
+    def __init__(self, path: str | Path, until: int = -1):
+        self.path = Path(path)
+        self.columns: list[str] = []
+        self.back(until)
+
+    def back(self, until: int) -> None:
+        """Drop the rows of later steps."""
+        if self.path.exists():
+            with open(self.path, newline="") as file:
+                reader = csv.DictReader(file)
+                self.columns = list(reader.fieldnames or [])
+                rows = [r for r in reader if str(r["step"]).isdigit() and int(r["step"]) <= until]
+            self._rewrite(rows)
+
+    def write(self, row: dict[str, Any], step: int) -> None:
+        row = {"step": step, **row}
+        new = [c for c in row if c not in self.columns]
+        if new:
+            self._widen(new)
+        with open(self.path, "a", newline="") as file:
+            csv.DictWriter(file, self.columns, restval="").writerow(row)
+
+    def _widen(self, new: list[str]) -> None:
+        rows = read_csv(self.path)
+        self.columns = [*self.columns, *new]
+        self._rewrite(rows)
+
+    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+        write_csv(self.path, self.columns, rows)
+
+
+class AlarmFile:
+    """`alarms.jsonl`: one object an alarm, appended; absent while there was none. `until` as in MetricsFile."""
+
+    def __init__(self, path: str | Path, until: int = -1):
+        self.path = Path(path)
+        self.back(until)
+
+    def back(self, until: int) -> None:
+        """Drop the alarms of later steps."""
+        if self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines(True) if _step(line) <= until]
+            write_text(self.path, "".join(kept))
+
+    def write(self, row: dict[str, Any], step: int) -> None:
+        """Rows are the CSV's."""
+
+    def alarm(self, alarm: Any) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps(alarm._asdict()) + "\n")
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:  # the process died while it wrote this line
+        return math.inf
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """Rows of a run's `metrics.csv` as numbers, `step` among them, without empty cells; none where there is no file.
+
+    Raises:
+        BadInput: a cell is not a number.
+    """
+    path, rows = folder / "metrics.csv", []
+    for line, row in enumerate(read_csv(path), start=2):
+        try:
+            values = {name: float(cell) for name, cell in row.items() if name and cell}
+        except ValueError as error:
+            raise BadInput(f"{path}: line {line} is damaged ({error}); remove that line.") from None
+        if "step" in values:
+            rows.append(values | {"step": int(values["step"])})
+    return rows
+
+
+def history(folder: Path, until: float = math.inf) -> list[dict[str, float]]:
+    """The validations in a run's `metrics.csv`, step by step: what each measured, without the prefix `validation/`."""
+    found = []
+    for row in read_metrics(folder):
+        values = {k.removeprefix("validation/"): v for k, v in row.items() if k.startswith("validation/")}
+        if values and row["step"] <= until:
+            found.append({"step": row["step"]} | values)
+    return found

@@ -1,0 +1,222 @@
+"""Validation: scores beside the teacher baseline, pictures, alarms, best checkpoints, early stopping."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.files import write_text
+from distill.metrics import table
+from distill.metrics.collapse import collapse_indicators
+from distill.metrics.evaluate import draw_samples, panel_samples
+from distill.training import baseline, checkpoints
+from distill.training.alarms import Alarm, MetricMonitor, halfway_step, rules_for
+from distill.training.callbacks import MetricLogger, PeriodicCallback, console
+from distill.training.probes import probes
+from distill.training.records import history
+from distill.training.run_folder import is_rank_zero
+
+STOPPED = "stopped.txt"
+
+
+class Validation(PeriodicCallback):
+    """Validates every `train.validate_every` steps, at the start, and at the end of a run that was not interrupted.
+
+    Rank 0 measures and decides; other ranks take part in sharded forward passes and receive its alarms and decision to
+    stop. Earlier validations are read from `metrics.csv`, so a resumed run decides as an uninterrupted one.
+
+    Args:
+        cfg: the run's config.
+        folder: the run's.
+        tests: what to measure, of `distill.metrics.suite`.
+        fixed: noises and conditions of every validation.
+        record: where it is written.
+        writer: writer of checkpoints, which receives each score if the best are kept; None on ranks that write nothing.
+        name: of the teacher baseline; see `baseline.fingerprint`.
+        rows: samples made in one call.
+    """
+
+    def __init__(
+        self,
+        cfg: Any,
+        folder: Path,
+        tests: Any,
+        fixed: tuple[Tensor, dict[str, Tensor]],
+        record: MetricLogger,
+        writer: Any,
+        name: str,
+        rows: int = 1000,
+    ):
+        super().__init__(cfg.train.validate_every, self.validate, start=True, finished=True)
+        self.cfg, self.folder, self.tests, self.record, self.writer = cfg, folder, tests, record, writer
+        (self.z, self.cond), self.path, self.draw = (
+            fixed,
+            baseline.baseline_path(folder, name),
+            partial(draw_samples, batch=rows),
+        )
+        self.baseline: baseline.Scores | None = None
+        self.fresh: baseline.Scores | None = None  # measured here, and kept once the run has made a step
+        self.alarms: list[Alarm] = []
+        self.stopped, self.past, self.monitor = "", [], None
+
+    def on_train_start(self, trainer, method):
+        self.reload_history()
+        super().on_train_start(trainer, method)
+
+    def on_train_batch_end(self, trainer, method, outputs, batch, index):
+        super().on_train_batch_end(trainer, method, outputs, batch, index)
+        if self.fresh and is_rank_zero():
+            baseline.save_baseline(self.path, self.fresh)
+        self.fresh = None
+        if self.stopped:
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer, method):
+        super().on_train_end(trainer, method)
+        if is_rank_zero() and self.baseline is not None and (self.stopped or method.step >= method.total_steps):
+            self.summary(method)
+
+    def reload_history(self) -> None:
+        """What `metrics.csv` has of earlier validations: after a restart, and after steps were undone."""
+        self.past = history(self.folder) if is_rank_zero() else []
+
+    def validate(self, method: Any) -> None:
+        if is_rank_zero() or method.placement.sharded:
+            self.tests.prepare()  # a reference that the teacher makes, with all its shards
+        if self.baseline is None:
+            self.baseline = self.teacher(method)
+            self.monitor = MetricMonitor(halfway_step(method), method.warm_start, rules_for(method))
+            for row in self.past:
+                self.monitor.check(row["step"], row, self.reference)
+        row, alarms, self.monitor.half = None, [], halfway_step(method)
+        if is_rank_zero() or method.placement.sharded:
+            generator = lambda z: torch.Generator(z.device).manual_seed(0)
+            x = self.draw(lambda z, c: method.sample(z, c, generator=generator(z)), self.z, self.cond, method.student)
+            asked = probes(method, self.z, x, self.cond, self.tests)
+            if is_rank_zero():
+                row = (
+                    self.tests.score(x, self.cond, quick=True) | collapse_indicators(x, self.cond, self.tests.x) | asked
+                )
+                alarms = self.monitor.check(method.step, row, self.reference)
+                self.write(method, x, row)
+        alarms, self.stopped = method.placement.gather((alarms, self.plateau(row)))[0]
+        for alarm in alarms:
+            self.alarm(alarm)
+        if self.stopped and is_rank_zero():
+            write_text(self.folder / STOPPED, f"step {method.step}: {self.stopped}\n")
+            console.print(f"Stopping at step {method.step}: {self.stopped}", highlight=False)
+
+    def alarm(self, alarm: Alarm) -> None:
+        """On the console, in `alarms.jsonl` and on the dashboards."""
+        self.alarms.append(alarm)
+        if is_rank_zero():
+            console.print(f"ALARM at step {alarm.step}, {alarm.kind}: {alarm.said}", highlight=False)
+            self.record.log_event("alarm", alarm)
+
+    # -- the teacher -------------------------------------------------------------------------------------------------
+
+    def teacher(self, method: Any) -> baseline.Scores:
+        """Its scores: saved ones, else measured now; rank 0 decides which."""
+        found = method.placement.gather(baseline.read_baseline(self.path) if is_rank_zero() else None)[0]
+        if found is None and (is_rank_zero() or method.placement.sharded):
+            most = max(self.cfg.eval.evaluations)
+            found = baseline.measure_baseline(
+                method, self.tests, self.z, self.cond, most, self.draw, scores=is_rank_zero()
+            )
+            self.fresh = found
+        return found or {}
+
+    @property
+    def reference(self) -> dict[str, float]:
+        """What the student is compared with: the teacher at the most steps, else the data."""
+        return list(self.baseline.values())[-1] if self.baseline else {}
+
+    # -- the student -------------------------------------------------------------------------------------------------
+
+    def write(self, method: Any, x: Tensor, row: dict[str, float]) -> None:
+        step, train = method.step, self.cfg.train
+        self.past.append({"step": step} | row)
+        teacher = {
+            f"validation/{who}/{k}": v for who, values in self.baseline.items() for k, v in values.items() if k in row
+        }
+        self.record.write({f"validation/{k}": v for k, v in row.items()} | teacher, step)
+        self.chart([self.tests.headline])
+        score = checkpoints.rank(row, self.best)
+        if train.keep_best and self.writer:
+            self.writer.score(step, score)
+        path = self.folder / "samples" / f"step-{step:08d}.png"
+        path.parent.mkdir(exist_ok=True)
+        said = f"step {step}, {method.grid.steps} evaluations"
+        self.tests.picture({said: panel_samples(x)}, path)
+        self.record.log_event("picture", "samples", path, step, said)
+        values = "  ".join(f"{k} {v:.4g}" for k, v in row.items())
+        console.print(f"validation at step {step}: {values}", highlight=False)
+
+    def chart(self, names: list[str]) -> None:
+        """The student's curve of a metric beside the teacher baseline."""
+        for name in names:
+            rows = [r for r in self.past if name in r]
+            student = {"student": [r[name] for r in rows]}
+            flat = {who: [v[name]] * len(rows) for who, v in self.baseline.items() if name in v}
+            if rows:
+                self.record.log_event("chart", name, [r["step"] for r in rows], student | flat)
+
+    def summary(self, method: Any) -> None:
+        """At the end: every chart, and a table of the last student, the best one, and the teacher."""
+        last = self.past[-1] if self.past else {}
+        names = [k for k in last if k != "step"]
+        self.chart(names)
+        rows = {f"student, step {last['step']}": last} if last else {}
+        if self.past:
+            best = min(self.past, key=lambda r: checkpoints.rank(r, self.best))
+            rows = {f"best student, step {best['step']}": best} | rows
+        rows |= self.baseline
+        table = [[who, *(values.get(k) for k in names)] for who, values in rows.items()]
+        self.record.log_event("table", "final", ["", *names], table)
+
+    def upload_checkpoint(self) -> None:
+        """The newest checkpoint as an artifact, if `log.artifacts`."""
+        found = checkpoints.complete(self.folder / "checkpoints") if self.cfg.log.artifacts else []
+        if found:
+            self.record.log_event("artifact", "checkpoint", found[-1])
+
+    # -- when to stop ------------------------------------------------------------------------------------------------
+
+    @property
+    def best(self) -> str:
+        return best(self.cfg, self.tests)
+
+    def plateau(self, row: dict[str, float] | None) -> str:
+        return plateau(self.past, self.best, self.cfg.train) if row else ""
+
+
+def best(cfg: Any, tests: Any) -> str:
+    """What the best is: "min fd", "max accuracy"."""
+    return cfg.train.best or f"{'max' if table.higher(tests.headline) else 'min'} {tests.headline}"
+
+
+def plateau(past: list[dict[str, float]], best: str, train: Any) -> str:
+    """Why a run with these validations should stop; empty: it should not, or `train.patience` is 0.
+
+    That is when the last `patience` of them have not improved on the best before by more than `min_delta`.
+    """
+    if not train.patience:
+        return ""
+    scores = [(row["step"], checkpoints.rank(row, best)) for row in past]
+    top, since = None, 0
+    for step, value in scores:
+        if top is None or value < top[1] - train.min_delta:
+            top, since = (step, value), 0
+        else:
+            since += 1
+    if since < train.patience:
+        return ""
+    name, value = best.rpartition(" ")[2], -top[1] if best.startswith("max") else top[1]
+    return (
+        f"{name} has not improved on {value:.4g} of step {top[0]} by more than {train.min_delta:g} in {since} validations "
+        f"(train.patience={train.patience}); raise it and use --resume to continue."
+    )
