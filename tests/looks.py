@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from distill.data import image
-from distill.nets.diffusers import tiny as families
+from distill.data.sources import image
+from distill.models.diffusers import tiny as families
 
 
 def clip(folder: Path, side: int = 32, scale: float | None = None) -> str:
@@ -16,8 +16,10 @@ def clip(folder: Path, side: int = 32, scale: float | None = None) -> str:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = transformers.CLIPConfig(
-        text_config=families.clip(16, 16).config.to_dict(), projection_dim=16,
-        vision_config=sizes | {"image_size": side, "patch_size": 8, "projection_dim": 16})  # fmt: skip
+        text_config=families.clip(16, 16).config.to_dict(),
+        projection_dim=16,
+        vision_config=sizes | {"image_size": side, "patch_size": 8, "projection_dim": 16},
+    )
     model = transformers.CLIPModel(config).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3) if p.ndim > 1 else None
@@ -33,14 +35,21 @@ def clip(folder: Path, side: int = 32, scale: float | None = None) -> str:
 def dinov2(folder: Path) -> str:
     """A Dinov2Model in `folder`, with a processor as published: it resizes to another size and crops."""
     torch.manual_seed(1)
-    model = transformers.Dinov2Model(transformers.Dinov2Config(
-        hidden_size=12, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=28, patch_size=14)).eval()
+    model = transformers.Dinov2Model(
+        transformers.Dinov2Config(
+            hidden_size=12, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=28, patch_size=14
+        )
+    ).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3) if p.ndim > 1 else None
     model.save_pretrained(folder)
     transformers.BitImageProcessorPil(
-        size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224}, image_mean=[0.485, 0.456, 0.406],
-        image_std=[0.229, 0.224, 0.225], resample=3).save_pretrained(folder)
+        size={"shortest_edge": 256},
+        crop_size={"height": 224, "width": 224},
+        image_mean=[0.485, 0.456, 0.406],
+        image_std=[0.229, 0.224, 0.225],
+        resample=3,
+    ).save_pretrained(folder)
     return str(folder)
 
 

@@ -19,9 +19,12 @@ class Nursery:
 
     def __init__(self):
         self.process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        )
 
     def _ask(self, **question) -> int:
         self.process.stdin.write(json.dumps(question) + "\n")
@@ -84,8 +87,8 @@ def _serve() -> None:
     torch.set_num_threads(1)
     os.fsync = lambda file: None  # a killed process leaves its writes to the kernel; only a power cut asks for more
     import distill.cli
+    import distill.inspect.results
     import distill.methods
-    import distill.run
 
     for name in distill.methods.names():
         getattr(distill.methods, name)

@@ -12,8 +12,10 @@ import json
 import tempfile
 from pathlib import Path
 
-from distill import config, run
+from distill import config
 from distill.errors import BadInput
+from distill.inspect.measure import toy_scores
+from distill.training.run import train
 
 TOYS = Path(__file__).parents[1] / "configs" / "toy"
 
@@ -26,7 +28,7 @@ def reaches(name: str, factor: float, seed: int) -> dict:
     cfg = config.load([TOYS / f"{name}.yaml"], [*quiet, f"seed={seed}", *rates])
     with tempfile.TemporaryDirectory() as folder:
         try:
-            found = run.toy_scores(run.train(cfg, Path(folder) / "run"))
+            found = toy_scores(train(cfg, Path(folder) / "run"))
         except BadInput as error:
             return {"reached": False, "stopped": str(error)}
     scores = {key: found[key] for key in cfg.expect}

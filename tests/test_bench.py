@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from distill import bench as module
 from distill import config, methods
+from distill.inspect import bench as module
+from distill.inspect.plan.cards import CARDS, card_of_device
 
 TOY = Path(__file__).parents[1] / "configs" / "toy" / "teacher.yaml"
 SMALL = ["log.wandb=disabled", "train.threads=1", "data.batch_size=256"]
@@ -57,9 +58,18 @@ def test_the_phases_make_up_the_step(plain):
     assert f"{plain['ratio']:.3f}" in text and "| student |" in text and "| all |" in text
 
 
-TINY = ["roles.teacher.net.size=8", "roles.teacher.net.width=32", "roles.teacher.net.depth=1", "roles.teacher.net.heads=2",
-        "roles.teacher.net.classes=4", "data.shape=[16,8,8]", "data.classes=4", "log.wandb=disabled", "train.threads=1",
-        "engine.accelerator=cpu"]  # fmt: skip
+TINY = [
+    "roles.teacher.net.size=8",
+    "roles.teacher.net.width=32",
+    "roles.teacher.net.depth=1",
+    "roles.teacher.net.heads=2",
+    "roles.teacher.net.classes=4",
+    "data.shape=[16,8,8]",
+    "data.classes=4",
+    "log.wandb=disabled",
+    "train.threads=1",
+    "engine.accelerator=cpu",
+]
 
 
 def test_a_real_size_made_tiny_tells_what_each_role_keeps_and_the_share_of_the_peak():
@@ -81,18 +91,44 @@ def test_a_real_size_made_tiny_tells_what_each_role_keeps_and_the_share_of_the_p
 
 def test_adapters_and_their_base_are_one_call():
     cfg = config.load([TOY.parents[1] / "bench" / "dit-2b.yaml"], [*TINY, "roles.layout=shared_base"])
-    method = module.assemble(cfg).method
-    watch = module.Watch(method, 0, 1)
-    watch.recording = True
+    method = module.build_experiment(cfg).method
+    profiler = module.StepProfiler(method, 0, 1)
+    profiler.recording = True
     z, t = module.torch.zeros(2, 16, 8, 8), module.torch.rand(2)
     method.student(z, t, label=module.torch.zeros(2, dtype=module.torch.long))
-    assert [net for _, net, *_ in watch.calls] == [method.student.net]
+    assert [net for _, net, *_ in profiler.calls] == [method.student.net]
+
+
+@pytest.mark.parametrize(
+    "device, name",
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A10G", "a10g"),
+        ("NVIDIA A10", "a10"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA GeForce RTX 4090", "4090"),
+        ("NVIDIA GeForce GT 710", None),
+    ],
+)
+def test_a_device_has_the_card_of_its_longest_name(device, name):
+    assert card_of_device(device) is (CARDS[name] if name else None)
 
 
 @pytest.mark.slow
 def test_bench_of_two_processes(tmp_path):
     keys = [*TINY, "engine.devices=2", "engine.strategy=fsdp"]
-    command = [sys.executable, "-m", "distill.cli", "bench", str(TOY.parents[1] / "bench" / "dit-2b.yaml"), *keys, "--steps", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "distill.cli",
+        "bench",
+        str(TOY.parents[1] / "bench" / "dit-2b.yaml"),
+        *keys,
+        "--steps",
+        "1",
+    ]
     env = os.environ | {"PYTHONPATH": str(TOY.parents[2]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -17,11 +17,11 @@ import torch
 from click.testing import CliRunner
 
 from distill.cli import main
-from distill.engine import checkpoint
+from distill.training import checkpoints
 
 TEACHER = str(tiny.TOY / "teacher.yaml")
 SHARDS = "data={_target_: distill.data.shards.Shards, path: PATH, batch_size: 4}"
-STOCK = "roles={teacher: {_target_: distill.nets.diffusers.load, path: PATH}}"
+STOCK = "roles={teacher: {_target_: distill.models.diffusers.load, path: PATH}}"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -91,30 +91,39 @@ def test_the_version_is_told():
 # -- train ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("keys, says", [
-    (["train.stepps=3"], ["Unknown key 'train.stepps'", "Did you mean 'steps'"]),
-    (["roles.student.net.witdh=3"], ["Unknown key 'roles.student.net.witdh'", "Did you mean 'width'"]),
-    (["method.gird=3"], ["Unknown key 'method.gird'", "Did you mean 'grid'"]),
-    (["train.steps=many"], ["train.steps: Value 'many'"]),
-    (["roles.student.net.dim=two"], ["roles.student.net.dim: expected int, got 'two'"]),
-    (["roles.student.prediction=flwo"], ["roles.student: prediction 'flwo'", "Did you mean 'flow'"]),
-    (["roles.studnet=${roles.student}"], ["roles.studnet: Diffusion has no such role", "Did you mean 'student'"]),
-    (["optim.critic.lr=1"], ["optim.critic: not a trainable role"]),
-    (["optim.student.name=AdamWW"], ["optim.student.name: torch.optim has no 'AdamWW'", "Did you mean 'AdamW'"]),
-    (["method.grid=[0.9, 0]"], ["method: grid starts at 0.9", "make the first time 1"]),
-    (["method._target_=distill.methods.Difusion"], ["method._target_", "Did you mean 'Diffusion'"]),
-    (["method._target_=os.system"], ["method._target_: 'os.system' is outside distill", "--allow os"]),
-    ([SHARDS.replace("PATH", "data/digits/train")],
-     ["data.path: data/digits/train", "`distill data digits data/digits`"]),
-    (["data={_target_: distill.data.toy.Conditions, shape: [2], classes: 0, batch_size: 4}"],
-     ["data (conditions alone) holds no samples, and Diffusion trains on them"]),
-    ([STOCK.replace("PATH", "/nowhere/teacher")], ["roles.teacher: /nowhere/teacher is no diffusers folder"]),
-    (["log.wandb=onlin"], ["log.wandb: 'onlin' must be one of", "Did you mean 'online'"]),
-    (["optim.student.lr=1e30", "optim.student.clip=0", "train.steps=20", "name=x", "--no-check"],
-     ["student's loss or gradient was not finite", "lr"]),
-    (["name=taken"], ["taken exists and is not a run", "nothing is overwritten"]),
-    (["--resume"], ["toy-teacher holds no run to resume", "leave out --resume"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "keys, says",
+    [
+        (["train.stepps=3"], ["Unknown key 'train.stepps'", "Did you mean 'steps'"]),
+        (["roles.student.net.witdh=3"], ["Unknown key 'roles.student.net.witdh'", "Did you mean 'width'"]),
+        (["method.gird=3"], ["Unknown key 'method.gird'", "Did you mean 'grid'"]),
+        (["train.steps=many"], ["train.steps: Value 'many'"]),
+        (["roles.student.net.dim=two"], ["roles.student.net.dim: expected int, got 'two'"]),
+        (["roles.student.prediction=flwo"], ["roles.student: prediction 'flwo'", "Did you mean 'flow'"]),
+        (["roles.studnet=${roles.student}"], ["roles.studnet: Diffusion has no such role", "Did you mean 'student'"]),
+        (["optim.critic.lr=1"], ["optim.critic: not a trainable role"]),
+        (["optim.student.name=AdamWW"], ["optim.student.name: torch.optim has no 'AdamWW'", "Did you mean 'AdamW'"]),
+        (["method.grid=[0.9, 0]"], ["method: grid starts at 0.9", "make the first time 1"]),
+        (["method._target_=distill.methods.Difusion"], ["method._target_", "Did you mean 'Diffusion'"]),
+        (["method._target_=os.system"], ["method._target_: 'os.system' is outside distill", "--allow os"]),
+        (
+            [SHARDS.replace("PATH", "data/digits/train")],
+            ["data.path: data/digits/train", "`distill data digits data/digits`"],
+        ),
+        (
+            ["data={_target_: distill.data.toy.Conditions, shape: [2], classes: 0, batch_size: 4}"],
+            ["data (conditions alone) holds no samples, and Diffusion trains on them"],
+        ),
+        ([STOCK.replace("PATH", "/nowhere/teacher")], ["roles.teacher: /nowhere/teacher is no diffusers folder"]),
+        (["log.wandb=onlin"], ["log.wandb: 'onlin' must be one of", "Did you mean 'online'"]),
+        (
+            ["optim.student.lr=1e30", "optim.student.clip=0", "train.steps=20", "name=x", "--no-check"],
+            ["student's loss or gradient was not finite", "lr"],
+        ),
+        (["name=taken"], ["taken exists and is not a run", "nothing is overwritten"]),
+        (["--resume"], ["toy-teacher holds no run to resume", "leave out --resume"]),
+    ],
+)
 def test_train_refuses_bad_input_in_one_sentence(here, keys, says):
     (here / "runs" / "taken").mkdir(parents=True)
     (here / "runs" / "taken" / "notes").write_text("mine")
@@ -154,12 +163,14 @@ def test_train_refuses_a_teacher_without_weights(here):
 
 def test_train_refuses_shards_that_the_network_cannot_take(here):
     np.savez("a.npz", x=np.zeros((60, 1, 4, 4), np.uint8), y=np.arange(60) % 5)
-    refuses(distill("data", "npz", "a.npz", "shards"), "a.npz", "channels=first, last or none")
+    refuses(distill("data", "npz", "a.npz", "shards"), "a.npz", "--channels first, last or none")
     made = distill("data", "npz", "a.npz", "shards", "--channels", "first", "--range", "0", "255")
     assert made.exit_code == 0, made.output
     shards = SHARDS.replace("PATH", "shards/train")
     refuses(train(shards), "shards/train", "samples of shape (1, 4, 4), the network of student expects (2,)")
-    net = "{_target_: distill.nets.small.Transformer, size: 4, channels: 1, patch: 2, width: 16, depth: 1, classes: 3}"
+    net = (
+        "{_target_: distill.models.small.Transformer, size: 4, channels: 1, patch: 2, width: 16, depth: 1, classes: 3}"
+    )
     keys = [k for k in tiny.SMALL if not k.startswith(("roles", "data"))]
     result = distill("train", TEACHER, *keys, shards, f"roles.student.net={net}")
     refuses(result, "shards/train", "holds 5 classes, the network of student expects 3")
@@ -224,7 +235,7 @@ def test_sample_writes_a_picture_and_overwrites_nothing(trained, here):
 def test_export_refuses_an_existing_folder_and_a_network_without_a_stock_class(trained, here):
     (here / "student").mkdir()
     refuses(distill("export", trained, "student"), "student exists")
-    refuses(distill("export", trained, "other"), "has no stock scheduler here: export needs")
+    refuses(distill("export", trained, "other"), "has no stock scheduler: export needs")
     assert [p.name for p in here.iterdir()] == ["student"]
 
 
@@ -232,7 +243,7 @@ def test_export_refuses_an_existing_folder_and_a_network_without_a_stock_class(t
 def test_a_folder_that_is_no_run_is_told(here, verb):
     (here / "some").mkdir()
     for folder in ("some", "absent"):
-        refuses(distill(*[folder if v == "RUN" else v for v in verb]), f"{folder} is no run", "config.yaml")
+        refuses(distill(*[folder if v == "RUN" else v for v in verb]), f"{folder} is not a run folder", "config.yaml")
     assert [p.name for p in here.iterdir()] == ["some"]
 
 
@@ -262,14 +273,23 @@ def test_ctrl_c_ends_with_a_checkpoint_and_the_run_goes_on_as_if_it_had_not(here
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and err == "", err
     assert "Interrupted: ending after this step" in out and "--resume" in out
-    found = checkpoint.complete(here / "runs" / "toy-teacher" / "checkpoints")
+    found = checkpoints.complete(here / "runs" / "toy-teacher" / "checkpoints")
     assert len(found) == 1
     steps = int(found[0].name.removeprefix("step-"))
     more = ("optim.student.decay=constant", f"train.steps={steps + 3}")
     assert train(*more, "--resume").exit_code == 0
     assert train(*more, "--runs", "whole").exit_code == 0
-    ends = [checkpoint.load(checkpoint.latest(Path(r) / "toy-teacher" / "checkpoints")) for r in ("runs", "whole")]
+    ends = [checkpoints.load(checkpoints.latest(Path(r) / "toy-teacher" / "checkpoints")) for r in ("runs", "whole")]
     assert ends[0]["step"] == steps + 3
     for part in ("networks", "optimizers", "random"):
         assert tiny.same(ends[0][part], ends[1][part]), part
     assert tiny.rows(here / "runs" / "toy-teacher") == tiny.rows(here / "whole" / "toy-teacher")
+
+
+def test_a_closed_pipe_is_no_error():
+    tree = str(Path(__file__).parents[1])
+    command = f"{sys.executable} -m distill.cli recipes | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": tree}
+    )
+    assert done.returncode == 0 and "Errno" not in done.stderr

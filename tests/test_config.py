@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -67,10 +70,16 @@ def test_a_missing_file_is_named_with_the_nearest_one(tmp_path):
         config.load([tmp_path / "tdn.yaml"])
 
 
-@pytest.mark.parametrize("text, says", [
-    ("a: {null: 1}", 'Write a key called null in quotes, "null"'),
-    ("a: [1", "not valid YAML"), ("- 1", "mapping of keys"), ("5", "not valid YAML"), ("a: 1\na: 2", "not valid YAML"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("a: {null: 1}", 'Write a key called null in quotes, "null"'),
+        ("a: [1", "not valid YAML"),
+        ("- 1", "mapping of keys"),
+        ("5", "not valid YAML"),
+        ("a: 1\na: 2", "not valid YAML"),
+    ],
+)
 def test_a_file_that_is_no_mapping_is_refused_in_one_line(tmp_path, text, says):
     with pytest.raises(BadInput, match=says) as caught:
         config.load([write(tmp_path / "a.yaml", text)])
@@ -136,41 +145,91 @@ def test_interpolations_are_resolved_in_what_is_loaded():
     assert cfg.roles.b == {"x": 1} and "${" not in OmegaConf.to_yaml(cfg)
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        "${oc.env:SECRET}",
+        "pre-${oc.env:SECRET}-fix",
+        "${oc.env:SECRET,none}",
+        "${ oc.env:SECRET }",
+        "${${name}:SECRET}",
+        "${oc.decode:${oc.env:SECRET}}",
+        "${oc.decode:'${roles.b}'}",
+        "${oc.create:'a'}",
+    ],
+)
+def test_resolvers_that_read_the_environment_are_refused(value, tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", "hunter2")
+    file = write(tmp_path / "a.yaml", f'name: oc.env\nroles: {{a: "{value}"}}')
+    with pytest.raises(BadInput, match=r"a\.yaml: roles\.a uses '\$\{.*:\.\.\.\}', which configs may not") as caught:
+        config.load([file])
+    assert "hunter2" not in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(BadInput, match="which configs may not"):
+        config.checked(OmegaConf.create({"roles": {"a": [value]}}))
+
+
+def test_an_override_reads_the_environment_as_a_shell_would(monkeypatch):
+    monkeypatch.setenv("TRIAL", "a7")
+    assert config.load([], ["name=sweep-${oc.env:TRIAL}"]).name == "sweep-a7"
+    with pytest.raises(BadInput, match="^name: the environment variable UNSET is not set"):
+        config.load([], ["name=${oc.env:UNSET}"])
+    for value in ("${${name}:TRIAL}", "${oc.decode:${oc.env:TRIAL}}", "${oc.env:TRIAL,none}"):
+        with pytest.raises(BadInput, match="which configs may not") as caught:
+            config.load([], [f"roles.a={value}"])
+        assert "a7" not in str(caught.value)
+
+
+def test_a_base_may_not_read_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", "hunter2")
+    with pytest.raises(BadInput, match="which configs may not"):
+        config.load([write(tmp_path / "a.yaml", "base: ${oc.env:SECRET}")])
+
+
+def test_select_with_a_default_and_colons_beside_references_stay():
+    cfg = config.load([], ["name=a", "roles.x=${oc.select:roles.none,3}", "roles.y=${name}:${name}"])
+    assert cfg.roles.x == 3 and cfg.roles.y == "a:a"
+
+
 # -- keys and values -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("override, says", [
-    ("trian.steps=3", "Unknown key 'trian'. Did you mean 'train'"),
-    ("train.step=3", "Unknown key 'train.step'. Did you mean 'steps'"),
-    ("optim.student.lrr=3", "Unknown key 'optim.student.lrr'. Did you mean 'lr'"),
-    ("eval={samplse: 3}", "Unknown key 'eval.samplse'. Did you mean 'samples'"),
-    ("log.wandbb=x", "Unknown key 'log.wandbb'. Did you mean 'wandb'"),
-    ("train.steps=abc", "train.steps: Value 'abc'"),
-    ("train.steps=1.5", "train.steps: Value '1.5'"),
-    ("train.steps=", "train.steps: Incompatible value 'None'"),
-    ("optim.student.lr=fast", "optim.student.lr: Value 'fast'"),
-    ("optim.student.betas=[a]", "optim.student.betas"),
-    ("train=5", "train: expected keys of its own, got 5"),
-    ("optim=5", "optim: expected keys of its own"),
-    ("optim.student=5", "optim.student: expected keys of its own"),
-    ("roles=[1]", "roles: expected keys of its own"),
-    ("eval.evaluations=3", "eval.evaluations: expected a list, got 3; write [3]"),
-    ("eval.evaluations=[]", "eval.evaluations"),
-    ("eval.evaluations=[0]", "eval.evaluations"),
-    ("train.steps=0", "train.steps: 0 must be 1 or more"),
-    ("train.log_every=0", "train.log_every: 0 must be 1 or more"),
-    ("optim.student.lr=.nan", "optim.student.lr: nan"),
-    ("optim.student.lr=-1", "optim.student.lr: -1"),
-    ("optim.student.decay=cosin", "decay: 'cosin' must be one of constant, cosine. Did you mean 'cosine'"),
-    ("log.wandb=onlin", "log.wandb: 'onlin' must be one of auto, online, offline, disabled"),
-    ("engine.precision=fp16", "engine.precision: 'fp16'"),
-    ("name=''", "name: give the run a name"),
-    ("roles.x=${nope.y}", "roles.x: Interpolation key 'nope.y' not found"),
-    ("train.steps", "must have the form key=value"),
-    ("=3", "must have the form key=value"),
-    ("train..steps=3", "must have the form key=value"),
-    ("train.steps=[1", "has a value that is not YAML"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "override, says",
+    [
+        ("trian.steps=3", "Unknown key 'trian'. Did you mean 'train'"),
+        ("train.step=3", "Unknown key 'train.step'. Did you mean 'steps'"),
+        ("optim.student.lrr=3", "Unknown key 'optim.student.lrr'. Did you mean 'lr'"),
+        ("eval={samplse: 3}", "Unknown key 'eval.samplse'. Did you mean 'samples'"),
+        ("log.wandbb=x", "Unknown key 'log.wandbb'. Did you mean 'wandb'"),
+        ("train.steps=abc", "train.steps: Value 'abc'"),
+        ("train.steps=1.5", "train.steps: Value '1.5'"),
+        ("train.steps=", "train.steps: Incompatible value 'None'"),
+        ("optim.student.lr=fast", "optim.student.lr: Value 'fast'"),
+        ("optim.student.betas=[a]", "optim.student.betas"),
+        ("train=5", "train: expected keys of its own, got 5"),
+        ("optim=5", "optim: expected keys of its own"),
+        ("optim.student=5", "optim.student: expected keys of its own"),
+        ("roles=[1]", "roles: expected keys of its own"),
+        ("eval.evaluations=3", "eval.evaluations: expected a list, got 3; write [3]"),
+        ("eval.evaluations=[]", "eval.evaluations"),
+        ("eval.evaluations=[0]", "eval.evaluations"),
+        ("train.steps=0", "train.steps: 0 must be 1 or more"),
+        ("train.log_every=0", "train.log_every: 0 must be 1 or more"),
+        ("optim.student.lr=.nan", "optim.student.lr: nan"),
+        ("optim.student.lr=-1", "optim.student.lr: -1"),
+        ("optim.student.decay=cosin", "decay: 'cosin' must be one of constant, cosine. Did you mean 'cosine'"),
+        ("log.wandb=onlin", "log.wandb: 'onlin' must be one of auto, online, offline, disabled"),
+        ("engine.precision=fp16", "engine.precision: 'fp16'"),
+        ("name=''", "name: give the run a name"),
+        ("name=../x", "name: '../x' is outside the folder of runs"),
+        ("name=/x", "name: '/x' is outside the folder of runs"),
+        ("roles.x=${nope.y}", "roles.x: Interpolation key 'nope.y' not found"),
+        ("train.steps", "must have the form key=value"),
+        ("=3", "must have the form key=value"),
+        ("train..steps=3", "must have the form key=value"),
+        ("train.steps=[1", "has a value that is not YAML"),
+    ],
+)
 def test_a_wrong_key_or_value_is_one_sentence_with_its_full_key(override, says):
     with pytest.raises(BadInput) as caught:
         config.load([], [override])
@@ -189,21 +248,113 @@ def test_saved_configs_read_back_equal_and_the_fingerprint_is_of_the_content(tmp
 # -- names -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, says", [
-    ("os.remove", "'os.remove' is outside distill; allow its package by name with --allow os"),
-    ("distill.run.os.remove", "comes from outside distill"),
-    ("distill.config.importlib.import_module", "comes from outside distill"),
-    ("distill.noise.torch.load", "comes from outside distill.*--allow torch"),
-    ("distill.config.Path", "comes from outside distill"),
-    ("distill.methods.TDMM", "'distill.methods' has no 'TDMM'. Did you mean 'TDM'"),
-    ("distill.methodz.TDM", "'distill' has no 'methodz'. Did you mean 'methods'"),
-    ("distill.noise", "neither a class nor a function"),
-    ("distill", "no module"),
-    ("distill.solvers.SOLVERS", "neither a class nor a function"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("os.remove", "'os.remove' is outside distill; allow its package by name with --allow os"),
+        ("distill.noise.torch.load", "comes from outside distill.*--allow torch"),
+        ("distill.data.toy.Path", "no 'Path'|comes from outside distill"),
+        ("distill.times.math.sqrt", "neither a class nor a function"),
+        ("distill.methods.TDMM", "'distill.methods' has no 'TDMM'. Did you mean 'TDM'"),
+        ("distill.methodz.TDM", "'distill.methodz.TDM' is no part of a run.*Did you mean 'methods'"),
+        ("distill.noise", "neither a class nor a function"),
+        ("distill", "no dotted path"),
+        ("distill..noise", "no dotted path"),
+        ("distill.solvers.SOLVERS", "neither a class nor a function"),
+    ],
+)
 def test_only_our_own_classes_and_functions_resolve(name, says):
-    with pytest.raises(BadInput, match=f"^method._target_: .*{says}"):
+    with pytest.raises(BadInput, match=f"^method._target_: .*({says})"):
         config.build({"_target_": name}, (), "method")
+
+
+HOSTILE = [  # each wrote, deleted or executed something, or would allow a config to
+    "distill.config.build",
+    "distill.config.objects._call",
+    "distill.config.importlib.import_module",
+    "distill.config.save",
+    "distill.cli.__main__.main",
+    "distill.cli.main",
+    "distill.training.records.Alarms",
+    "distill.training.run.train",
+    "distill.training.run.os.remove",
+    "distill.inspect.plan.skeleton.build",
+    "distill.inspect.results.export_run",
+    "distill.export.export",
+    "distill.files.write_text",
+    "distill.errors.suggest",
+    "distill.noise.BadInput",
+    "distill.metrics.features.network",
+    "distill.metrics.features.config.build",
+    "distill.metrics.features._save",
+    "distill.metrics.named.Measures",
+    "distill.metrics.suite.ImageSuite",
+    "distill.metrics.latents.LatentSuite",
+    "distill.metrics.table.write",
+    "distill.data.prepare.digits",
+    "distill.data.pairs.write",
+    "distill.methods.TDM.load_from_checkpoint",
+    "distill.methods.TDM.__init__.__globals__",
+    "distill.models.small.MLP.__class__",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_only_parts_of_a_run_may_be_named(name, tmp_path):
+    """A config is text from strangers: it may build networks, data and methods, and do nothing else."""
+    victim = write(tmp_path / "victim", "mine")
+    file = write(tmp_path / "hostile.yaml", f"data: {{_target_: {name}, path: {victim}}}")
+    with pytest.raises(BadInput, match="^data._target_: .*(is no part of a run|is private|outside distill|is not a )"):
+        config.build(config.load([file]).data, (), "data")
+    assert victim.read_text() == "mine" and sorted(p.name for p in tmp_path.iterdir()) == ["hostile.yaml", "victim"]
+
+
+def defined(room: str):
+    """(module, name, object) of every class and function that the modules of a package define."""
+    package = importlib.import_module(f"distill.{room}")
+    for found in pkgutil.walk_packages(package.__path__, f"distill.{room}."):
+        for name, value in vars(importlib.import_module(found.name)).items():
+            if isinstance(value, (type, types.FunctionType)) and value.__module__ == found.name:
+                yield found.name, name, value
+
+
+@pytest.mark.parametrize("room", ["data", "metrics"])
+def test_what_reads_and_writes_files_may_not_be_named(room):
+    """Every function, and of distill.data every class that is no source of batches."""
+    refused = 0
+    for module, name, value in defined(room):
+        if isinstance(value, types.FunctionType) or (room == "data" and not hasattr(value, "loader")):
+            with pytest.raises(BadInput, match="is no part of a run|is private|is not a "):
+                config.resolve(f"{module}.{name}")
+            refused += 1
+    assert refused > 50
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "distill.data.toy.Samples",
+        "distill.data.shards.Shards",
+        "distill.data.pairs.Pairs",
+        "distill.denoise.GaussianMixture.ring",
+        "distill.methods.TDM",
+        "distill.metrics.rewards.Ink",
+        "distill.metrics.networks.vision.InceptionFeatures",
+        "distill.models.diffusers.load",
+        "distill.noise.Table.of",
+    ],
+)
+def test_parts_of_a_run_resolve(name):
+    assert callable(config.resolve(name))
+
+
+def test_an_allowed_package_does_not_pass_on_what_it_imported(tmp_path, monkeypatch):
+    write(tmp_path / "lending" / "__init__.py", "import os\nfrom distill.config import build\nclass Mine:\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert type(config.build({"_target_": "lending.Mine"}, ("lending",))).__name__ == "Mine"
+    for name, says in (("os.system", "--allow"), ("build", "is no part of a run"), ("__loader__", "is private")):
+        with pytest.raises(BadInput, match=says):
+            config.build({"_target_": f"lending.{name}"}, ("lending",))
 
 
 def test_a_target_that_is_no_text_is_refused():
@@ -226,22 +377,39 @@ def test_objects_nest_in_lists_and_mappings():
     assert owner.parts[0].size == owner.parts[1]["plain"].size == owner.roles["a"].size == 2
 
 
-@pytest.mark.parametrize("broken, says", [
-    ({"sise": 2}, "Unknown key 'top.parts[1].deep.sise' for .*Did you mean 'size'"),
-    ({}, "Missing key 'top.parts[1].deep.size' for"),
-    ({"size": "a"}, "top.parts[1].deep.size: expected int, got 'a' of type str"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "broken, says",
+    [
+        ({"sise": 2}, "Unknown key 'top.parts[1].deep.sise' for .*Did you mean 'size'"),
+        ({}, "Missing key 'top.parts[1].deep.size' for"),
+        ({"size": "a"}, "top.parts[1].deep.size: expected int, got 'a' of type str"),
+    ],
+)
 def test_an_error_deep_inside_carries_its_full_key(broken, says):
     deep = {"_target_": f"{HERE}.Part", **broken}
     with pytest.raises(BadInput, match=says.replace("[", r"\[").replace("]", r"\]")):
         make("Owner", parts=[1, {"deep": deep}])
 
 
-@pytest.mark.parametrize("key, value, holds", [
-    ("size", 3, True), ("size", 3.0, False), ("size", True, False), ("size", None, False), ("size", [3], False),
-    ("ratio", 1, True), ("ratio", "1", False), ("ratio", True, False), ("name", None, True), ("name", "a", True),
-    ("name", 5, False), ("on", True, True), ("on", 1, False), ("anything", {"a": [1]}, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "key, value, holds",
+    [
+        ("size", 3, True),
+        ("size", 3.0, False),
+        ("size", True, False),
+        ("size", None, False),
+        ("size", [3], False),
+        ("ratio", 1, True),
+        ("ratio", "1", False),
+        ("ratio", True, False),
+        ("name", None, True),
+        ("name", "a", True),
+        ("name", 5, False),
+        ("on", True, True),
+        ("on", 1, False),
+        ("anything", {"a": [1]}, True),
+    ],
+)
 def test_plain_annotations_are_checked(key, value, holds):
     keys = {"size": 1} | {key: value}
     if holds:
@@ -280,3 +448,26 @@ def test_given_arguments_are_not_the_configs_to_set():
     with pytest.raises(BadInput, match="Unknown key 'top.size'"):
         config.build({"_target_": f"{HERE}.Part", "size": 1}, (HERE,), "top", size=2)
     assert config.build({"_target_": f"{HERE}.Part"}, (HERE,), "top", size=2).size == 2
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("distill.nets.diffusers.load", "distill.models.diffusers.load"),
+        ("distill.nets.rewards.Ink", "distill.metrics.rewards.Ink"),
+        ("distill.grid.Uniform", "distill.times.Uniform"),
+    ],
+)
+def test_a_path_of_an_older_config_is_refused_with_the_new_one(old, new):
+    with pytest.raises(BadInput, match=rf"'{old}' is now {new};"):
+        config.resolve(old)
+    assert config.resolve(new)
+
+
+@pytest.mark.parametrize("name", ["digits/tdm", "sd15/lcm_lora"])
+def test_a_printed_recipe_is_a_config_in_any_folder(name, tmp_path, monkeypatch):
+    from distill.config import recipes
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(recipes.text(name))
+    assert config.load(["mine.yaml"]) == config.load([name])

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from distill.cli import main
-from distill.demo import promises
+from distill.cli.demo import promises
 
 
 def ran(out, *more) -> tuple[int, str]:
@@ -18,9 +18,12 @@ def ran(out, *more) -> tuple[int, str]:
 
 def test_a_broken_promise_is_an_exit_code():
     """Of a student at 0.122, a teacher at 0.148 and the best of our solvers at 0.511, and of ones a little worse."""
+
     def kept(fd, accuracy, difference):
         rows = {"teacher": {"50": {"fd": 0.148}}, "training_free": {"4": {"fd": 0.511}}}
-        return [holds for *_, holds in promises(rows | {"student": {"4": {"fd": fd, "accuracy": accuracy}}}, difference)]
+        return [
+            holds for *_, holds in promises(rows | {"student": {"4": {"fd": fd, "accuracy": accuracy}}}, difference)
+        ]
 
     assert kept(0.122, 0.979, 1e-6) == [True] * 4
     assert kept(0.135, 0.979, 1e-6) == [False, True, True, True]
@@ -31,7 +34,7 @@ def test_a_broken_promise_is_an_exit_code():
 def test_the_demo_keeps_its_promises(tmp_path):
     code, said = ran(tmp_path / "demo")
     assert code == 0 and said.count("kept  ") == 4 and "BROKEN" not in said, said
-    points = json.loads((tmp_path / "demo" / "report.json").read_text())["points"]
+    points = json.loads((tmp_path / "demo" / "run" / "report.json").read_text())["points"]
     stock = {p["who"]: p["scores"]["fd"] for p in points if p["kind"] == "stock" and p["nfe"] == 4}
     best = min(stock, key=stock.get)
     assert len(stock) > 5 and f"{best}, FD {stock[best]:.3f}" in said.replace("\n", " ")

@@ -1,4 +1,4 @@
-"""Denoisers: conversions, guidance and the oracles, against closed forms in float64."""
+"""Denoisers: prediction types, guidance and exact denoisers, against closed forms in float64."""
 
 import math
 
@@ -82,7 +82,7 @@ def test_to_x_undoes_from_x(schedule, prediction, shape):
 
 
 @every
-def test_each_prediction_is_what_its_name_says(schedule):
+def test_native_output_of_each_prediction_type(schedule):
     t = schedule.time(log_snrs)
     x, z = torch.randn(2, 40, 3, dtype=torch.float64)
     x_t = schedule.add_noise(x, t, z)
@@ -133,9 +133,9 @@ def test_finite_at_both_ends(schedule, prediction):
 
 
 @every
-def test_eps_is_refused_where_it_cannot_give_x(schedule):
+def test_eps_prediction_with_zero_terminal_snr_raises(schedule):
     if schedule.zero_terminal_snr:
-        with pytest.raises(BadInput, match="use 'v'"):
+        with pytest.raises(BadInput, match="set prediction to .v."):
             Denoiser(None, schedule, "eps")
     else:
         Denoiser(None, schedule, "eps")
@@ -169,7 +169,7 @@ def test_precision_is_the_weights_for_the_net_and_float32_around_it():
 @other
 def test_prediction_is_unchanged_under_another_schedule(schedule, other):
     x_t, t = noisy(other, log_snrs)
-    asked = mixture(schedule).under(other)
+    asked = mixture(schedule).with_schedule(other)
     assert asked.schedule == other
     torch.testing.assert_close(asked(x_t, t), mixture(other)(x_t, t), atol=1e-9, rtol=1e-9)
     label = torch.arange(40) % 4 - 1
@@ -184,19 +184,19 @@ def test_every_prediction_of_a_perfect_network_is_exact_and_moves_between_schedu
     torch.testing.assert_close(denoiser(x_t, t), mixture(schedule)(x_t, t), atol=1e-9, rtol=1e-9)
     flow = RectifiedFlow(2.0)
     x_t, t = noisy(flow, log_snrs)
-    torch.testing.assert_close(denoiser.under(flow)(x_t, t), mixture(flow)(x_t, t), atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(denoiser.with_schedule(flow)(x_t, t), mixture(flow)(x_t, t), atol=1e-9, rtol=1e-9)
 
 
 @every
 @other
 def test_under_is_finite_at_both_ends(schedule, other):
-    x = mixture(schedule).under(other)(torch.randn(2, 2), torch.tensor([0.0, 1.0]))
+    x = mixture(schedule).with_schedule(other)(torch.randn(2, 2), torch.tensor([0.0, 1.0]))
     assert x.isfinite().all()
 
 
 def test_under_shares_weights():
     denoiser = Denoiser(nn.Linear(2, 2), VPLinear())
-    assert list(denoiser.under(VE()).parameters())[0] is denoiser.net.weight
+    assert list(denoiser.with_schedule(VE()).parameters())[0] is denoiser.net.weight
 
 
 # ---- guidance
@@ -266,8 +266,8 @@ def test_guided_images_and_the_null_of_the_net():
 def test_guidance_composes_with_a_change_of_schedule():
     label = torch.arange(40) % 3
     x_t, t = noisy(VE(), log_snrs)
-    a = Guided(mixture(VPLinear()), 3.0).under(VE())(x_t, t, label=label)
-    b = Guided(mixture(VPLinear()).under(VE()), 3.0)(x_t, t, label=label)
+    a = Guided(mixture(VPLinear()), 3.0).with_schedule(VE())(x_t, t, label=label)
+    b = Guided(mixture(VPLinear()).with_schedule(VE()), 3.0)(x_t, t, label=label)
     torch.testing.assert_close(a, b)
     torch.testing.assert_close(a, Guided(mixture(VE()), 3.0)(x_t, t, label=label), atol=1e-9, rtol=1e-9)
 
@@ -328,7 +328,7 @@ def test_gaussian_is_a_mixture_of_one_and_works_on_images():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_oracles_answer_in_the_precision_of_the_question(dtype):
+def test_exact_denoisers_keep_the_input_precision(dtype):
     for oracle in oracles(VE()):
         x, t = torch.randn(3, 2, dtype=dtype), torch.rand(3, dtype=dtype)
         assert oracle(x, t).dtype == oracle.log_prob(x, t).dtype == dtype
@@ -369,9 +369,9 @@ def test_flow_map_follows_the_velocity(schedule):
     s = torch.rand(20, dtype=torch.float64)
     torch.testing.assert_close(same.flow_map(x_t, t, s), one.flow_map(x_t, t, s), atol=1e-9, rtol=1e-9)
     labels = torch.arange(20) % 2
-    single = torch.where(labels[:, None] == 0, *(
-        Gaussian([m], d, schedule).flow_map(x_t, t, s) for m, d in ((-1.0, 0.3), (0.5, 0.4))
-    ))
+    single = torch.where(
+        labels[:, None] == 0, *(Gaussian([m], d, schedule).flow_map(x_t, t, s) for m, d in ((-1.0, 0.3), (0.5, 0.4)))
+    )
     torch.testing.assert_close(pair.flow_map(x_t, t, s, label=labels), single, atol=1e-9, rtol=1e-9)
 
 
@@ -412,10 +412,10 @@ def test_ring():
         (lambda: GaussianMixture([[0.0]], [-1.0], schedule=VE()), "std must be positive"),
         (lambda: GaussianMixture([[0.0]], 1.0, [0.0], schedule=VE()), "weights must be positive"),
         (lambda: GaussianMixture([0.0, 1.0], 1.0, schedule=VE()), "one row per component"),
-        (lambda: mixture(VE()).flow_map(torch.zeros(1, 2), torch.ones(1), torch.ones(1)), "one dimension"),
+        (lambda: mixture(VE()).flow_map(torch.zeros(1, 2), torch.ones(1), torch.ones(1)), "one-dimensional"),
     ],
 )
-def test_what_the_oracles_refuse(build, words):
+def test_invalid_parameters_of_exact_denoisers_raise(build, words):
     with pytest.raises(BadInput, match=words):
         build()
 

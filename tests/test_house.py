@@ -14,34 +14,62 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "distill").rglob("*.py"))
 
-RANKS = [
-    {"errors", "noise", "schema", "__init__"},
+RANKS = [  # a room imports rooms above it only
+    {"errors", "files", "__init__"},
     {"config"},
-    {"grid", "skips"},
+    {"noise", "times"},
     {"denoise"},
-    {"place"},
-    {"tangent", "solvers", "losses", "nets", "data"},
-    {"methods", "eval", "export", "match"},
-    {"engine"},
-    {"session"},
-    {"run"},
-    {"bands"},
-    {"report"},
-    {"demo", "compare", "merge", "bench", "check", "encode", "audit", "score", "plan"},
+    {"tangent", "solvers", "losses"},
+    {"models"},
+    {"data", "methods"},
+    {"metrics", "export"},
+    {"training"},
+    {"inspect"},
     {"cli"},
 ]
+ROOT_FILES = {"__init__.py", "__init__.pyi", "py.typed", "errors.py", "files.py", "noise.py", "times.py", "tangent.py"}
+# Words that named things here before the field's words did; value: what replaced them.
+RETIRED = {
+    "place": "placement",
+    "skips": "nonfinite",
+    "match": "compatibility",
+    "session": "experiment",
+    "home": "run_folder",
+    "lines": "teacher baseline",
+    "bands": "reference curves",
+    "ship": "export, write",
+    "walk": "sampler, sampling",
+    "told": "conditions",
+    "watch": "alarms, monitor",
+    "see": "callbacks",
+    "here": "what it is",
+    "leads": "is_rank_zero",
+    "let_go": "free_except",
+}
+FOREIGN = {
+    ("Path", "home"),
+    ("re", "match"),
+    ("os", "walk"),
+    ("ast", "walk"),
+    ("wandb", "watch"),
+}  # other libraries' names
 DOORS = {
-    "diffusers": {"nets/diffusers/", "export/"},
-    "peft": {"nets/diffusers/", "export/"},
-    "deepspeed": {"engine/strategy.py"},
-    "wandb": {"engine/dashboards.py"},
-    "tensorboard": {"engine/dashboards.py"},
-    "omegaconf": {"config.py", "session.py", "run.py", "demo.py", "compare.py", "bench.py", "bands.py", "score.py", "report/",
-                  "plan/"},
+    "diffusers": {"models/", "export/", "inspect/check/"},
+    "peft": {"models/", "export/"},
+    "deepspeed": {"training/placement/deepspeed.py"},
+    "wandb": {"training/loggers.py"},
+    "tensorboard": {"training/loggers.py"},
+    "omegaconf": {"config/", "training/experiment.py", "training/run.py", "metrics/", "inspect/"},
     "webdataset": {"data/"},
-    "plotly": {"report/"},
-    "jinja2": {"report/"},
-    "lightning": {"methods/base.py", "engine/", "cli/", "compare.py", "bench.py"},
+    "plotly": {"inspect/report/"},
+    "jinja2": {"inspect/report/"},
+    "lightning": {"methods/module.py", "training/", "cli/", "inspect/compare.py", "inspect/bench.py"},
+}
+
+
+LONG = {  # files over 400 lines, and why
+    "denoise.py": 450,  # the network protocol, the denoisers and the exact oracles define each other
+    "tiny.py": 560,  # one twin a family, each a list of sizes
 }
 
 
@@ -99,7 +127,7 @@ def test_third_parties_have_one_door(path):
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_are_small_and_well_named(path):
     text = path.read_text()
-    assert len(text.splitlines()) <= 400
+    assert len(text.splitlines()) <= LONG.get(path.name, 400)
     assert path.stem not in ("utils", "common", "helpers", "manager", "core")
     assert not re.search(r"\b(TODO|FIXME)\b", text)
 
@@ -109,25 +137,91 @@ def test_importing_distill_costs_little_more_than_torch():
         code = f"import time; t = time.perf_counter(); {line}; print(time.perf_counter() - t)"
         return min(float(subprocess.check_output([sys.executable, "-c", code])) for _ in range(3))
 
-    core = "import torch, distill, distill.noise, distill.grid, distill.denoise, distill.solvers, distill.losses"
+    core = "import torch, distill, distill.noise, distill.times, distill.denoise, distill.solvers, distill.losses"
     assert seconds(core) <= 1.5 * seconds("import torch")
 
 
 def test_the_core_imports_neither_lightning_nor_diffusers():
-    names = "distill, distill.noise, distill.denoise, distill.solvers, distill.losses, distill.nets, distill.cli"
+    names = "distill, distill.noise, distill.denoise, distill.solvers, distill.losses, distill.models, distill.cli"
     heavy = ("lightning", "diffusers", "wandb", "deepspeed")
     code = f"import sys, {names}; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
 def test_every_shipped_recipe_resolves():
+    from omegaconf import DictConfig
+
     from distill import config
 
     for path in sorted((ROOT / "configs").rglob("*.yaml")):
         cfg = config.load([path])
         for where in ("method", "data", "roles"):
             for key, value in [(where, cfg[where]), *((f"{where}.{k}", v) for k, v in cfg[where].items())]:
-                if isinstance(value, config.DictConfig) and value.get("_target_"):
+                if isinstance(value, DictConfig) and value.get("_target_"):
                     target = config.resolve(value["_target_"])
                     unknown = set(value) - {"_target_"} - set(config.signature(target))
                     assert not unknown or config.open_ended(target), f"{path.name}: {key} has {unknown}"
+
+
+def test_the_root_holds_what_the_design_lists():
+    files = {p.name for p in (ROOT / "distill").iterdir() if p.is_file()}
+    folders = {p.name for p in (ROOT / "distill").iterdir() if p.is_dir() and p.name != "__pycache__"}
+    rooms = {name for names in RANKS for name in names} - {"__init__"}
+    assert files <= ROOT_FILES
+    assert {f.removesuffix(".py") for f in files if f.endswith(".py")} - {"__init__"} | folders <= rooms
+
+
+def test_no_two_classes_share_a_name():
+    found: dict[str, list[str]] = {}
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert not {name: paths for name, paths in found.items() if len(paths) > 1}
+
+
+def identifiers(tree: ast.AST):
+    """Names that the code itself gives or uses: functions, classes, variables, arguments, attributes, modules."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.arg):
+            yield node.arg
+        elif isinstance(node, ast.keyword) and node.arg:
+            yield node.arg
+        elif isinstance(node, ast.Attribute):
+            owner = node.value.id if isinstance(node.value, ast.Name) else ""
+            if (owner, node.attr) not in FOREIGN:
+                yield node.attr
+        elif isinstance(node, ast.alias):
+            yield node.asname or node.name.split(".")[-1]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_retired_words_are_gone(path):
+    names = {path.stem, *identifiers(ast.parse(path.read_text()))}
+    retired = {name for name in names if name.strip("_").lower() in RETIRED}
+    assert not retired, {name: RETIRED[name.strip("_").lower()] for name in retired}
+
+
+def test_config_keys_and_options_use_no_retired_word():
+    import click
+
+    from distill.cli import main
+    from distill.config import schema
+
+    def options(command):
+        yield from (name for p in command.params for name in (p.name, *p.opts))
+        for child in getattr(command, "commands", {}).values():
+            yield from (child.name, *options(child))
+
+    keys = [
+        f.name
+        for c in (schema.RunConfig, schema.Train, schema.Engine, schema.Log, schema.Eval, schema.Optim)
+        for f in c.__dataclass_fields__.values()
+    ]
+    assert isinstance(main, click.Group)
+    words = {name.strip("-").replace("-", "_") for name in (*keys, *options(main))}
+    assert not words & set(RETIRED)

@@ -174,7 +174,7 @@ def test_table_first_used_in_inference_mode_can_be_differentiated_after():
 
 
 @pytest.mark.parametrize("abar", [[], [0.5, 0.5], [0.5, 0.9], [1.0, 0.5], [0.5, -0.1], [0.5, math.nan]])
-def test_table_refuses_what_is_no_table(abar):
+def test_invalid_tables_raise(abar):
     with pytest.raises(BadInput, match="alphas_cumprod"):
         Table(abar)
 
@@ -188,7 +188,7 @@ def test_schedules_are_values(schedule):
 
 def test_the_plain_torch_core_imports_only_torch():
     code = (
-        "import distill.noise, distill.grid, distill.denoise, distill.solvers, sys; "
+        "import distill.noise, distill.times, distill.denoise, distill.solvers, sys; "
         "bad = {'lightning', 'pytorch_lightning', 'diffusers', 'transformers', 'scipy', 'omegaconf', 'deepspeed', "
         "'webdataset', 'wandb', 'peft', 'sklearn'} & set(sys.modules); sys.exit(str(bad) if bad else 0)"
     )

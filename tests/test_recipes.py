@@ -15,12 +15,16 @@ import torch
 from click.testing import CliRunner
 from torch.utils.flop_counter import FlopCounterMode
 
-from distill import config, run, session
-from distill.check import findings
+from distill import config
 from distill.cli import main
 from distill.errors import BadInput
-from distill.nets.diffusers import folder, load, teacher, tiny
-from distill.nets.heads import Head, Layers
+from distill.inspect.check import findings
+from distill.models.diffusers import folder, load, tiny
+from distill.models.diffusers import loading as teacher
+from distill.models.heads import FeatureExtractor, Head
+from distill.training import experiment as experiment
+from distill.training.experiment import build_experiment
+from distill.training.run import train
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FAMILIES = ("sd15", "sdxl", "pixart", "sd3", "flux", "sana", "cogvideox", "wan")
@@ -37,8 +41,9 @@ def cheap(tmp_path_factory):
 
 
 def test_each_is_a_small_difference_and_says_what_it_follows():
-    assert sorted(f"{p.parent.name}/{p.stem}" for f in FAMILIES for p in (CONFIGS / f).glob("*.yaml")
-                  if p.stem != "base") == sorted(RECIPES)
+    assert sorted(
+        f"{p.parent.name}/{p.stem}" for f in FAMILIES for p in (CONFIGS / f).glob("*.yaml") if p.stem != "base"
+    ) == sorted(RECIPES)
     page = (CONFIGS.parent / "docs" / "recipes.md").read_text()
     for name in RECIPES:
         lines = (CONFIGS / f"{name}.yaml").read_text().splitlines()
@@ -75,10 +80,12 @@ def meta(made, tmp_path_factory, monkeypatch):
                 made.update(settings=settings, network=kind.from_config(settings).to(dtype))
         return made["network"]
 
-    for place in (folder, teacher):
-        monkeypatch.setattr(place, "folder_of", fetched)
-    monkeypatch.setattr(teacher, "weights", weights)
-    monkeypatch.setattr(teacher, "_null", lambda *asked: pytest.fail("a text encoder was asked; the shards hold the null"))
+    for placement in (folder, teacher):
+        monkeypatch.setattr(placement, "folder_of", fetched)
+    monkeypatch.setattr(teacher, "load_weights", weights)
+    monkeypatch.setattr(
+        teacher, "_encode_null", lambda *asked: pytest.fail("a text encoder was asked; the shards hold the null")
+    )
 
 
 SIZED = [pytest.param(name, marks=[pytest.mark.slow] * (not name.endswith("tdm"))) for name in RECIPES]
@@ -89,34 +96,43 @@ def test_at_its_real_size(name, meta):
     """Shapes, conditions, adapter targets and layers resolve; the network has the published number of parameters."""
     cfg = config.load([CONFIGS / f"{name}.yaml"])
     assert cfg.roles.teacher["null"] is None
-    *_, shape, told, billions = published.MODELS[cfg.roles.teacher.path]
+    *_, shape, conditions, billions = published.MODELS[cfg.roles.teacher.path]
     recipe = cfg.data.path
     assert recipe.startswith(f"data/{name.split('/')[0]}")
-    cfg.data = {"_target_": "distill.data.toy.Tensors", "shape": list(shape), "batch_size": 1,
-                "told": {k: list(v) for k, v in told.items()}, "samples": not recipe.endswith("prompts/train")}
-    method = session.assemble(cfg).method
+    cfg.data = {
+        "_target_": "distill.data.toy.Tensors",
+        "shape": list(shape),
+        "batch_size": 1,
+        "conditions": {k: list(v) for k, v in conditions.items()},
+        "samples": not recipe.endswith("prompts/train"),
+    }
+    method = experiment.build_experiment(cfg).method
     network = getattr(method.teacher.net, "net", method.teacher.net).stock
     count = sum(p.numel() for p in network.parameters())
     trained = sum(p.numel() for p in method.student.parameters())
     assert abs(count / 1e9 / billions - 1) < (1e-6 if billions != round(billions, 3) else 5e-3)
     lora = cfg.roles.get("layout") == "shared_base"
     assert (0.001 < trained / count < 0.3) if lora else trained == count
-    batch = {k: torch.empty(1, *s, device="meta", dtype=torch.long if "mask" in k else None) for k, s in told.items()}
+    batch = {
+        k: torch.empty(1, *s, device="meta", dtype=torch.long if "mask" in k else None) for k, s in conditions.items()
+    }
     x, t = torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         assert method.student(x, t, **batch).shape == x.shape
     if hasattr(method, "head"):
-        found = Layers(method.critic, method.layers)(x, t, **batch)
+        found = FeatureExtractor(method.critic, method.layers)(x, t, **batch)
         assert [h.shape[-1] for h in found] == method.head.channels
-    print(f"{name}: {count / 1e9:.3f} B parameters, {trained / 1e6:.1f} M trained, {counter.get_total_flops() / 1e12:.3f} "
-          "TFLOP a call")  # fmt: skip
+    print(
+        f"{name}: {count / 1e9:.3f} B parameters, {trained / 1e6:.1f} M trained, {counter.get_total_flops() / 1e12:.3f} "
+        "TFLOP a call"
+    )
 
 
 @pytest.mark.parametrize("settings, billions", [(published.WAN_14B, 14.288), (published.WAN_I2V_14B, 16.396)])
 def test_the_large_wan_is_of_its_published_size(settings, billions):
     with torch.device("meta"):
         network = diffusers.WanTransformer3DModel.from_config(settings)
-    folder.FAMILIES["WanTransformer3DModel"].check(network)
+    folder.FAMILIES["WanTransformer3DModel"].check_supported(network)
     assert sum(p.numel() for p in network.parameters()) / 1e9 == pytest.approx(billions, abs=2e-3)
 
 
@@ -127,12 +143,15 @@ def test_the_large_wan_is_of_its_published_size(settings, billions):
 def test_two_steps_on_its_tiny_twin(name, tmp_path):
     cfg = config.load([CONFIGS / f"{name}.yaml"], ["model=tiny"])
     assert cfg.name.endswith("-tiny") and cfg.roles.teacher.path == f"tiny:{name.split('/')[0]}"
-    method = run.train(cfg, tmp_path / "run").method
+    method = train(cfg, tmp_path / "run").method
     assert method.step == 2
     for role in set(method.trainable) - {"head"}:
         net = getattr(method, role).net
-        pairs = ((up, torch.zeros_like(up)) for up in net.up) if hasattr(net, "up") else zip(
-            net.parameters(), method.teacher.net.parameters())
+        pairs = (
+            ((up, torch.zeros_like(up)) for up in net.up)
+            if hasattr(net, "up")
+            else zip(net.parameters(), method.teacher.net.parameters())
+        )
         assert any(not torch.equal(now, before) for now, before in pairs), role
     rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
     column = rows[0].split(",").index("validation/latent_fd")
@@ -143,14 +162,16 @@ def test_two_steps_on_its_tiny_twin(name, tmp_path):
 
 @pytest.mark.parametrize("name", SIZED)
 def test_the_checks_raise_no_false_alarm_on_its_tiny_twin(name, tmp_path):
-    found = findings(run.assemble(config.load([CONFIGS / f"{name}.yaml"], ["model=tiny"])), tmp_path)
+    found = findings(build_experiment(config.load([CONFIGS / f"{name}.yaml"], ["model=tiny"])), tmp_path)
     print(name, *found, sep="\n")
     assert not [str(f) for f in found if f.level == "FAIL"]
     assert {f.name for f in found} >= {"data", "start", "grid", "gradients", "sign", "rates"}
     by_name = {f.name: f for f in found}
     assert by_name["guidance"].level == "ok", "guidance, null condition and text change what the teacher says"
     assert "could not be tried" not in str(by_name["pipeline"])
-    assert by_name["pipeline"].level == ("ok" if name.split("/")[0] in ("sd15", "sdxl", "pixart", "cogvideox") else "skipped")
+    assert by_name["pipeline"].level == (
+        "ok" if name.split("/")[0] in ("sd15", "sdxl", "pixart", "cogvideox") else "skipped"
+    )
 
 
 def test_as_a_new_user_would_try_it(tmp_path):
@@ -188,7 +209,7 @@ def test_overrides_come_above_the_twin_and_a_saved_run_is_not_merged_again(tmp_p
     config.save(cfg, tmp_path / "config.yaml")
     assert config.load([tmp_path / "config.yaml"], ["model=tiny"]).train.steps == 7
     assert config.load([CONFIGS / "sd15" / "tdm.yaml"]).model == "full"
-    with pytest.raises(BadInput, match="says under 'tiny'.*copy the one of configs/sd15/base.yaml"):
+    with pytest.raises(BadInput, match="has no section 'tiny'.*copy the one of configs/sd15/base.yaml"):
         config.load([CONFIGS / "toy" / "tdm.yaml"], ["model=tiny"])
     with pytest.raises(BadInput, match="'tinny' must be one of full, tiny"):
         config.load([CONFIGS / "sd15" / "tdm.yaml"], ["model=tinny"])
@@ -199,22 +220,27 @@ def test_overrides_come_above_the_twin_and_a_saved_run_is_not_merged_again(tmp_p
 
 def refused(match, *overrides, recipe="sd15/tdm"):
     with pytest.raises(BadInput, match=match):
-        session.assemble(config.load([CONFIGS / f"{recipe}.yaml"], ["model=tiny", *overrides]))
+        experiment.build_experiment(config.load([CONFIGS / f"{recipe}.yaml"], ["model=tiny", *overrides]))
 
 
 def test_a_recipe_that_cannot_be(tmp_path, monkeypatch):
-    refused(r"adapter.targets: no linear layer of TextUNet matches '\*.to_qq'. Did you mean '\*.to_q'",
-            'roles.adapter.targets=["*.to_k","*.to_qq"]', recipe="sd15/lcm_lora")
+    refused(
+        r"adapter.targets: no linear layer of TextUNet matches '\*.to_qq'. Did you mean '\*.to_q'",
+        'roles.adapter.targets=["*.to_k","*.to_qq"]',
+        recipe="sd15/lcm_lora",
+    )
     refused("'tiny:sd14' is no tiny pipeline. Did you mean 'sd15'", "roles.teacher.path=tiny:sd14")
     refused(r"holds samples of shape \(4, 16, 16\), the network of critic expects \(4, 8, 8\)", "data.shape=[4,16,16]")
     refused("holds no samples, and Consistency trains on them", "data.samples=false", recipe="sd15/lcm_lora")
-    with pytest.raises(BadInput, match="told text are not measured; give roles.head: {_target_: distill.nets.heads.Head"):
-        Head.of(Layers(load("tiny:sd15"), "unet.mid_block"), (4, 8, 8))
+    with pytest.raises(BadInput, match="needs text: give roles.head: {_target_: distill.models.heads.Head"):
+        Head.of(FeatureExtractor(load("tiny:sd15"), "unet.mid_block"), (4, 8, 8))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    refused("roles.teacher: 'some/body' is neither a folder here nor a model that the hub gives us.*download it",
-            "roles.teacher.path=some/body")
+    refused(
+        "roles.teacher: 'some/body' is neither a local folder nor a model that the hub provides.*download it",
+        "roles.teacher.path=some/body",
+    )
 
 
 def test_a_pipeline_without_the_expected_part(tmp_path):

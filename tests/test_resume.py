@@ -11,7 +11,7 @@ import pytest
 import tiny
 from nursery import Nursery, kill
 
-from distill.engine import checkpoint
+from distill.training import checkpoints
 
 STEPS, KILLS = 24, 5
 # Several roles, a ladder with promotions, a target that is renewed, turns that are not taken at every step, a validation.
@@ -38,7 +38,7 @@ def command(name: str, runs: Path, *more: str) -> tuple[str, ...]:
 
 
 def outcome(folder: Path):
-    state = checkpoint.load(checkpoint.latest(folder / "checkpoints"))
+    state = checkpoints.load(checkpoints.latest(folder / "checkpoints"))
     return state, tiny.rows(folder)
 
 
@@ -78,7 +78,7 @@ def test_a_run_killed_again_and_again_ends_as_the_uninterrupted_one(name, nurser
         when = moment(draw, folder, lambda: nursery.alive(pid))  # noqa: B023
         kill(pid)
         if nursery.end(pid) == -9:
-            done, torn = checkpoint.complete(folder / "checkpoints"), list((folder / "checkpoints").glob(".writing-*"))
+            done, torn = checkpoints.complete(folder / "checkpoints"), list((folder / "checkpoints").glob(".writing-*"))
             killed.append((when, bool(torn), int(done[-1].name[5:]) if done else 0))
     assert len(killed) >= KILLS - 1 and any(torn for _, torn, _ in killed), (killed, log.read_text())
     assert nursery.end(nursery.start(*command(name, tmp_path / "runs", "--resume-if-exists"), output=log)) == 0

@@ -12,18 +12,25 @@ import pytest
 import tiny
 import torch
 
-from distill import config, run
+from distill import config
+from distill.config.schema import Optim
 from distill.data.toy import Samples
-from distill.engine import checkpoint
 from distill.errors import BadInput
-from distill.place import learning_rate
-from distill.schema import Optim
+from distill.inspect.measure import measure
+from distill.methods.optim import learning_rate
+from distill.training import checkpoints, records
+from distill.training.experiment import build_experiment
+from distill.training.load import open_run
 
 # Two roles, a cosine, warm-up, a decay that looks at the last step, validation, and checkpoints on their own beat.
 FULL = (
-    "train.steps=10", "train.validate_every=4", "train.save_every=3", "method.warm_start=2",
-    "optim.student.decay=cosine", "optim.critic.warmup=4",
-)  # fmt: skip
+    "train.steps=10",
+    "train.validate_every=4",
+    "train.save_every=3",
+    "method.warm_start=2",
+    "optim.student.decay=cosine",
+    "optim.critic.warmup=4",
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -37,7 +44,7 @@ def cheap():
 
 
 def newest(folder):
-    return checkpoint.load(checkpoint.latest(folder / "checkpoints"))
+    return checkpoints.load(checkpoints.latest(folder / "checkpoints"))
 
 
 def full(folder, *more, resume=False):
@@ -59,8 +66,8 @@ def whole(tmp_path_factory):
 def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(whole, tmp_path, monkeypatch, step):
     with monkeypatch.context() as m:
         tiny.after(m, step, tiny.interrupt)
-        session = full(tmp_path / "run")
-    assert session.method.step == step and newest(tmp_path / "run")["step"] == step
+        experiment = full(tmp_path / "run")
+    assert experiment.method.step == step and newest(tmp_path / "run")["step"] == step
     torch.manual_seed(999)
     resumed = full(tmp_path / "run", resume=True)
     assert resumed.method.step == 10
@@ -110,8 +117,8 @@ def test_a_run_stopped_before_its_first_checkpoint_resumes_from_the_start(whole,
 def test_more_steps_go_on_and_no_more_steps_change_nothing(tmp_path, capsys):
     tiny.train(tmp_path / "run", "train.steps=2", "optim.student.decay=constant")
     before = tiny.files(tmp_path / "run")
-    session = tiny.train(tmp_path / "run", "train.steps=2", "optim.student.decay=constant", resume=True)
-    assert session.method.step == 2 and tiny.files(tmp_path / "run") == before
+    experiment = tiny.train(tmp_path / "run", "train.steps=2", "optim.student.decay=constant", resume=True)
+    assert experiment.method.step == 2 and tiny.files(tmp_path / "run") == before
     assert "raise train.steps to go on" in " ".join(capsys.readouterr().out.split())
     tiny.train(tmp_path / "run", "train.steps=4", "optim.student.decay=constant", resume=True)
     tiny.train(tmp_path / "four", "train.steps=4", "optim.student.decay=constant")
@@ -141,7 +148,7 @@ def test_a_damaged_newest_checkpoint_stops_a_resume_with_the_mend(tmp_path):
     with pytest.raises(BadInput, match="step-00000004 cannot be read .* remove it to go on from step-00000002"):
         tiny.train(folder, "train.save_every=2", "train.steps=4", resume=True)
     state.write_bytes(bytes(data[:-1]))  # torn: passed over
-    assert run.open_run(folder).method.step == 2
+    assert open_run(folder).method.step == 2
 
 
 def test_checkpoints_of_other_networks_are_told(tmp_path):
@@ -149,7 +156,7 @@ def test_checkpoints_of_other_networks_are_told(tmp_path):
     file = tmp_path / "run" / "config.yaml"
     file.write_text(file.read_text().replace("width: 8", "width: 16"))
     with pytest.raises(BadInput, match="the weights do not fit the networks of .*config.yaml"):
-        run.open_run(tmp_path / "run")
+        open_run(tmp_path / "run")
 
 
 # -- validation -----------------------------------------------------------------------------------------------------
@@ -176,14 +183,22 @@ def test_two_runs_of_one_seed_are_equal_and_of_two_seeds_are_not(tmp_path):
 # -- failures -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("keys, says", [
-    (("engine.accelerator=cuda",), "engine.accelerator"),
-    (("optim.student.name=AdamWW",), "optim.student.name: torch.optim has no 'AdamWW'. Did you mean 'AdamW'"),
-    (("optim.student.name=LBFGS",), "optim.student: torch.optim.LBFGS refuses"),
-    (("optim.student.betas=[0.9, 2]",), "optim.student: torch.optim.AdamW refuses"),
-    (("eval.reference={_target_: distill.data.shards.Shards, path: nowhere, batch_size: 4}",
-      "data={_target_: distill.data.toy.Conditions, shape: [2], classes: 0, batch_size: 4}"), "holds no samples"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "keys, says",
+    [
+        (("engine.accelerator=cuda",), "engine.accelerator"),
+        (("optim.student.name=AdamWW",), "optim.student.name: torch.optim has no 'AdamWW'. Did you mean 'AdamW'"),
+        (("optim.student.name=LBFGS",), "optim.student: torch.optim.LBFGS refuses"),
+        (("optim.student.betas=[0.9, 2]",), "optim.student: torch.optim.AdamW refuses"),
+        (
+            (
+                "eval.reference={_target_: distill.data.shards.Shards, path: nowhere, batch_size: 4}",
+                "data={_target_: distill.data.toy.Conditions, shape: [2], classes: 0, batch_size: 4}",
+            ),
+            "holds no samples",
+        ),
+    ],
+)
 def test_a_failure_before_the_first_step_leaves_no_folder(tmp_path, monkeypatch, keys, says):
     if says == "engine.accelerator" and torch.cuda.is_available():
         pytest.skip("this machine has it")
@@ -209,39 +224,52 @@ def test_a_second_interrupt_within_the_first_step_leaves_no_folder_and_no_handle
     assert now is old and list(tmp_path.iterdir()) == []
 
 
-def test_the_sinks_are_closed_whatever_happens(tmp_path, monkeypatch):
+def test_the_loggers_are_closed_whatever_happens(tmp_path, monkeypatch):
     closed = []
-    monkeypatch.setattr(run.sinks.CSV, "close", lambda self: closed.append(1), raising=False)
+    monkeypatch.setattr(records.MetricsFile, "close", lambda self: closed.append(1), raising=False)
     tiny.poison(monkeypatch, 2)
     with pytest.raises(BadInput):
-        tiny.train(tmp_path / "run", "train.skips=1")
+        tiny.train(tmp_path / "run", "train.nonfinite_limit=1")
     assert closed == [1]
 
 
 # -- what does not fit ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("keys, says", [
-    (("method._target_=null",), "^method._target_ is missing"), (("data._target_=null",), "^data._target_ is missing"),
-    (("roles.student.net=5",), "^roles.student has no weights to train"),
-    (("roles.student=5",), "^roles.student is no network"),
-    (("roles.student._target_=null",), "^roles.student._target_: None is no dotted path"),
-    (("data={_target_: distill.noise.RectifiedFlow}",), "^data._target_: distill.noise.RectifiedFlow is no source"),
-    (("roles.student.net.dim=3",), r"holds samples of shape \(2,\), the network of student expects \(3,\)"),
-    (("roles.student.net.classes=4", "data.classes=6"), "6 classes, the network of student expects 4"),
-    (("method.grid=[0.9, 0.5, 0]",), r"^method: grid starts at 0\.9 but the student starts from noise"),
-    (("roles.teacherr=${roles.student}",), "^roles.teacherr: Diffusion has no such role"),
-    (("optim.critic.lr=1",), "^optim.critic: not a trainable role"),
-    (("data={_target_: distill.data.shards.Shards, path: data/dgits/train, batch_size: 4}",),
-     "^data.path: data/dgits/train does not exist; make it by `distill data images PHOTOS data/dgits`"),
-    (("data={_target_: distill.data.shards.Shards, path: no/digits/train, batch_size: 4}",),
-     "`distill data digits no/digits`"),
-    (("data={_target_: distill.data.pairs.Pairs, path: no/pairs, batch_size: 4}",),
-     "`distill data pairs CONFIG no/pairs`"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "keys, says",
+    [
+        (("method._target_=null",), "^method._target_ is missing"),
+        (("data._target_=null",), "^data._target_ is missing"),
+        (("roles.student.net=5",), "^roles.student has no weights to train"),
+        (("roles.student=5",), "^roles.student is no network"),
+        (("roles.student._target_=null",), "^roles.student._target_: None is no dotted path"),
+        (
+            ("data={_target_: distill.noise.RectifiedFlow}",),
+            "^data._target_: distill.noise.RectifiedFlow is not a Dataset",
+        ),
+        (("roles.student.net.dim=3",), r"holds samples of shape \(2,\), the network of student expects \(3,\)"),
+        (("roles.student.net.classes=4", "data.classes=6"), "6 classes, the network of student expects 4"),
+        (("method.grid=[0.9, 0.5, 0]",), r"^method: grid starts at 0\.9 but the student starts from noise"),
+        (("roles.teacherr=${roles.student}",), "^roles.teacherr: Diffusion has no such role"),
+        (("optim.critic.lr=1",), "^optim.critic: not a trainable role"),
+        (
+            ("data={_target_: distill.data.shards.Shards, path: data/dgits/train, batch_size: 4}",),
+            "^data.path: data/dgits/train does not exist; make it by `distill data images PHOTOS data/dgits`",
+        ),
+        (
+            ("data={_target_: distill.data.shards.Shards, path: no/digits/train, batch_size: 4}",),
+            "`distill data digits no/digits`",
+        ),
+        (
+            ("data={_target_: distill.data.pairs.Pairs, path: no/pairs, batch_size: 4}",),
+            "`distill data pairs CONFIG no/pairs`",
+        ),
+    ],
+)
 def test_what_does_not_fit_is_refused_before_anything_runs(keys, says):
     with pytest.raises(BadInput, match=says):
-        run.assemble(tiny.recipe(*keys))
+        build_experiment(tiny.recipe(*keys))
 
 
 @pytest.mark.parametrize("key", ["roles", "method", "data"])
@@ -249,7 +277,7 @@ def test_an_empty_part_points_to_a_recipe(key):
     cfg = tiny.recipe()
     cfg[key] = {}
     with pytest.raises(BadInput, match=f"no '{key}'; start from one in configs/"):
-        run.assemble(cfg)
+        build_experiment(cfg)
 
 
 def test_the_folder_must_be_the_runs_own(tmp_path):
@@ -262,28 +290,28 @@ def test_the_folder_must_be_the_runs_own(tmp_path):
             tiny.train(tmp_path / name)
     with pytest.raises(BadInput, match="absent holds no run to resume; leave out --resume"):
         tiny.train(tmp_path / "absent", resume=True)
-    with pytest.raises(BadInput, match="full is no run: it has no config.yaml"):
-        run.open_run(tmp_path / "full")
+    with pytest.raises(BadInput, match="full is not a run folder: it has no config.yaml"):
+        open_run(tmp_path / "full")
     assert sorted(tiny.files(tmp_path)) == ["empty", "file", "full", "full/thesis.tex"]
     tiny.train(tmp_path / "empty", "train.steps=1")
 
 
 def test_a_toy_is_measured_against_its_law_and_conditions_need_data():
-    session = run.assemble(tiny.recipe())
-    assert session.suite().headline == "energy" and session.teacher is session.method.ema
-    z, cond = session.noise(4, 1)
+    experiment = build_experiment(tiny.recipe())
+    assert experiment.suite().headline == "energy" and experiment.teacher is experiment.method.ema
+    z, cond = experiment.noise(4, 1)
     assert z.shape == (4, 2) and cond == {}
     conditions = "{_target_: distill.data.toy.Conditions, shape: [2], classes: 0, batch_size: 4}"
     with pytest.raises(BadInput, match="Diffusion trains on them"):
-        run.assemble(tiny.recipe(f"data={conditions}"))
-    alone = run.assemble(tiny.recipe(f"data={conditions}", name="tdm"))
-    with pytest.raises(BadInput, match="conditions alone"):
+        build_experiment(tiny.recipe(f"data={conditions}"))
+    alone = build_experiment(tiny.recipe(f"data={conditions}", name="tdm"))
+    with pytest.raises(BadInput, match="conditions but no samples"):
         alone.suite()
 
 
 def test_noise_is_fixed_and_labels_are_balanced():
-    session = run.assemble(tiny.recipe(name="guidance"))
-    (a, cond), (b, _), (c, _) = session.noise(12, 1), session.noise(12, 1), session.noise(12, 2)
+    experiment = build_experiment(tiny.recipe(name="guidance"))
+    (a, cond), (b, _), (c, _) = experiment.noise(12, 1), experiment.noise(12, 1), experiment.noise(12, 2)
     assert torch.equal(a, b) and not torch.equal(a, c) and cond["label"].bincount().tolist() == [2] * 6
 
 
@@ -311,22 +339,20 @@ def test_the_factor_reaches_the_optimiser(tmp_path):
 def test_the_saved_config_is_the_resolved_one_and_its_hash_is_in_the_checkpoint(whole):
     cfg = config.read(whole / "config.yaml")
     assert "${" not in (whole / "config.yaml").read_text() and cfg.train.steps == 10
-    manifest = (checkpoint.latest(whole / "checkpoints") / "manifest.json").read_text()
+    manifest = (checkpoints.latest(whole / "checkpoints") / "manifest.json").read_text()
     assert config.fingerprint(config.checked(cfg)) in manifest
 
 
 def test_the_best_training_free_row_holds_only_what_every_solver_was_measured_on(tmp_path):
-    result, _ = run.measure(tiny.train(tmp_path / "run"), samples=200, evaluations=(2,), training_free=(2,))
+    result, _ = measure(tiny.train(tmp_path / "run"), samples=200, evaluations=(2,), every_solver=(2,))
     names = {frozenset(scores) for scores in result["every_solver"]["2"].values()}
     assert len(names) == 1 and len(result["every_solver"]["2"]) > 1
     assert set(result["training_free"]["2"]) == set(next(iter(names))) < set(result["teacher"]["2"])
 
 
-def test_the_readmes_program_runs():
-    """With fewer steps."""
+def test_the_readmes_program_is_fifteen_lines_of_a_stock_trainer():
+    """tests/test_docs.py runs it."""
     text = (Path(__file__).parents[1] / "README.md").read_text()
-    program = re.search(r"```python\n(.*?)```", text, re.S).group(1)
-    assert len(program.strip().splitlines()) <= 17 and "steps=1500" in program and "warm_start=500" in program
-    found = {}
-    exec(program.replace("steps=1500", "steps=3").replace("warm_start=500", "warm_start=1"), found)
-    assert found["tdm"].step == 3 and found["x"].shape == (4000, 2) and torch.isfinite(found["x"]).all()
+    program = re.search(r"```python\nimport lightning\n(.*?)```", text, re.S).group(1)
+    code = [line for line in program.splitlines() if line.strip()]
+    assert len(code) + 1 <= 16 and "lightning.Trainer(max_steps=" in program and ".fit(method, data)" in program

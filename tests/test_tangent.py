@@ -1,4 +1,4 @@
-"""Directional derivatives against hand-made ones, forward against difference, and shared randomness."""
+"""Jacobian-vector products against analytic ones, both methods against each other, and replay of random numbers."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from distill.errors import BadInput
-from distill.nets.small import MLP, Transformer
-from distill.tangent import JVPS, Rewind, jvp
+from distill.models.small import MLP, Transformer
+from distill.tangent import JVP_METHODS, ReplayRNG, jvp
 
 F64 = torch.float64
 
 
-@pytest.mark.parametrize("method", JVPS)
+@pytest.mark.parametrize("method", JVP_METHODS)
 def test_the_derivative_of_a_known_function(method):
     x, t = torch.randn(5, 3, dtype=F64), torch.rand(5, dtype=F64)
     v, r = torch.randn(5, 3, dtype=F64) * 30, torch.randn(5, dtype=F64)
@@ -25,7 +25,7 @@ def test_the_derivative_of_a_known_function(method):
 
 def test_a_zero_tangent_holds_its_input():
     x, t = torch.randn(4, 2, dtype=F64), torch.rand(4, dtype=F64)
-    for method in JVPS:
+    for method in JVP_METHODS:
         _, slope = jvp(lambda x, t: x * t[:, None], (x, t), (torch.zeros_like(x), torch.ones_like(t)), method)
         torch.testing.assert_close(slope, x, rtol=1e-8, atol=1e-9)
         _, slope = jvp(lambda x, t: x * t[:, None], (x, t), (torch.zeros_like(x), torch.zeros_like(t)), method)
@@ -42,11 +42,11 @@ def test_forward_equals_difference_on_the_small_networks(net, dtype, tol):
     x, v = torch.randn(2, 6, *net.shape, dtype=dtype)
     t, s = torch.rand(6, dtype=dtype), torch.rand(6, dtype=dtype)
     tangents = (v, torch.ones_like(t), torch.ones_like(t))
-    exact, near = (jvp(lambda x, t, s: net(x, t, s=s), (x, t, s), tangents, m)[1] for m in JVPS)
+    exact, near = (jvp(lambda x, t, s: net(x, t, s=s), (x, t, s), tangents, m)[1] for m in JVP_METHODS)
     assert (exact - near).abs().max() < tol * exact.abs().max()
 
 
-@pytest.mark.parametrize("method", JVPS)
+@pytest.mark.parametrize("method", JVP_METHODS)
 def test_the_value_keeps_its_graph(method):
     net, x, t = MLP(dim=2, width=8), torch.randn(4, 2), torch.rand(4)
     value, slope = jvp(net, (x, t), (x, torch.ones(4)), method)
@@ -74,6 +74,7 @@ def test_a_network_without_forward_derivative_is_one_clear_sentence():
     torch.testing.assert_close(jvp(lambda x: Fused.apply(x), (x,), (x,), "difference")[1], x, rtol=1e-3, atol=1e-4)
     with pytest.raises(BadInput, match="Did you mean 'forward'"):
         jvp(lambda x: x, (x,), (x,), "forwards")
+
     def views(x):
         """Works, but not under torch.func.jvp, for a reason of torch's own: x.view of a strided tensor."""
         if torch._C._functorch.is_functorch_wrapped_tensor(x):
@@ -108,11 +109,11 @@ def test_a_difference_drops_the_same_units():
     torch.testing.assert_close(jvp(net, (x,), (x,), "forward"), (value, slope), rtol=1e-8, atol=1e-8)
 
 
-def test_rewind_repeats_and_leaves_the_stream_alone():
+def test_replay_repeats_and_restores_the_generator():
     torch.manual_seed(0)
-    rewind = Rewind()
+    replay = ReplayRNG()
     first = torch.rand(3)
-    with rewind:
+    with replay:
         again = torch.rand(3)
         torch.rand(100)
     after = torch.rand(3)

@@ -9,16 +9,24 @@ from pathlib import Path
 
 import torch
 
-from distill import config, run
+from distill import config
 from distill.data.toy import Samples
 from distill.methods.base import Method
+from distill.training import run
 
 TOY = Path(__file__).parents[1] / "configs" / "toy"
 SMALL = (
-    "log.wandb=disabled", "train.threads=1", "train.log_every=1", "train.validate_every=0", "train.steps=6",
-    "data.batch_size=16", "eval.samples=200", "eval.validation_samples=40",
-    "roles.student.net.width=8", "roles.student.net.depth=1",
-)  # fmt: skip
+    "log.wandb=disabled",
+    "train.threads=1",
+    "train.log_every=1",
+    "train.validate_every=0",
+    "train.steps=6",
+    "data.batch_size=16",
+    "eval.samples=200",
+    "eval.validation_samples=40",
+    "roles.student.net.width=8",
+    "roles.student.net.depth=1",
+)
 
 
 def recipe(*overrides: str, name: str = "teacher"):

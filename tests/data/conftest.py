@@ -4,13 +4,15 @@ import pytest
 from shard_makers import members, numbered, tar
 
 from distill.data.info import Info
-from distill.data.pack import shards
+from distill.data.shards.write import write_splits
 
 
 @pytest.fixture
 def split(tmp_path):
     """100 samples, 4 shards of 25, 5 classes."""
-    shards(tmp_path / "set", {"train": numbered(100)}, Info((), 5, range=(0.0, 255.0), source="numbers"), per_shard=25)
+    write_splits(
+        tmp_path / "set", {"train": numbered(100)}, Info((), 5, range=(0.0, 255.0), source="numbers"), per_shard=25
+    )
     return tmp_path / "set" / "train"
 
 

@@ -1,4 +1,4 @@
-"""Small sets whose samples tell who they are: every value of sample i is i."""
+"""Small sets whose samples tell numbers they are: every value of sample i is i."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from pathlib import Path
 
 import numpy as np
 
-from distill.data import array
-from distill.data.pack import Part
+from distill.data.shards.write import Split
+from distill.data.sources import array
 
 SIDE = 4
 
 
-def numbered(count: int, classes: int = 5) -> Part:
+def numbered(count: int, classes: int = 5) -> Split:
     x = np.arange(count, dtype=np.uint8)[:, None, None, None].repeat(SIDE, 2).repeat(SIDE, 3)
-    return Part(x.__getitem__, count, np.arange(count) % classes)
+    return Split(x.__getitem__, count, np.arange(count) % classes)
 
 
-def who(batch: dict) -> list[int]:
-    """Which samples of `numbered` a batch holds."""
+def numbers(batch: dict) -> list[int]:
+    """Numbers of the samples of `numbered` in a batch."""
     return ((batch["x"][:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
 
 
@@ -47,7 +47,7 @@ def change(path: Path, at: int, data: bytes) -> None:
         file.write(data)
 
 
-def place(path: Path, sample: int, suffix: str) -> tarfile.TarInfo:
+def tar_member(path: Path, sample: int, suffix: str) -> tarfile.TarInfo:
     """The member of the n-th sample of a shard; has `.name`, `.offset` and `.offset_data`."""
     with tarfile.open(path) as file:
         return [m for m in file.getmembers() if m.name.endswith("." + suffix)][sample]

@@ -1,4 +1,4 @@
-"""The codecs of .npy and image members, and what is said of a sample that they cannot decode."""
+"""Codecs of .npy and image members, and the errors of samples that cannot be decoded."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from distill.data import array, image, sample
-from distill.data.damage import Bad
 from distill.data.info import Info
+from distill.data.shards import sample
+from distill.data.shards.errors import BadSample
+from distill.data.sources import array, image
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "int32", "float16", "float32", ">f4", "bool"])
@@ -84,13 +85,28 @@ def test_size_cuts_out_the_middle():
     assert image.decode(image.encode(x), channels=3, size=2).shape == (3, 2, 2)
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_images_and_frames_are_resized_alike(dtype):
+    x = np.random.default_rng(0).integers(0, 256, (3, 5, 12, 20)).astype(dtype)
+    fitted = image.fit(x, (6, 5))
+    assert fitted.shape == (3, 5, 6, 5) and fitted.dtype == x.dtype and image.fit(x, (12, 20)) is x
+    for frame in range(5):
+        alone = image.decode(image.encode(x[:, frame].astype(np.uint8)), size=(6, 5))
+        assert np.abs(fitted[:, frame].astype(int) - alone.astype(int)).max() <= 3
+    assert fitted.min() >= x.min() and fitted.max() <= x.max()
+
+
 INFO = Info((1, 2, 2), 3, dtype="uint8", range=(0.0, 255.0), captions=True)
 GOOD = {"__key__": "k", "npy": array.encode(np.zeros((1, 2, 2), np.uint8)), "cls": b"2", "txt": b"words"}
 
 
 def test_a_good_sample():
-    found = sample.decode(GOOD, INFO)
-    assert found.x.shape == (1, 2, 2) and found.label == 2 and found.caption == "words"
+    good = sample.decode(GOOD, INFO)
+    assert good.x.shape == (1, 2, 2) and good.label == 2 and good.caption == "words"
+
+
+def test_the_byte_order_mark_of_a_caption_is_no_text():
+    assert sample.decode(GOOD | {"txt": b"\xef\xbb\xbfwords"}, INFO).caption == "words"
 
 
 @pytest.mark.parametrize(
@@ -109,15 +125,15 @@ def test_a_good_sample():
         ({"txt": b"\xff"}, "UTF-8"),
     ],
 )
-def test_bad_samples_are_told_apart(change, words):
+def test_each_fault_of_a_sample_has_its_message(change, words):
     members = {k: v for k, v in (GOOD | change).items() if v is not None}
-    with pytest.raises(Bad, match=words):
+    with pytest.raises(BadSample, match=words):
         sample.decode(members, INFO)
 
 
 def test_values_that_are_not_finite_are_bad():
     info = Info((2,), dtype="float32")
-    with pytest.raises(Bad, match="NaN"):
+    with pytest.raises(BadSample, match="NaN"):
         sample.decode({"__key__": "k", "npy": array.encode(np.array([0, np.nan], np.float32))}, info)
 
 

@@ -4,12 +4,12 @@ import json
 
 import numpy as np
 import pytest
-from shard_makers import members, numbered, tar, who
+from shard_makers import members, numbered, numbers, tar
 
-from distill.data import array, image
 from distill.data.info import Info
-from distill.data.pack import Part, shards
-from distill.data.shards import Shards
+from distill.data.shards.dataset import Shards
+from distill.data.shards.write import Split, write_splits
+from distill.data.sources import array, image
 from distill.errors import BadInput
 
 
@@ -33,7 +33,7 @@ def inside(uneven, monkeypatch):
 )
 def test_paths_and_patterns(inside, path, count):
     source = Shards(path, 4)
-    assert source.info.count == count == len(set(who(source.all()))) and source.info.classes == min(5, count)
+    assert source.info.count == count == len(set(numbers(source.all()))) and source.info.classes == min(5, count)
     assert source.info.path == path
 
 
@@ -48,7 +48,7 @@ def test_part_of_an_indexed_folder(split):
 
 def test_a_missing_shard_of_a_pattern_is_damage_and_none_at_all_is_refused(inside):
     source = Shards("uneven/{0..5}.tar", 4)
-    assert source.info.count == 48 and len(source.ledger.entries) == 3
+    assert source.info.count == 48 and len(source.errors.entries) == 3
     with pytest.raises(BadInput, match="does not exist"):
         Shards("uneven/{7..9}.tar", 4)
 
@@ -88,19 +88,19 @@ def test_shards_without_labels_among_labelled_ones_are_refused(uneven):
 
 
 def test_sets_of_another_class_count_are_refused(tmp_path, split):
-    shards(tmp_path / "b", {"train": numbered(9, 3)}, Info((), 3, range=(0.0, 255.0), source="numbers"))
+    write_splits(tmp_path / "b", {"train": numbered(9, 3)}, Info((), 3, range=(0.0, 255.0), source="numbers"))
     with pytest.raises(BadInput, match="differ in number of classes: 5 classes.* against 3 classes"):
         Shards([str(split), str(tmp_path / "b" / "train")], 4)
 
 
 def test_sets_of_another_range_are_refused(tmp_path, split):
-    shards(tmp_path / "b", {"train": numbered(9)}, Info((), 5, range=(0.0, 16.0), source="numbers"))
+    write_splits(tmp_path / "b", {"train": numbered(9)}, Info((), 5, range=(0.0, 16.0), source="numbers"))
     with pytest.raises(BadInput, match="differ in range"):
         Shards([str(split), str(tmp_path / "b" / "train")], 4)
 
 
 def test_two_sets_read_as_one(tmp_path, split):
-    shards(tmp_path / "b", {"train": numbered(9)}, Info((), 5, range=(0.0, 255.0), source="numbers"))
+    write_splits(tmp_path / "b", {"train": numbered(9)}, Info((), 5, range=(0.0, 255.0), source="numbers"))
     source = Shards([str(split), str(tmp_path / "b" / "train")], 4)
     assert source.info.count == 109 == len(source.all()["x"]) and source.info.mean is None
 
@@ -151,6 +151,6 @@ def test_an_index_that_is_not_json_is_named(split):
 
 def test_vectors_and_half_floats(tmp_path):
     x = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float16)
-    shards(tmp_path / "o", {"train": Part(x.__getitem__, 6)}, Info((), source="halves"))
+    write_splits(tmp_path / "o", {"train": Split(x.__getitem__, 6)}, Info((), source="halves"))
     got = Shards(tmp_path / "o" / "train", 2).all()["x"].numpy()
     assert got.dtype == np.float32 and sorted(map(tuple, got)) == sorted(map(tuple, x.astype(np.float32)))

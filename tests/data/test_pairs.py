@@ -1,4 +1,4 @@
-"""Stored pairs: what was solved is what is read, and another teacher's are refused."""
+"""Stored pairs: reading returns what was solved, and pairs of another teacher are refused."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -6,11 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from distill.data import write as writers
+from distill.data import prepare
 from distill.data.pairs import Pairs, fingerprint, write
 from distill.denoise import Denoiser, Gaussian
 from distill.errors import BadInput
-from distill.nets.small import MLP
+from distill.models.small import MLP
 from distill.noise import RectifiedFlow, VPCosine
 
 TEACHER = Gaussian([0.2, -0.1], 0.5, RectifiedFlow())
@@ -55,8 +55,19 @@ def test_the_same_seed_gives_the_same_bytes_and_nothing_else_is_left(folder, tmp
 def test_two_processes_write_the_bytes_of_one(folder, tmp_path):
     both = threading.Barrier(2)
     for_rank = lambda rank: write(  # noqa: E731
-        tmp_path / "two", ends, TEACHER, 50, (2,), classes=3, about="exact", batch=16, per_shard=20, rank=rank, world=2,
-        meet=both.wait)
+        tmp_path / "two",
+        ends,
+        TEACHER,
+        50,
+        (2,),
+        classes=3,
+        about="exact",
+        batch=16,
+        per_shard=20,
+        rank=rank,
+        world=2,
+        barrier=both.wait,
+    )
     with ThreadPoolExecutor(2) as ranks:
         first, second = ranks.map(for_rank, range(2))
     assert first.count == 50 and second is None
@@ -76,7 +87,7 @@ def test_a_path_is_stored_from_data_to_noise(tmp_path):
 def test_pairs_of_another_teacher_and_plain_shards_are_refused(folder, tmp_path):
     with pytest.raises(BadInput, match="pairs of teacher"):
         Pairs(folder / "train", 8, teacher=Gaussian([0.2, -0.1], 0.6, RectifiedFlow()))
-    writers.digits(tmp_path / "digits")
+    prepare.digits(tmp_path / "digits")
     with pytest.raises(BadInput, match="holds no pairs but scikit-learn digits"):
         Pairs(tmp_path / "digits" / "train", 8)
 

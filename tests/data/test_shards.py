@@ -13,12 +13,13 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from shard_makers import change, members, place, tar, who
+from shard_makers import change, members, numbers, tar, tar_member
 
-from distill.data.info import Info
-from distill.data.pack import Part, shards
-from distill.data.shards import Shards, check
-from distill.data.write import idx
+from distill.data.audit import audit
+from distill.data.info import Info, check
+from distill.data.prepare import idx
+from distill.data.shards.dataset import Shards
+from distill.data.shards.write import Split, write_splits
 from distill.errors import BadInput
 
 STREAMED = {"cache_mb": 0, "window": 25}
@@ -42,7 +43,7 @@ def first(source: Shards, n: int, **where) -> list[dict]:
 def test_batch_is_images_in_minus_one_to_one_with_labels(split):
     batch = first(Shards(split, 8), 1)[0]
     assert batch["x"].shape == (8, 1, 4, 4) and batch["x"].dtype == torch.float32
-    assert batch["label"].tolist() == [i % 5 for i in who(batch)] and batch["label"].dtype == torch.int64
+    assert batch["label"].tolist() == [i % 5 for i in numbers(batch)] and batch["label"].dtype == torch.int64
     assert batch["x"].min() >= -1 and batch["x"].max() <= 1
 
 
@@ -57,25 +58,25 @@ def test_start_equals_skipping(split, mode, start):
 @modes
 def test_ranks_together_read_all_before_any_twice(split, mode):
     source = Shards(split, 5, **MODES[mode])
-    seen = [i for rank in range(2) for b in first(source, 10, rank=rank, world=2) for i in who(b)]
+    seen = [i for rank in range(2) for b in first(source, 10, rank=rank, world=2) for i in numbers(b)]
     assert sorted(seen) == list(range(100))
 
 
 @modes
 def test_order_depends_on_seed_rank_and_pass(split, mode):
     source, other = Shards(split, 5, **MODES[mode]), Shards(split, 5, seed=1, **MODES[mode])
-    one = [who(b) for b in first(source, 40)]
-    assert one == [who(b) for b in first(source, 40)]
-    assert one != [who(b) for b in first(other, 40)]
+    one = [numbers(b) for b in first(source, 40)]
+    assert one == [numbers(b) for b in first(source, 40)]
+    assert one != [numbers(b) for b in first(other, 40)]
     assert one[:20] != one[20:]
-    assert one[:20] != [who(b) for b in first(source, 20, rank=1, world=2)]
+    assert one[:20] != [numbers(b) for b in first(source, 20, rank=1, world=2)]
     assert sorted(sum(one[:20], [])) != sum(one[:20], [])
 
 
 @pytest.mark.parametrize("mode", ["cached", "streamed"])
 def test_without_shuffle_the_order_is_the_stored_one(split, mode):
     source = Shards(split, 10, shuffle=False, **MODES[mode])
-    assert sum([who(b) for b in first(source, 10)], []) == who(source.all())
+    assert sum([numbers(b) for b in first(source, 10)], []) == numbers(source.all())
 
 
 @modes
@@ -85,7 +86,7 @@ def test_every_rank_gets_every_step_from_uneven_shards(uneven, mode):
     for rank in range(3):
         batches = first(source, 25, rank=rank, world=3)
         assert [len(b["x"]) for b in batches] == [8] * 25
-        seen.update(i for b in batches for i in who(b))
+        seen.update(i for b in batches for i in numbers(b))
     assert seen == set(range(48))
 
 
@@ -118,9 +119,9 @@ def test_a_loader_can_be_dropped_and_another_started(split):
 def test_all_and_once_give_the_split_in_stored_order(split, mode):
     source = Shards(split, 8, **MODES[mode])
     whole = source.all()
-    assert sorted(who(whole)) == list(range(100))
-    assert sum([who(b) for b in source.once(7)], []) == who(whole)
-    assert who(source.all(limit=9)) == who(whole)[:9]
+    assert sorted(numbers(whole)) == list(range(100))
+    assert sum([numbers(b) for b in source.once(7)], []) == numbers(whole)
+    assert numbers(source.all(limit=9)) == numbers(whole)[:9]
     assert same(whole, source.all())
 
 
@@ -133,7 +134,7 @@ def test_measured_mean_and_std_are_those_of_x(split):
 
 def test_batches_do_not_share_memory_with_the_cache(tmp_path):
     x = np.linspace(-1, 1, 12, dtype=np.float32).reshape(6, 2)
-    shards(tmp_path / "o", {"train": Part(x.__getitem__, 6)}, Info((), source="floats"))
+    write_splits(tmp_path / "o", {"train": Split(x.__getitem__, 6)}, Info((), source="floats"))
     source = Shards(tmp_path / "o" / "train", 6)
     before = source.all()["x"].clone()
     next(source.loader())["x"].zero_()
@@ -145,11 +146,11 @@ def test_batches_do_not_share_memory_with_the_cache(tmp_path):
 
 
 def truncated(path):
-    path.write_bytes(path.read_bytes()[: place(path, 9, "npy").offset_data + 60])
+    path.write_bytes(path.read_bytes()[: tar_member(path, 9, "npy").offset_data + 60])
 
 
 def cut_between_members(path):
-    path.write_bytes(path.read_bytes()[: place(path, 9, "cls").offset])
+    path.write_bytes(path.read_bytes()[: tar_member(path, 9, "cls").offset])
 
 
 def empty_file(path):
@@ -166,7 +167,7 @@ def garbage(path):
 
 
 def rotten_header(path):
-    change(path, place(path, 9, "cls").offset, b"\xff" * 512)
+    change(path, tar_member(path, 9, "cls").offset, b"\xff" * 512)
 
 
 def missing(path):
@@ -185,19 +186,19 @@ SHARD_DAMAGE = {  # and the samples of 25 that it costs
 
 
 def bad_npy(path):
-    change(path, place(path, 9, "npy").offset_data, b"\x00" * 40)
+    change(path, tar_member(path, 9, "npy").offset_data, b"\x00" * 40)
 
 
 def bad_class(path):
-    change(path, place(path, 9, "cls").offset_data, b"x")
+    change(path, tar_member(path, 9, "cls").offset_data, b"x")
 
 
 def class_out_of_range(path):
-    change(path, place(path, 9, "cls").offset_data, b"7")
+    change(path, tar_member(path, 9, "cls").offset_data, b"7")
 
 
 def missing_member(path):
-    member = place(path, 9, "cls")
+    member = tar_member(path, 9, "cls")
     renamed = member.name.replace(".cls", ".cl_").encode()
     header = bytearray(path.read_bytes()[member.offset : member.offset + 512])
     header[: len(renamed)] = renamed
@@ -219,9 +220,9 @@ def test_damage_is_named_counted_and_skipped(split, mode, spoil, caplog):
         source = Shards(split, 5, **MODES[mode])
         batches = first(source, 45)
     assert [len(b["x"]) for b in batches] == [5] * 45
-    seen = {i for b in batches for i in who(b)}
+    seen = {i for b in batches for i in numbers(b)}
     assert len(seen) == 100 - lost
-    assert source.ledger.lost == lost and len(source.ledger.entries) == 1
+    assert source.errors.lost == lost and len(source.errors.entries) == 1
     assert str(shard) in caplog.text and len(caplog.records) == 1
     assert all(map(same, batches[31:], first(source, 14, start=31)))
 
@@ -231,7 +232,7 @@ def test_damage_shows_without_an_index(split, spoil):
     spoil(split / "000002.tar")
     (split / "index.json").unlink()
     source = Shards(split, 5)
-    assert [s for s, _ in source.ledger.entries] == [str(split / "000002.tar")]
+    assert [s for s, _ in source.errors.entries] == [str(split / "000002.tar")]
     assert source.info.count == 100 - SHARD_DAMAGE[spoil] == len(source.all()["x"])
 
 
@@ -240,7 +241,9 @@ def test_a_shard_that_rots_whole_is_replaced_by_others(split, mode):
     change(split / "000002.tar", 0, b"\xff" * (split / "000002.tar").stat().st_size)
     source = Shards(split, 5, **{"window": 5, **MODES[mode]})
     batches = first(source, 40)
-    assert {i for b in batches for i in who(b)} == set(who(Shards(split, 5).all())) and len(source.all()["x"]) == 75
+    assert {i for b in batches for i in numbers(b)} == set(numbers(Shards(split, 5).all())) and len(
+        source.all()["x"]
+    ) == 75
     assert all(map(same, batches[23:], first(source, 17, start=23)))
 
 
@@ -257,7 +260,7 @@ def test_damage_beyond_the_budget_is_refused(split, mode):
 
 def test_budget_may_be_a_share_of_the_samples(split):
     truncated(split / "000001.tar")
-    assert Shards(split, 5, budget=0.16).ledger.lost == 16
+    assert Shards(split, 5, budget=0.16).errors.lost == 16
     with pytest.raises(BadInput, match="000001.tar"):
         Shards(split, 5, budget=0.15)
     with pytest.raises(BadInput, match="budget=1.0"):
@@ -277,6 +280,13 @@ def test_known_damage_is_found_before_the_first_batch(split):
         empty_file(path)
     with pytest.raises(BadInput, match="no readable sample"):
         Shards(split, 5)
+
+
+def test_the_audit_counts_damage_against_the_index(split):
+    rotten_header(split / "000002.tar")
+    (report,) = audit(split)
+    assert report.count == 84 and "84 samples where the index says 100" in report.errors
+    assert any("000002.tar" in error and "9 of 25 samples" in error for error in report.errors)
 
 
 # -- arguments and the network ---------------------------------------------------------------------------------------
@@ -310,7 +320,7 @@ def test_check_compares_with_the_network(split):
 
 
 def test_importing_the_package_loads_no_heavy_library():
-    code = "import sys, distill.data.shards, distill.data.write; print([m for m in sys.modules if m in {names}])"
+    code = "import sys, distill.data.shards, distill.data.prepare; print([m for m in sys.modules if m in {names}])"
     names = {"webdataset", "PIL", "sklearn", "lightning", "diffusers"}
     out = subprocess.run([sys.executable, "-c", code.format(names=names)], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
@@ -323,8 +333,8 @@ def test_importing_the_package_loads_no_heavy_library():
 def pictures(tmp_path_factory):
     out = tmp_path_factory.mktemp("cost") / "set"
     x = np.random.default_rng(0).integers(0, 256, (2000, 1, 28, 28), dtype=np.uint8)
-    part = Part(x.__getitem__, 2000, np.arange(2000) % 10)
-    shards(out, {"train": part}, Info((), 10, range=(0.0, 255.0), source="noise"), per_shard=500)
+    part = Split(x.__getitem__, 2000, np.arange(2000) % 10)
+    write_splits(out, {"train": part}, Info((), 10, range=(0.0, 255.0), source="noise"), per_shard=500)
     return out / "train"
 
 
@@ -386,8 +396,10 @@ def test_fashion_mnist_is_read_as_fast_as_by_hand_without_growing(tmp_path):
     by_hand, ours = sorted(rates, key=lambda pair: pair[1] / pair[0])[1]
     batches = Shards(folder, 50, cache_mb=0).loader()
     sizes = [resident() for n, _ in enumerate(islice(batches, 1101)) if n in (100, 1100)]  # 50,000 samples apart
-    print(f"\n{by_hand:.0f} samples a second by hand, {ours:.0f} streamed, ratio {ours / by_hand:.2f}; "
-          f"{sizes[0]:.1f} MiB resident after 5,000 samples, {sizes[1]:.1f} after 55,000")  # fmt: skip
+    print(
+        f"\n{by_hand:.0f} samples a second by hand, {ours:.0f} streamed, ratio {ours / by_hand:.2f}; "
+        f"{sizes[0]:.1f} MiB resident after 5,000 samples, {sizes[1]:.1f} after 55,000"
+    )
     assert ours > 0.8 * by_hand and sizes[1] - sizes[0] < 8
 
 

@@ -5,7 +5,7 @@ from itertools import islice
 import pytest
 import torch
 
-from distill.data.shards import check
+from distill.data.info import check
 from distill.data.toy import Conditions, Samples
 from distill.errors import BadInput
 

@@ -6,8 +6,17 @@ import torch
 from distill.export.card import card, picture
 
 RECORD = {
-    "distill": "0.1.0", "steps": 1, "timesteps": [999], "times": [1.0, 0.0], "sampler": "renoise",
-    "prediction": "eps", "guidance": None, "classes": 0, "null_class": False, "method": "", "metrics": {},
+    "distill": "0.1.0",
+    "steps": 1,
+    "timesteps": [999],
+    "times": [1.0, 0.0],
+    "sampler": "renoise",
+    "prediction": "eps",
+    "guidance": None,
+    "classes": 0,
+    "null_class": False,
+    "method": "",
+    "metrics": {},
     "licence": "mit",
 }
 
@@ -26,9 +35,35 @@ def test_card_code_runs_as_six_lines_of_stock_diffusers():
     compile("\n".join(code), "card", "exec")
 
 
+@pytest.mark.parametrize(
+    "kind, network, named",
+    [
+        ("lora", "UNet2DConditionModel", True),
+        ("lora", "WanTransformer3DModel", True),
+        ("lora", "FluxTransformer2DModel", True),
+        ("lora", "LTXVideoTransformer3DModel", False),
+        ("lora", "SanaTransformer2DModel", False),
+        ("lora", "CogVideoXTransformer3DModel", False),
+        ("single-file", "UNet2DConditionModel", True),
+        ("single-file", "WanTransformer3DModel", False),
+        ("single-file", "SanaTransformer2DModel", False),
+        ("pipeline", "UNet2DConditionModel", False),
+    ],
+)
+def test_comfyui_is_named_only_where_it_reads_the_file(kind, network, named):
+    about = {"kind": kind, "network": network, "call": {}, "base": "a/b", "scheduler": "DDIMScheduler", "part": "unet"}
+    about |= {"files": ["a.safetensors"], "file": "a.safetensors", "pipeline": "P"}
+    assert ("ComfyUI" in card(RECORD | about, None, "mine", False)) == named
+
+
 def test_card_shortens_long_grids_and_names_the_null_class():
-    many = RECORD | {"steps": 50, "timesteps": list(range(999, -1, -20)), "times": [k / 50 for k in range(50, -1, -1)],
-                     "classes": 10, "null_class": True}
+    many = RECORD | {
+        "steps": 50,
+        "timesteps": list(range(999, -1, -20)),
+        "times": [k / 50 for k in range(50, -1, -1)],
+        "classes": 10,
+        "null_class": True,
+    }
     text = card(many, None, "teacher", True)
     assert "999, 979, 959, 939, ..., 79, 59, 39, 19" in text and '0 to 9; 10 is "no class"' in text
 
@@ -36,8 +71,12 @@ def test_card_shortens_long_grids_and_names_the_null_class():
 def test_card_lays_out_the_nested_metrics_of_a_run():
     rows = {"teacher": {"1": {"fid": 3.14159}, "4": {"fid": 2.5, "recall": 1}}, "student": {"4": {"fid": None}}}
     text = card(RECORD | {"metrics": rows | {"solvers": {"1": {"fid": "heun"}}}}, None, "mine", False)
-    for line in ("| model | evaluations | fid | recall |", "| teacher | 1 | 3.142 |  |", "| teacher | 4 | 2.5 | 1 |",
-                 "| student | 4 |  |  |"):
+    for line in (
+        "| model | evaluations | fid | recall |",
+        "| teacher | 1 | 3.142 |  |",
+        "| teacher | 4 | 2.5 | 1 |",
+        "| student | 4 |  |  |",
+    ):
         assert line in text, line
     assert "heun" not in text
 

@@ -12,10 +12,10 @@ from distill.errors import BadInput
 from distill.export import export
 from distill.export.folder import stock_table
 from distill.export.verify import compare
-from distill.grid import Grid
-from distill.nets import MLP, Transformer
-from distill.nets.diffusers import DiT, UNet2D, grid_of, load, schedule_of
+from distill.models import MLP, Transformer
+from distill.models.diffusers import DiT, UNet2D, grid_of, load, schedule_of
 from distill.noise import RectifiedFlow, Table
+from distill.times import Grid
 
 
 def student(prediction="v", schedule=None, channels=1, kind=UNet2D, **kw):
@@ -60,10 +60,26 @@ def test_stock_diffusers_draws_the_trainers_samples(tmp_path):
 
 def test_folder_holds_what_it_says(tmp_path):
     recipe = {"method": "x.Y", "steps": 3}
-    out = export(student(classes=3, guided=True), 2, "ode", tmp_path / "deep" / "out", method="Consistency",
-                 recipe=recipe, metrics={"fid": 1.23456, "nfe": 2}, samples=torch.rand(5, 1, 8, 8) * 2 - 1, w=2.5)
+    out = export(
+        student(classes=3, guided=True),
+        2,
+        "ode",
+        tmp_path / "deep" / "out",
+        method="Consistency",
+        recipe=recipe,
+        metrics={"fid": 1.23456, "nfe": 2},
+        samples=torch.rand(5, 1, 8, 8) * 2 - 1,
+        w=2.5,
+    )
     assert sorted(p.name for p in out.iterdir()) == [
-        "README.md", "distill.json", "model_index.json", "reference.safetensors", "samples.png", "scheduler", "unet"]
+        "README.md",
+        "distill.json",
+        "model_index.json",
+        "reference.safetensors",
+        "samples.png",
+        "scheduler",
+        "unet",
+    ]
     assert [p.name for p in out.parent.iterdir()] == ["out"]
     record = json.loads((out / "distill.json").read_text())
     assert record["steps"] == 2 and record["timesteps"] == [999, 499] and record["times"] == [1.0, 0.5, 0.0]
@@ -74,8 +90,17 @@ def test_folder_holds_what_it_says(tmp_path):
     assert scheduler["set_alpha_to_one"] is True and scheduler["prediction_type"] == "v_prediction"
     assert scheduler["beta_schedule"] == "linear" and scheduler["trained_betas"] is None
     readme = (out / "README.md").read_text()
-    for words in ("license: apache-2.0", 'from_pretrained("out")', "num_inference_steps=2", "method: x.Y", "1.235",
-                  "Consistency", "![samples](samples.png)", "2.5, in the weights"):
+    for words in (
+        "license: other",
+        "Not stated: ",
+        'from_pretrained("out")',
+        "num_inference_steps=2",
+        "method: x.Y",
+        "1.235",
+        "Consistency",
+        "![samples](samples.png)",
+        "2.5, in the weights",
+    ):
         assert words in readme, words
     assert str(tmp_path) not in "".join(p.read_text() for p in out.rglob("*.json"))
 
@@ -92,14 +117,18 @@ def test_load_gives_back_the_same_denoiser(tmp_path, sampler):
     assert str(tmp_path) not in "".join(p.read_text() for p in again.rglob("*.json"))
 
 
-@pytest.mark.parametrize("settings, formula", [
-    ({}, "linear"),
-    ({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}, "scaled_linear"),
-    ({"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 100}, "squaredcos_cap_v2"),
-    ({"beta_start": 0.00012345}, None),
-    ({"rescale_betas_zero_snr": True}, None),
-    ({"beta_schedule": "scaled_linear", "rescale_betas_zero_snr": True}, None),
-], ids=str)
+@pytest.mark.parametrize(
+    "settings, formula",
+    [
+        ({}, "linear"),
+        ({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}, "scaled_linear"),
+        ({"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 100}, "squaredcos_cap_v2"),
+        ({"beta_start": 0.00012345}, None),
+        ({"rescale_betas_zero_snr": True}, None),
+        ({"beta_schedule": "scaled_linear", "rescale_betas_zero_snr": True}, None),
+    ],
+    ids=str,
+)
 def test_tables_survive_the_stock_settings(settings, formula):
     schedule = schedule_of("DDIMScheduler", **settings)
     stock = stock_table(schedule)
@@ -131,20 +160,29 @@ def test_the_student_is_left_as_it_was(tmp_path):
     assert one.training and all(torch.equal(v, before[k]) for k, v in one.state_dict().items())
 
 
-@pytest.mark.parametrize("make, grid, sampler, kw, words", [
-    (lambda: Denoiser(MLP(), schedule_of("DDIMScheduler"), "eps"), 4, "ode", {}, "MLP has no stock class.*UNet2D"),
-    (lambda: Denoiser(Transformer(), schedule_of("DDIMScheduler"), "eps"), 4, "ode", {}, "Transformer has no stock"),
-    (lambda: student(), 4, "euler", {}, "sampler 'euler' is none of ode, renoise"),
-    (lambda: student(), 3, "ode", {}, "666 to 333.*divides 1000"),
-    (lambda: student(), 3, "renoise", {}, "998"),
-    (lambda: student(), [1, 0.3, 0], "ode", {}, r"serves \[1, 0.5, 0\] in 2 steps.*trained on \[1, 0.3, 0\]"),
-    (lambda: student(), [1, 0.3, 0], "renoise", {}, r"LCMScheduler serves \[1, 0.5, 0\]"),
-    (lambda: student("flow"), 4, "ode", {}, "predicts 'flow'.*eps, x, v"),
-    (lambda: Denoiser(UNet2D(), RectifiedFlow(), "v"), 4, "ode", {}, "under RectifiedFlow"),
-    (lambda: student(timesteps=100), 4, "ode", {}, "timesteps=100.*1000"),
-    (lambda: student(guided=True), 4, "ode", {}, "needs a fixed w"),
-    (lambda: student(flow_map=True), 2, "renoise", {}, "t - s varies"),
-])
+@pytest.mark.parametrize(
+    "make, grid, sampler, kw, words",
+    [
+        (lambda: Denoiser(MLP(), schedule_of("DDIMScheduler"), "eps"), 4, "ode", {}, "MLP has no stock class.*UNet2D"),
+        (
+            lambda: Denoiser(Transformer(), schedule_of("DDIMScheduler"), "eps"),
+            4,
+            "ode",
+            {},
+            "Transformer has no stock",
+        ),
+        (lambda: student(), 4, "euler", {}, "sampler 'euler' is none of ode, renoise"),
+        (lambda: student(), 3, "ode", {}, "666 to 333.*divides 1000"),
+        (lambda: student(), 3, "renoise", {}, "998"),
+        (lambda: student(), [1, 0.3, 0], "ode", {}, r"serves \[1, 0.5, 0\] in 2 steps.*trained on \[1, 0.3, 0\]"),
+        (lambda: student(), [1, 0.3, 0], "renoise", {}, r"LCMScheduler serves \[1, 0.5, 0\]"),
+        (lambda: student("flow"), 4, "ode", {}, "predicts 'flow'.*eps, x, v"),
+        (lambda: Denoiser(UNet2D(), RectifiedFlow(), "v"), 4, "ode", {}, "under RectifiedFlow"),
+        (lambda: student(timesteps=100), 4, "ode", {}, "timesteps=100.*1000"),
+        (lambda: student(guided=True), 4, "ode", {}, "needs a fixed w"),
+        (lambda: student(flow_map=True), 2, "renoise", {}, "t - s varies"),
+    ],
+)
 def test_what_stock_cannot_serve_is_refused_and_leaves_nothing(tmp_path, make, grid, sampler, kw, words):
     with pytest.raises(BadInput, match=words):
         export(make(), grid, sampler, tmp_path / "out", **kw)
@@ -162,7 +200,7 @@ def test_a_failure_half_way_leaves_nothing(tmp_path, monkeypatch):
     def full(*args):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("distill.export.ship.card", full)
+    monkeypatch.setattr("distill.export.write.card", full)
     with pytest.raises(OSError, match="No space"):
         export(student(), 4, "ode", tmp_path / "out")
     assert not list(tmp_path.iterdir())

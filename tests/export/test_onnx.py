@@ -16,9 +16,9 @@ from distill.denoise import Denoiser
 from distill.errors import BadInput
 from distill.export import export
 from distill.export.verify import compare
-from distill.nets import MLP
-from distill.nets.diffusers import UNet2D, load, schedule_of
-from distill.nets.diffusers import tiny as families
+from distill.models import MLP
+from distill.models.diffusers import UNet2D, load, schedule_of
+from distill.models.diffusers import tiny as families
 from distill.noise import RectifiedFlow
 
 
@@ -40,6 +40,9 @@ def test_the_graph_is_the_students_step_at_any_batch(tmp_path):
     wanted = student.schedule.add_noise(wanted, s, noise)
     assert (x_s - wanted).abs().max() / wanted.abs().max() < 1e-5
     assert compare([out])[0] < 1e-5
+    space, code = {}, (out / "README.md").read_text().split("```")[1].removeprefix("python\n")
+    exec(code.replace('"out/', f'"{tmp_path}/out/'), space)  # as it stands on the card, conditions too
+    assert space["x"].shape == (1, 1, 8, 8) and list(space["cond"]) == ["label"]
     stored = load_file(out / "reference.safetensors")
     save_file(stored | {"samples": stored["samples"] + 0.01}, out / "reference.safetensors")
     assert 1e-3 < compare([out])[0] < 0.1
@@ -64,7 +67,7 @@ def test_the_verbs_export_and_verify(tmp_path, monkeypatch):
     refused = call("verify", "out")
     assert refused.exit_code == 2 and "draws other samples than the trainer" in refused.output
     assert call("verify", "run").exit_code == 2
-    for kind, words in (("lora", "full fine-tune is no LoRA"), ("single-file", "is not told text")):
+    for kind, words in (("lora", "full fine-tune has no LoRA"), ("single-file", "is not conditioned on text")):
         refused = call("export", "run", "other", "--as", kind)
         assert refused.exit_code == 2 and words in refused.output
     assert not (tmp_path / "other").exists()
@@ -84,9 +87,14 @@ def test_networks_of_our_own_need_no_stock_class(tmp_path):
     assert compare([out])[0] < 1e-5
 
 
-FAMILIES = {"sd1": (families.sd, {}, None), "sdxl": (families.sdxl, {}, None), "sd3": (families.sd3, {}, None),
-            "flux-dev": (families.flux, {"size": (8, 8)}, None), "wan": (families.wan, {"size": (2, 4, 4)}, None),
-            "sana": (families.sana, {"size": (16, 16)}, 1)}
+FAMILIES = {
+    "sd1": (families.sd, {}, None),
+    "sdxl": (families.sdxl, {}, None),
+    "sd3": (families.sd3, {}, None),
+    "flux-dev": (families.flux, {"size": (8, 8)}, None),
+    "wan": (families.wan, {"size": (2, 4, 4)}, None),
+    "sana": (families.sana, {"size": (16, 16)}, 1),
+}
 
 
 @pytest.mark.slow

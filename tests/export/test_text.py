@@ -15,25 +15,47 @@ from safetensors.torch import load_file
 from distill.errors import BadInput
 from distill.export import export
 from distill.export.verify import compare
-from distill.grid import Grid
-from distill.nets.diffusers import grid_of, load
-from distill.nets.diffusers import tiny as families
-from distill.nets.lora import Shared
+from distill.models.diffusers import grid_of, load
+from distill.models.diffusers import tiny as families
+from distill.models.lora import SharedBase
+from distill.times import Grid
 
 SIGMA = partial(families.pixart, diffusers.PixArtSigmaPipeline, 8)
 FAMILIES = {  # how it is built, and how it is loaded
-    "sd1": (families.sd, {}), "sd2-v": (partial(families.sd, "v_prediction"), {}), "sdxl": (families.sdxl, {}),
-    "pixart-alpha": (families.pixart, {"size": (8, 8)}), "pixart-sigma": (SIGMA, {}), "sd3": (families.sd3, {}),
-    "flux-dev": (families.flux, {"size": (8, 8)}), "flux-schnell": (partial(families.flux, False), {"size": (8, 8)}),
-    "sana": (families.sana, {"size": (16, 16)}), "wan": (families.wan, {"size": (2, 4, 4)}),
-    "ltx": (families.ltx, {"size": (2, 2, 2)}), "cogvideox-2b": (families.cogvideox, {}),
+    "sd1": (families.sd, {}),
+    "sd2-v": (partial(families.sd, "v_prediction"), {}),
+    "sdxl": (families.sdxl, {}),
+    "pixart-alpha": (families.pixart, {"size": (8, 8)}),
+    "pixart-sigma": (SIGMA, {}),
+    "sd3": (families.sd3, {}),
+    "flux-dev": (families.flux, {"size": (8, 8)}),
+    "flux-schnell": (partial(families.flux, False), {"size": (8, 8)}),
+    "sana": (families.sana, {"size": (16, 16)}),
+    "wan": (families.wan, {"size": (2, 4, 4)}),
+    "ltx": (families.ltx, {"size": (2, 2, 2)}),
+    "cogvideox-2b": (families.cogvideox, {}),
     "cogvideox-5b": (partial(families.cogvideox, True), {}),
-}  # fmt: skip
-LORA = ("sd1", "sd2-v", "sdxl", "pixart-alpha", "pixart-sigma", "sd3", "flux-dev", "flux-schnell", "sana", "wan", "ltx",
-        "cogvideox-2b", "cogvideox-5b")
+}
+LORA = (
+    "sd1",
+    "sd2-v",
+    "sdxl",
+    "pixart-alpha",
+    "pixart-sigma",
+    "sd3",
+    "flux-dev",
+    "flux-schnell",
+    "sana",
+    "wan",
+    "ltx",
+    "cogvideox-2b",
+    "cogvideox-5b",
+)
 FILE = ("sd1", "sd2-v", "sdxl", "sd3", "flux-dev", "sana", "wan", "ltx")
 QUICK = {  # kinds that every run of the tests proves; the rest is slow
-    "pipeline-ode": FAMILIES, "pipeline-renoise": ("sd1", "sd3", "flux-dev"), "lora-ode": ("sd1", "sd3"),
+    "pipeline-ode": FAMILIES,
+    "pipeline-renoise": ("sd1", "sd3", "flux-dev"),
+    "lora-ode": ("sd1", "sd3"),
     "single-file-ode": ("sdxl", "wan"),
 }
 
@@ -55,7 +77,7 @@ def student(teachers, name, adapter=False, **kw):
     """A student that is not its teacher; as an adapter, with alpha other than rank."""
     one = load(teachers(name), **FAMILIES[name][1] | kw)
     if adapter:
-        one.net = Shared(one.net, rank=3, alpha=6, targets="unet.*" if one.net.part == "unet" else "transformer.*")
+        one.net = SharedBase(one.net, rank=3, alpha=6, targets="unet.*" if one.net.part == "unet" else "transformer.*")
         one = copy.deepcopy(one)
     families.shake(one.net, 0.2 if adapter else 0.03, seed=9)
     return one
@@ -98,8 +120,10 @@ def test_stock_pipelines_draw_the_trainers_samples(shipped):
 def test_every_kind_of_every_family(teachers, tmp_path):
     rest = {
         "pipeline-renoise": [n for n in FAMILIES if n not in QUICK["pipeline-renoise"]],
-        "lora-ode": [n for n in LORA if n not in QUICK["lora-ode"]], "lora-renoise": ("sdxl", "sana"),
-        "single-file-ode": [n for n in FILE if n not in QUICK["single-file-ode"]], "single-file-renoise": ("sd1", "wan"),
+        "lora-ode": [n for n in LORA if n not in QUICK["lora-ode"]],
+        "lora-renoise": ("sdxl", "sana"),
+        "single-file-ode": [n for n in FILE if n not in QUICK["single-file-ode"]],
+        "single-file-renoise": ("sd1", "wan"),
     }
     judge(*ship(teachers, tmp_path, jobs_of(rest)))
 
@@ -178,21 +202,27 @@ def test_told_inputs_fold_and_free_grids_are_named_in_the_call(teachers, tmp_pat
     guided = student(teachers, "sd1", null=None, guided=True, flow_map=True)
     free = student(teachers, "sd3"), Grid.of([1, 0.9, 0.3, 0.2, 0])
     lattice = student(teachers, "sd1"), Grid.of([1, 0.9, 0.25, 0])
-    folders = [export(guided, 4, "ode", tmp_path / "guided", w=3.0), export(*free, "ode", tmp_path / "free"),
-               export(*lattice, "renoise", tmp_path / "lattice")]
+    folders = [
+        export(guided, 4, "ode", tmp_path / "guided", w=3.0),
+        export(*free, "ode", tmp_path / "free"),
+        export(*lattice, "renoise", tmp_path / "lattice"),
+    ]
     calls = [json.loads((f / "distill.json").read_text())["call"] for f in folders]
     assert "sigmas" in calls[1] and calls[2] == {"num_inference_steps": 3, "timesteps": [999, 899, 249]}
     for value in compare(folders):
         assert not isinstance(value, str) and value < 1e-5, value
 
 
-@pytest.mark.parametrize("kind, name, kw, words", [
-    ("lora", "sd1", {}, "full fine-tune is no LoRA.*shared_base"),
-    ("single-file", "pixart-sigma", {}, "PixArtTransformer2DModel reads no single file"),
-    ("single-file", "cogvideox-2b", {}, "CogVideoXTransformer3DModel reads no single file"),
-    ("safetensors", "sd1", {}, "no kind of export.*lora"),
-    ("pipeline", "sd1", {"grid": [1, 0.3, 0]}, "trained on"),
-])
+@pytest.mark.parametrize(
+    "kind, name, kw, words",
+    [
+        ("lora", "sd1", {}, "full fine-tune has no LoRA.*shared_base"),
+        ("single-file", "pixart-sigma", {}, "PixArtTransformer2DModel reads no single file"),
+        ("single-file", "cogvideox-2b", {}, "CogVideoXTransformer3DModel reads no single file"),
+        ("safetensors", "sd1", {}, "no kind of export.*lora"),
+        ("pipeline", "sd1", {"grid": [1, 0.3, 0]}, "trained on"),
+    ],
+)
 def test_what_has_no_such_form_is_refused_and_leaves_nothing(teachers, tmp_path, kind, name, kw, words):
     with pytest.raises(BadInput, match=words):
         export(student(teachers, name), kw.get("grid", 4), "ode", tmp_path / "out", kind=kind)
@@ -218,10 +248,14 @@ def test_what_a_bare_call_does(teachers, tmp_path, name):
     sizes = {k: v for k, v in record["reference"]["call"].items() if k != "num_inference_steps"}
     network, asked = getattr(pipe, record["part"]), []
     forward = network.forward
-    network.forward = lambda *args, **kw: asked.append(len(args[0] if args else kw["hidden_states"])) or forward(*args, **kw)
+    network.forward = lambda *args, **kw: (
+        asked.append(len(args[0] if args else kw["hidden_states"])) or forward(*args, **kw)
+    )
     pipe("a cat", output_type="latent", **sizes)
     default = inspect.signature(pipe.__call__).parameters["num_inference_steps"].default
-    print(f"{name}: {default} steps of {sum(asked) / default:g} evaluation(s)")  # Wan asks twice, others in a batch of two
+    print(
+        f"{name}: {default} steps of {sum(asked) / default:g} evaluation(s)"
+    )  # Wan asks twice, others in a batch of two
     assert sum(asked) == default * (1 if "guidance_scale" not in record["call"] else 2) and default != 4
     asked.clear()
     pipe("a cat", output_type="latent", **sizes | record["call"])

@@ -12,7 +12,7 @@ from distill.errors import BadInput
 from distill.export import export
 from distill.export import verify as module
 from distill.export.verify import STOCK, compare, verify
-from distill.nets.diffusers import UNet2D, schedule_of
+from distill.models.diffusers import UNet2D, schedule_of
 
 
 def edit(file, **changes):
@@ -56,9 +56,14 @@ def test_the_difference_sees_every_damage(judged):
     assert "torch draws other numbers" in found["noise"] and "model_index.json" in found["gone"]
 
 
-@pytest.mark.parametrize("name, words", [
-    ("prediction", "other samples than the trainer"), ("nan", "inf > 0.0001"), ("gone", "cannot be sampled from"),
-])
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("prediction", "other samples than the trainer"),
+        ("nan", "inf > 0.0001"),
+        ("gone", "stock code cannot sample from it"),
+    ],
+)
 def test_verify_refuses_what_differs(judged, monkeypatch, name, words):
     found, root = judged
     monkeypatch.setattr(module, "compare", lambda folders, steps, base: [found[name]])
@@ -76,7 +81,7 @@ def test_an_honest_export_passes(judged, monkeypatch, capsys):
 def test_other_steps_warn_and_are_not_judged(judged, monkeypatch):
     found, root = judged
     monkeypatch.setattr(module, "compare", lambda folders, steps, base: [found["other steps"]] if steps == [4] else [])
-    with pytest.warns(UserWarning, match="made for 2 steps; 4"):
+    with pytest.warns(UserWarning, match="made for 2 steps; with 4"):
         assert verify(root / "honest", steps=4) > 1e-3
 
 

@@ -7,19 +7,28 @@ import torch
 from torch import nn
 
 from distill.errors import BadInput
-from distill.losses.adversarial import SHARE, balance, discriminate, discriminator, generator, r1, r1_near, weigh
+from distill.losses.adversarial import (
+    MAX_RATIO,
+    approximate_r1,
+    discriminator_loss,
+    extra_loss_weight,
+    generator_loss,
+    gradient_ratio,
+    penalised_discriminator_loss,
+    r1,
+)
 
 D = torch.float64
 
 
 def test_values_by_hand():
     zero, two = torch.zeros(3, dtype=D), torch.full((3,), 2.0, dtype=D)
-    assert discriminator(zero, zero).item() == pytest.approx(2 * math.log(2))
-    assert generator(zero).item() == pytest.approx(math.log(2))
-    assert discriminator(two, -two, "hinge").item() == 0.0, "hinge is 0 beyond its margins"
-    assert discriminator(zero, zero, "hinge").item() == 2.0 and generator(two, "hinge").item() == -2.0
+    assert discriminator_loss(zero, zero).item() == pytest.approx(2 * math.log(2))
+    assert generator_loss(zero).item() == pytest.approx(math.log(2))
+    assert discriminator_loss(two, -two, "hinge").item() == 0.0, "hinge is 0 beyond its margins"
+    assert discriminator_loss(zero, zero, "hinge").item() == 2.0 and generator_loss(two, "hinge").item() == -2.0
     with pytest.raises(BadInput, match="Did you mean 'hinge'"):
-        generator(zero, "hing")
+        generator_loss(zero, "hing")
 
 
 def test_a_linear_head_gives_the_generator_gradient_minus_sigmoid_alpha_w():
@@ -27,7 +36,7 @@ def test_a_linear_head_gives_the_generator_gradient_minus_sigmoid_alpha_w():
     w, alpha = torch.randn(3, dtype=D), 0.6
     x = torch.randn(4, 3, dtype=D, requires_grad=True)
     logit = (alpha * x + torch.randn(4, 3, dtype=D)) @ w
-    generator(logit).backward()
+    generator_loss(logit).backward()
     assert torch.allclose(x.grad, -torch.sigmoid(-logit.detach())[:, None] * alpha * w / 4, atol=1e-14)
 
 
@@ -39,7 +48,7 @@ def test_the_optimal_logit_is_the_log_density_ratio():
     loss = (p * nn.functional.softplus(-logit) + q * nn.functional.softplus(logit)).sum()
     (slope,) = torch.autograd.grad(loss, logit)
     assert slope.abs().max() < 1e-14
-    hand = sum(discriminator(l[None], l[None]) for l in logit[:3].detach())
+    hand = sum(discriminator_loss(l[None], l[None]) for l in logit[:3].detach())
     assert hand.item() == pytest.approx(
         (nn.functional.softplus(-logit[:3]) + nn.functional.softplus(logit[:3])).sum().item()
     )
@@ -75,7 +84,7 @@ def test_the_approximate_r1_tends_to_the_exact_one():
     errors = []
     with torch.no_grad():
         for step in (1.0, 1e-1, 1e-3):
-            near = r1_near(f(x), f(x + step * noise), step).item()
+            near = approximate_r1(f(x), f(x + step * noise), step).item()
             errors.append(abs(near / exact - 1))
     assert errors[0] > errors[1] and errors[2] < 0.015, errors  # 1e-3: sampling error, 1.4 / sqrt(n) x 4
 
@@ -84,38 +93,45 @@ def test_discriminate_reaches_no_sample_and_adds_the_named_penalty():
     f = net()
     torch.manual_seed(3)
     real, fake, noise = (torch.randn(6, 5, dtype=D, requires_grad=True) for _ in range(3))
-    plain = discriminate(f, real, fake, noise)
+    plain = penalised_discriminator_loss(f, real, fake, noise)
     plain.backward()
     assert real.grad is None and fake.grad is None and f[0].weight.grad.abs().sum() > 0
     leaf = real.detach().requires_grad_()
-    exact = discriminate(f, real, fake, noise, penalty=0.3)
+    exact = penalised_discriminator_loss(f, real, fake, noise, penalty=0.3)
     assert (exact - plain).item() == pytest.approx(0.3 * r1(f(leaf), leaf).item())
-    near = discriminate(f, real, fake, noise, penalty=0.3, step=0.1)
-    assert (near - plain).item() == pytest.approx(0.3 * r1_near(f(real), f(real + 0.1 * noise), 0.1).item())
+    near = penalised_discriminator_loss(f, real, fake, noise, penalty=0.3, step=0.1)
+    assert (near - plain).item() == pytest.approx(0.3 * approximate_r1(f(real), f(real + 0.1 * noise), 0.1).item())
 
 
 def test_balance_equals_the_gradient_norms():
     x = torch.randn(4, 3, dtype=D, requires_grad=True)
     main, extra = x.square().sum(), 7 * x.pow(3).sum()
-    factor = balance(x, main, extra)
+    factor = gradient_ratio(x, main, extra)
     a, b = torch.autograd.grad(main, x, retain_graph=True)[0], torch.autograd.grad(factor * extra, x)[0]
     assert a.norm().item() == pytest.approx(b.norm().item()) and not factor.requires_grad
 
 
-@pytest.mark.parametrize("how, a, ratio", [
-    (True, 0.03, 0.03), (True, 30.0, 30.0), ("auto", 0.03, 0.03), ("auto", SHARE, SHARE), ("auto", 30.0, SHARE),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "how, a, ratio",
+    [
+        (True, 0.03, 0.03),
+        (True, 30.0, 30.0),
+        ("auto", 0.03, 0.03),
+        ("auto", MAX_RATIO, MAX_RATIO),
+        ("auto", 30.0, MAX_RATIO),
+    ],
+)
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_a_balanced_weight_is_a_ratio_of_gradient_norms_whatever_the_losses_scale(how, a, ratio, scale):
     x = torch.randn(4, 3, dtype=D, requires_grad=True)
     main, extra = x.square().sum(), scale * x.pow(3).sum()
-    factor = weigh(a, how, x, main, extra)
+    factor = extra_loss_weight(a, how, x, main, extra)
     by_hand = [v.norm().item() for v in (2 * x, scale * 3 * x.square())]
     assert float(factor) * by_hand[1] == pytest.approx(ratio * by_hand[0]) and not factor.requires_grad
 
 
-def test_a_plain_weight_is_the_one_that_is_given_and_other_words_are_refused():
+def test_weight_without_balance_is_unchanged_and_other_values_raise():
     x = torch.randn(4, 3, requires_grad=True)
-    assert weigh(0.3, False, x, x.sum(), x.sum()) == 0.3
+    assert extra_loss_weight(0.3, False, x, x.sum(), x.sum()) == 0.3
     with pytest.raises(BadInput, match="balance: 'atuo' must be false, true or auto. Did you mean 'auto'"):
-        weigh(0.3, "atuo", x, x.sum(), x.sum())
+        extra_loss_weight(0.3, "atuo", x, x.sum(), x.sum())

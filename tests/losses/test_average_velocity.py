@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from distill.losses.flowmap import adaptive, average_velocity, guided_velocity, normalised
+from distill.losses.flowmap import adaptive_loss, average_velocity, guided_velocity, normalised_direction_loss
 
 STD = 0.5
 
@@ -34,18 +34,18 @@ def test_adaptive_weighs_by_the_error_it_does_not_differentiate():
     u, target = torch.randn(5, 3, dtype=torch.float64, requires_grad=True), torch.randn(5, 3, dtype=torch.float64)
     square = (u - target).square().sum(1)
     expected = 2 * (u - target) / (square + 0.01)[:, None] / 5
-    torch.testing.assert_close(torch.autograd.grad(adaptive(u, target), u)[0], expected)
-    torch.testing.assert_close(adaptive(u, target, power=0.0), square.mean())
+    torch.testing.assert_close(torch.autograd.grad(adaptive_loss(u, target), u)[0], expected)
+    torch.testing.assert_close(adaptive_loss(u, target, power=0.0), square.mean())
 
 
 def test_normalised_moves_towards_the_target_by_a_bounded_length():
     u, g = torch.randn(6, 4, dtype=torch.float64, requires_grad=True), torch.randn(6, 4, dtype=torch.float64)
     size = f64(1e-3, 1e-2, 0.1, 1, 10, 1e6)[:, None]
-    gradient = torch.autograd.grad(normalised(u, u.detach() + size * g), u)[0]
+    gradient = torch.autograd.grad(normalised_direction_loss(u, u.detach() + size * g), u)[0]
     direction = size * g / ((size * g).norm(dim=1, keepdim=True) + 0.1)
     torch.testing.assert_close(gradient, -2 * direction / 24)
     assert (direction.norm(dim=1) < 1).all()
-    assert normalised(u, u.detach()) == 0
+    assert normalised_direction_loss(u, u.detach()) == 0
 
 
 @pytest.mark.parametrize("w, kappa", [(1.0, 0.5), (2.5, 0.92), (3.0, 0.0)])
@@ -61,6 +61,6 @@ def test_the_adaptive_weight_finds_the_mean_of_symmetric_targets_only():
     """In one dimension power 1 is log(S + c), which leans to where targets crowd; power 0 is the mean."""
     skewed = f64(0.0, 0.0, 0.0, 4.0)[:, None]
     mean = torch.ones(4, 1, dtype=torch.float64, requires_grad=True)
-    slope = lambda power: torch.autograd.grad(adaptive(mean, skewed, power), mean)[0].sum().item()
+    slope = lambda power: torch.autograd.grad(adaptive_loss(mean, skewed, power), mean)[0].sum().item()
     assert slope(0.0) == pytest.approx(0, abs=1e-12) and slope(1.0) > 0.1
-    assert torch.autograd.grad(adaptive(mean, f64(0.0, 0.0, 2.0, 2.0)[:, None]), mean)[0].sum().abs() < 1e-12
+    assert torch.autograd.grad(adaptive_loss(mean, f64(0.0, 0.0, 2.0, 2.0)[:, None]), mean)[0].sum().abs() < 1e-12

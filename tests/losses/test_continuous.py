@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from distill.losses.continuous import balanced, descend, normalised, tangent
+from distill.losses.continuous import normalised_tangent, tangent, tangent_loss, uncertainty_weighted
 from distill.noise import bcast
 
 F64 = torch.float64
@@ -35,13 +35,13 @@ def test_without_warm_up_the_optimum_is_the_velocity():
 def test_the_gradient_is_minus_two_g_weight_over_the_elements():
     F = torch.randn(6, 3, 4, dtype=F64, requires_grad=True)
     g, weight = torch.randn(6, 3, 4, dtype=F64), torch.rand(6, dtype=F64)
-    descend(F, g, weight, per_sample=True).sum().backward()
+    tangent_loss(F, g, weight, per_sample=True).sum().backward()
     torch.testing.assert_close(F.grad, -2 * g * bcast(weight, g) / 12)
 
 
 def test_the_normalised_tangent_is_below_one_and_keeps_its_direction():
     g = torch.randn(8, 50, dtype=F64) * torch.logspace(-6, 6, 8, dtype=F64)[:, None]
-    n = normalised(g, 0.1)
+    n = normalised_tangent(g, 0.1)
     size = n.square().mean(1).sqrt()
     assert (size < 1).all() and size[-1] > 0.999 and abs(size[0] / (g[0].square().mean().sqrt() / 0.1) - 1) < 1e-4
     torch.testing.assert_close(torch.cosine_similarity(n, g), torch.ones(8, dtype=F64))
@@ -50,8 +50,8 @@ def test_the_normalised_tangent_is_below_one_and_keeps_its_direction():
 def test_the_optimum_of_the_balance_is_the_log_of_the_value():
     value = torch.tensor([0.1, 1.0, 30.0], dtype=F64)
     u = value.log().requires_grad_()
-    balanced(value, u).backward()
+    uncertainty_weighted(value, u).backward()
     assert u.grad.abs().max() < 1e-15
     up = (value.log() + 0.1).requires_grad_()
-    balanced(value, up).backward()
-    assert (up.grad > 0).all() and math.isclose(balanced(value, u).item(), (1 + value.log()).mean().item())
+    uncertainty_weighted(value, up).backward()
+    assert (up.grad > 0).all() and math.isclose(uncertainty_weighted(value, u).item(), (1 + value.log()).mean().item())

@@ -5,7 +5,7 @@ import torch
 
 from distill.errors import BadInput
 from distill.losses.diversity import diversity, interpolate
-from distill.nets.small import MLP
+from distill.models.small import MLP
 
 D = torch.float64
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from distill.errors import BadInput
-from distill.losses.preference import choice, choose, dpo, rank
+from distill.losses.preference import choice_probabilities, dpo, rank, sample_choice
 
 D = torch.float64
 
@@ -23,8 +23,10 @@ def test_dpos_optimum_is_the_reference_tilted_by_the_reward():
     def closure():
         optimizer.zero_grad()
         e = -logits.log_softmax(0)
-        loss = sum(w * dpo(e[a : a + 1], e[b : b + 1], -ref[a : a + 1], -ref[b : b + 1], beta)
-                   for w, a, b in zip(weight, i.tolist(), j.tolist()))  # fmt: skip
+        loss = sum(
+            w * dpo(e[a : a + 1], e[b : b + 1], -ref[a : a + 1], -ref[b : b + 1], beta)
+            for w, a, b in zip(weight, i.tolist(), j.tolist())
+        )
         loss.backward()
         return loss
 
@@ -53,11 +55,13 @@ def test_rank_keeps_pairs_and_gradients():
 def test_best_of_k_has_the_moments_of_the_largest_normal(k, mean, var):
     torch.manual_seed(0)
     x = torch.randn(400_000 // k, k, dtype=D)
-    kept = (choice(x, temperature=0) * x).sum(1)
+    kept = (choice_probabilities(x, temperature=0) * x).sum(1)
     assert kept.mean().item() == pytest.approx(mean, abs=0.01)
     assert kept.var().item() == pytest.approx(var, abs=0.01)
-    assert torch.equal(kept, x[torch.arange(len(x)), choose(x, torch.rand(len(x)), 0)])
-    assert torch.equal(choice(x, 0), choice(x.exp(), 0)), "any increasing transform of the score keeps the same samples"
+    assert torch.equal(kept, x[torch.arange(len(x)), sample_choice(x, torch.rand(len(x)), 0)])
+    assert torch.equal(choice_probabilities(x, 0), choice_probabilities(x.exp(), 0)), (
+        "any increasing transform of the score keeps the same samples"
+    )
     # the density K p F^(K-1) by quadrature
     y = torch.linspace(-9, 9, 20_001, dtype=D)
     p = k * torch.exp(-0.5 * y**2) / (2 * numpy.pi) ** 0.5 * torch.special.ndtr(y) ** (k - 1) * (y[1] - y[0])
@@ -71,7 +75,7 @@ def test_two_curated_normals_shift_by_the_quadratures_value():
     a, b = torch.meshgrid(y, y, indexing="ij")
     pairs = torch.stack([a.flatten(), b.flatten()], 1)
     weight = (w[:, None] * w).flatten()
-    p = choice(0.7 * pairs)
+    p = choice_probabilities(0.7 * pairs)
     assert (weight * (p * pairs).sum(1)).sum().item() == pytest.approx(0.29015, abs=5e-6)
     h = 2 * (p[:, 0].view(60, 60) * w).sum(1)  # H_2 at the nodes
     assert (w * h).sum().item() == pytest.approx(1.0, abs=1e-12)
@@ -81,7 +85,7 @@ def test_many_curated_samples_tilt_the_density_exponentially():
     """K -> oo with r = a x turns N(m, s^2) into N(m + a s^2, s^2)."""
     torch.manual_seed(1)
     x = 0.3 + 0.8 * torch.randn(200, 4000, dtype=D)
-    p = choice(0.5 * x)
+    p = choice_probabilities(0.5 * x)
     mean = (p * x).sum(1).mean().item()
     assert mean == pytest.approx(0.3 + 0.5 * 0.64, abs=0.01)
     assert (p * (x - mean) ** 2).sum(1).mean().item() == pytest.approx(0.64, abs=0.02)
@@ -90,15 +94,15 @@ def test_many_curated_samples_tilt_the_density_exponentially():
 def test_choose_draws_by_the_probabilities():
     scores = torch.tensor([[0.0, 1.0, -1.0]], dtype=D).expand(200_000, 3)
     torch.manual_seed(2)
-    drawn = choose(scores, torch.rand(200_000, dtype=D), 0.5)
+    drawn = sample_choice(scores, torch.rand(200_000, dtype=D), 0.5)
     share = torch.bincount(drawn, minlength=3) / 200_000
-    assert torch.allclose(share.double(), choice(scores[:1], 0.5)[0], atol=5e-3)
-    assert choose(scores[:1], torch.ones(1)).item() == 2, "rounding at the upper end stays a valid index"
+    assert torch.allclose(share.double(), choice_probabilities(scores[:1], 0.5)[0], atol=5e-3)
+    assert sample_choice(scores[:1], torch.ones(1)).item() == 2, "rounding at the upper end stays a valid index"
 
 
 def test_a_constant_score_chooses_evenly_and_bad_scores_are_refused():
-    assert torch.allclose(choice(torch.full((2, 4), 3.0)), torch.full((2, 4), 0.25, dtype=D))
-    with pytest.raises(BadInput, match="numbers as scores"):
-        choice(torch.tensor([[0.0, float("nan")]]))
+    assert torch.allclose(choice_probabilities(torch.full((2, 4), 3.0)), torch.full((2, 4), 0.25, dtype=D))
+    with pytest.raises(BadInput, match="scores without NaN"):
+        choice_probabilities(torch.tensor([[0.0, float("nan")]]))
     with pytest.raises(BadInput, match="temperature -1"):
-        choice(torch.zeros(1, 2), -1)
+        choice_probabilities(torch.zeros(1, 2), -1)

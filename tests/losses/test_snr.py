@@ -38,8 +38,9 @@ def test_flow_is_the_error_in_noise_minus_data():
 
 def test_the_ends_of_time_are_finite_and_unknown_names_refused():
     ends = torch.tensor([torch.inf, -torch.inf])
-    assert torch.equal(snr.weight("snr", ends), torch.tensor([20.0]).exp().expand(2) * torch.tensor([1.0, 0]) +
-                       torch.tensor([0.0, 1]))
+    assert torch.equal(
+        snr.weight("snr", ends), torch.tensor([20.0]).exp().expand(2) * torch.tensor([1.0, 0]) + torch.tensor([0.0, 1])
+    )
     assert torch.equal(snr.weight("x", ends), torch.ones(2))
     with pytest.raises(BadInput, match="Did you mean 'snr'"):
         snr.weight("snrr", ends)

@@ -7,13 +7,19 @@ from exact import Pair, drawn, gradient, student
 from distill.denoise import Denoiser, Gaussian
 from distill.errors import BadInput
 from distill.methods import AYF
-from distill.nets.small import MLP
+from distill.models.small import MLP
 from distill.noise import RectifiedFlow, Table, TrigFlow, VPCosine, VPLinear
 from distill.solvers import DDIM
-from distill.solvers.flowmap import FlowMap, flow
+from distill.solvers.flowmap import FlowMap, predicted_flow
 
-SCHEDULES = {"flow": RectifiedFlow(), "shift": RectifiedFlow(3.0), "cosine": VPCosine(), "linear": VPLinear(),
-             "trig": TrigFlow(0.5), "table": Table([0.9, 0.6, 0.3, 0.05])}
+SCHEDULES = {
+    "flow": RectifiedFlow(),
+    "shift": RectifiedFlow(3.0),
+    "cosine": VPCosine(),
+    "linear": VPLinear(),
+    "trig": TrigFlow(0.5),
+    "table": Table([0.9, 0.6, 0.3, 0.05]),
+}
 every = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 U, C, STD = -0.4, 0.7, 0.5
 
@@ -58,11 +64,18 @@ def test_there_is_no_tangent_at_the_exact_flow_map(schedule):
 
 
 def test_the_share_climbs_and_what_it_leaves_out_pulls_to_the_velocity():
-    m = AYF({"teacher": Gaussian([0.0], STD, RectifiedFlow()),
-             "student": student(exact_map(RectifiedFlow()), prediction="flow", guided=False)}, share_steps=10)
+    m = AYF(
+        {
+            "teacher": Gaussian([0.0], STD, RectifiedFlow()),
+            "student": student(exact_map(RectifiedFlow()), prediction="flow", guided=False),
+        },
+        share_steps=10,
+    )
     shares = [next(m.turns(step)) and m.share for step in (0, 5, 10, 100)]
     assert shares == pytest.approx([0, 0.495, 0.99, 0.99])
-    matching = method(RectifiedFlow(), formula=lambda x, t, s: flow(Gaussian([0.0], STD, RectifiedFlow()), x, t))
+    matching = method(
+        RectifiedFlow(), formula=lambda x, t, s: predicted_flow(Gaussian([0.0], STD, RectifiedFlow()), x, t)
+    )
     matching.share = 0.0
     assert matching.loss(*drawn()) < 1e-20, "share 0 is flow matching"
 
@@ -70,7 +83,7 @@ def test_the_share_climbs_and_what_it_leaves_out_pulls_to_the_velocity():
 @every
 def test_equal_times_are_flow_matching(schedule):
     teacher = Gaussian([0.3], STD, schedule)
-    m = method(schedule, teacher, formula=lambda x, t, s: flow(teacher, x, t))
+    m = method(schedule, teacher, formula=lambda x, t, s: predicted_flow(teacher, x, t))
     m.distance = lambda n, **kw: torch.zeros(n, **kw)
     torch.manual_seed(0)
     assert m.loss(*drawn()) < 1e-20
@@ -83,8 +96,8 @@ def test_guidance_extrapolates_the_mean_and_the_student_is_told_w():
     fixed = method(schedule, pair, lambda x, t, s, label: shifted(x, t, s), guidance=2.5)
     assert fixed.loss(x, z, cond) < 1e-20
     moved = exact_map(schedule, lambda w: U + w * (C - U))
-    told = method(schedule, pair, moved, guided=True, guidance_range=[1.0, 3.0])
-    assert told.loss(x, z, cond) < 1e-20
+    conditions = method(schedule, pair, moved, guided=True, guidance_range=[1.0, 3.0])
+    assert conditions.loss(x, z, cond) < 1e-20
 
 
 def test_autoguidance_extrapolates_away_from_the_weak_model():
@@ -92,8 +105,14 @@ def test_autoguidance_extrapolates_away_from_the_weak_model():
     strong, weak = Gaussian([C], STD, schedule), Gaussian([U], STD, schedule)
     m = method(schedule, strong, exact_map(schedule, U + 2.0 * (C - U)), more={"weak": weak}, guidance=2.0)
     assert m.frozen == ("teacher", "weak") and m.loss(x, z, cond) < 1e-20
-    m = method(schedule, strong, exact_map(schedule, lambda w: U + w * (C - U)), guided=True, more={"weak": weak},
-               guidance_range=[1.0, 3.0])
+    m = method(
+        schedule,
+        strong,
+        exact_map(schedule, lambda w: U + w * (C - U)),
+        guided=True,
+        more={"weak": weak},
+        guidance_range=[1.0, 3.0],
+    )
     assert m.loss(x, z, cond) < 1e-20
 
 

@@ -6,25 +6,34 @@ from pathlib import Path
 
 import pytest
 
-from distill import config, run
-from distill.session import assemble
+from distill import config
+from distill.inspect.measure import toy_scores
+from distill.training.experiment import build_experiment
 
 SMALL = (
-    "log.wandb=disabled", "train.threads=1", "train.steps=900", "method.warm_start=200", "data.batch_size=128",
-    "roles.student.net.width=64", "method.grid=1", "method.student_every=1",
-)  # fmt: skip
+    "log.wandb=disabled",
+    "train.threads=1",
+    "train.steps=900",
+    "method.warm_start=200",
+    "data.batch_size=128",
+    "roles.student.net.width=64",
+    "method.grid=1",
+    "method.student_every=1",
+)
 
 
 def distances(weight: float, balance: str) -> dict[str, float]:
     """One-step DMD2 with a head on the six-mode ring, seed 0."""
     recipe = Path(__file__).parents[2] / "configs" / "toy" / "dmd2.yaml"
-    session = assemble(config.load([recipe], [*SMALL, f"method.adversarial={weight}", f"method.balance={balance}"]))
-    method = session.method
+    experiment = build_experiment(
+        config.load([recipe], [*SMALL, f"method.adversarial={weight}", f"method.balance={balance}"])
+    )
+    method = experiment.method
     method.configure_optimizers()
     method.total_steps = 900
-    for batch in session.data.loader():
+    for batch in experiment.data.loader():
         if method.step == 900:
-            return run.toy_scores(session)
+            return toy_scores(experiment)
         method.training_step(batch)
 
 

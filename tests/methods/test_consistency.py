@@ -11,7 +11,7 @@ from distill.denoise import Denoiser, Gaussian
 from distill.errors import BadInput
 from distill.methods import consistency
 from distill.methods.consistency import Consistency
-from distill.nets.small import MLP
+from distill.models.small import MLP
 from distill.noise import VE, RectifiedFlow, TrigFlow, VPCosine, bcast
 from distill.solvers import DDIM
 
@@ -37,10 +37,16 @@ def method_of(times, slopes, teacher, null=0.0, shift=0.0, **kw):
 @pytest.mark.parametrize(
     "solver, n, expected",
     [
-        ("ddim", 10, 0.36522), ("ddim", 18, 0.42304), ("ddim", 40, 0.46486), ("ddim", 80, 0.48233),
-        ("heun", 10, 0.60981), ("heun", 18, 0.52763), ("heun", 40, 0.50488), ("heun", 80, 0.50115),
+        ("ddim", 10, 0.36522),
+        ("ddim", 18, 0.42304),
+        ("ddim", 40, 0.46486),
+        ("ddim", 80, 0.48233),
+        ("heun", 10, 0.60981),
+        ("heun", 18, 0.52763),
+        ("heun", 40, 0.50488),
+        ("heun", 80, 0.50115),
     ],
-)  # fmt: skip
+)
 def test_the_fixed_point_in_the_edm_chart(solver, n, expected):
     """80 a(80) for std 0.5, sigma in [0.002, 80], rho 7; the exact flow map has 0.49999."""
     times = karras(n)

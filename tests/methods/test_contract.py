@@ -10,13 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill import bands, config, methods, run
+from distill import config, methods
 from distill.denoise import Denoiser, Gaussian
-from distill.engine import checkpoint
 from distill.errors import BadInput
-from distill.eval.baselines import Counted
-from distill.nets.small import MLP, Transformer
+from distill.inspect import curves
+from distill.inspect.measure import toy_scores
+from distill.metrics.training_free import Counted
+from distill.models.small import MLP, Transformer
 from distill.noise import VE, RectifiedFlow
+from distill.training import checkpoints
+from distill.training.experiment import build_experiment
+from distill.training.run import train
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs" / "toy").glob("*.yaml"))
@@ -31,16 +35,16 @@ def small(recipe: Path, *overrides: str):
     return cfg
 
 
-def by_hand(session, until: int = STEPS, resume: dict | None = None):
+def by_hand(experiment, until: int = STEPS, resume: dict | None = None):
     """Train a run of STEPS steps without a trainer, up to step `until`."""
-    method = session.method
+    method = experiment.method
     optimizers = method.configure_optimizers()
     method.optimizers = lambda: optimizers
     method.manual_backward = lambda loss: loss.backward()
     method.total_steps = STEPS
     if resume:
         method.restore(resume)
-    for batch in session.data.loader(start=method.step):
+    for batch in experiment.data.loader(start=method.step):
         if method.step == until:
             return
         method.training_step(batch)
@@ -56,8 +60,8 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_only_the_role_in_turn_moves(recipe):
-    session = run.assemble(small(recipe))
-    method, log = session.method, []
+    experiment = build_experiment(small(recipe))
+    method, log = experiment.method, []
     inner, watched = method._update, (*method.trainable, *method.frozen)
 
     def update(role, value):
@@ -69,7 +73,7 @@ def test_only_the_role_in_turn_moves(recipe):
         log.append((role, {r for r in watched if not same(before[r], after[r])}, needing))
 
     method._update = update
-    by_hand(session)
+    by_hand(experiment)
     assert log and {role for role, _, _ in log} <= set(method.trainable)
     for role, moved, needing in log:
         assert moved == {role}, f"{role}'s turn moved {moved}"
@@ -79,14 +83,14 @@ def test_only_the_role_in_turn_moves(recipe):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_a_resumed_run_equals_an_uninterrupted_one(recipe, tmp_path):
-    whole, first, second = (run.assemble(small(recipe)) for _ in range(3))
+    whole, first, second = (build_experiment(small(recipe)) for _ in range(3))
     torch.manual_seed(0)
     by_hand(whole)
     torch.manual_seed(0)
     by_hand(first, STEPS // 2)
-    saved = checkpoint.save(tmp_path, first.method.snapshot())
+    saved = checkpoints.save(tmp_path, first.method.snapshot())
     torch.manual_seed(999)  # a new process is elsewhere in its random stream
-    by_hand(second, STEPS, checkpoint.load(saved))
+    by_hand(second, STEPS, checkpoints.load(saved))
     assert second.method.step == STEPS
     for role in (*whole.method.trainable, "ema"):
         assert same(state(getattr(whole.method, role)), state(getattr(second.method, role))), role
@@ -94,7 +98,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(recipe, tmp_path):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_sampling_costs_k_evaluations_for_points_and_images(recipe):
-    method = run.assemble(small(recipe)).method
+    method = build_experiment(small(recipe)).method
     images = image_twin(recipe)
     for m, z in ((method, torch.randn(5, *method.shape)), (images, torch.randn(5, 1, 4, 4))):
         m.ema = Counted(m.ema)
@@ -121,23 +125,23 @@ def test_a_misspelt_key_raises_with_a_suggestion(recipe):
     known = next(k for k in cfg.method if k != "_target_")
     cfg.method[known + "e"] = 1
     with pytest.raises(BadInput, match=f"method.{known}e.*Did you mean"):
-        run.assemble(cfg)
+        build_experiment(cfg)
 
 
 @pytest.mark.parametrize("name", methods.names())
-def test_a_method_names_its_source_and_has_a_toy(name):
+def test_a_method_names_its_source_and_has_a_toy_and_a_page(name):
     module = importlib.import_module(methods.names()[name])
     assert re.search(r"https?://arxiv\.org/abs/\d{4}\.\d{4,5}", module.__doc__), "no source in the module's docstring"
     used = [p for p in RECIPES if f"distill.methods.{name}" in p.read_text()]
     assert used, f"no toy recipe in configs/toy trains {name}"
-    row = [line for line in (ROOT / "docs" / "map.md").read_text().splitlines() if f"`{name}`" in line]
-    assert row, f"docs/map.md has no row for {name}"
+    page = ROOT / "docs" / "methods" / f"{module.__name__.rsplit('.', 1)[1]}.md"
+    assert page.exists(), f"{name} has no page {page.relative_to(ROOT)}"
 
 
 @pytest.mark.parametrize("name", methods.names())
 def test_a_method_is_short_and_imports_no_other(name):
     source = Path(importlib.import_module(methods.names()[name]).__file__).read_text()
-    assert len(source.splitlines()) <= 120
+    assert len(source.splitlines()) <= 160
     assert not re.search(r"distill\.methods\.(?!base\b)", source), "a method imports another"
 
 
@@ -156,12 +160,12 @@ RUNS = [pytest.param(p, marks=[] if p.stem in SOON else [pytest.mark.slow]) for 
 def test_the_toy_run_reaches_its_stated_distance(recipe, tmp_path):
     cfg = config.load([recipe], ["log.wandb=disabled", "train.threads=1"])
     assert cfg.expect, f"{recipe.name} states no distance"
-    session = run.train(cfg, tmp_path / "run")
-    scores = run.toy_scores(session)
+    experiment = train(cfg, tmp_path / "run")
+    scores = toy_scores(experiment)
     for key, bound in cfg.expect.items():
         assert scores[key] <= bound, f"{key} is {scores[key]:.4g}, promised {bound}"
-    assert {alarm.kind for alarm in session.validation.alarms} == LOUD.get(recipe.stem, set())
-    left, _ = bands.compare(tmp_path / "run", recipe, found=scores)
+    assert {alarm.kind for alarm in experiment.validation.alarms} == LOUD.get(recipe.stem, set())
+    left, _ = curves.compare_run(tmp_path / "run", recipe, metrics=scores)
     assert not left, "; ".join(map(str, left))
 
 

@@ -10,10 +10,10 @@ from distill.denoise import Denoiser, Gaussian
 from distill.errors import BadInput
 from distill.methods import ctm
 from distill.methods.ctm import CTM, jump
-from distill.nets.small import MLP
+from distill.models.small import MLP
 from distill.noise import VE, RectifiedFlow, TrigFlow, VPCosine, bcast
 from distill.solvers import Solver
-from distill.solvers.flowmap import Gamma
+from distill.solvers.flowmap import GammaSampler
 
 F64, STD = torch.float64, 0.5
 SCHEDULES = [VE(), RectifiedFlow(), VPCosine(), TrigFlow()]
@@ -102,8 +102,10 @@ def test_with_few_teacher_steps_the_solver_matters():
 
 
 def small(**kw):
-    roles = {"teacher": Gaussian([0.2, -0.1], STD, RectifiedFlow()),
-             "student": Denoiser(MLP(dim=2, width=16, depth=1, flow_map=True), RectifiedFlow())}  # fmt: skip
+    roles = {
+        "teacher": Gaussian([0.2, -0.1], STD, RectifiedFlow()),
+        "student": Denoiser(MLP(dim=2, width=16, depth=1, flow_map=True), RectifiedFlow()),
+    }
     return CTM(roles, **{"intervals": 6} | kw)
 
 
@@ -125,7 +127,9 @@ def test_the_gradient_has_the_slope_of_the_target():
     bias = method.student.net.leave.bias
 
     def gradient(factor):
-        ctm.jump = lambda net, x, t, s, told: factor * x if net is method.target else inner(net, x, t, s, told)
+        ctm.jump = lambda net, x, t, s, conditions: (
+            factor * x if net is method.target else inner(net, x, t, s, conditions)
+        )
         try:
             return torch.autograd.grad(method.landed(x_t, t, s, {}).sum(), bias)[0]
         finally:
@@ -148,9 +152,9 @@ def test_s_is_at_most_u_and_n_is_shared(monkeypatch):
             calls[0] += 1  # noqa: B023
             return solver(*a, **k)  # noqa: B023
 
-        def watch(net, x, t, s, told):
+        def watch(net, x, t, s, conditions):
             times.append((t, s))  # noqa: B023
-            return inner(net, x, t, s, told)  # noqa: B023
+            return inner(net, x, t, s, conditions)  # noqa: B023
 
         method.solver = count
         monkeypatch.setattr(ctm, "jump", watch)
@@ -202,7 +206,9 @@ def test_both_branches_drop_the_same_units(monkeypatch):
     method = CTM({"teacher": teacher, "student": Denoiser(Drop(), RectifiedFlow(), "x")}, intervals=1000, longest=1)
     method.train()
     masks, inner = [], ctm.jump
-    monkeypatch.setattr(ctm, "jump", lambda net, x, t, s, told: masks.append(net.net) or inner(net, x, t, s, told))
+    monkeypatch.setattr(
+        ctm, "jump", lambda net, x, t, s, conditions: masks.append(net.net) or inner(net, x, t, s, conditions)
+    )
     record = []
     for net in (method.student.net, method.target.net):
         net.register_forward_hook(lambda m, i, out: record.append(out.detach()))
@@ -215,7 +221,7 @@ def test_both_branches_drop_the_same_units(monkeypatch):
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 0.8, 1.0])
 def test_the_gamma_sampler_keeps_the_marginals(schedule, gamma):
     """One exact step from std v_t has std v_s: the two coefficients of the linear map, squared."""
-    student, sampler = Denoiser(Exact(schedule), schedule, "x"), Gamma(gamma)
+    student, sampler = Denoiser(Exact(schedule), schedule, "x"), GammaSampler(gamma)
     v = lambda t: ((schedule.alpha(t) * STD) ** 2 + schedule.sigma(t) ** 2).sqrt()
     t, s = torch.tensor([1.0, 0.9, 0.5], dtype=F64), torch.tensor([0.5, 0.2, 0.0], dtype=F64)
     one, zero = torch.ones(3, 2, dtype=F64), torch.zeros(3, 2, dtype=F64)

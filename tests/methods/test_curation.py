@@ -7,7 +7,7 @@ from affine import Affine, in_turn, of_gaussian, touched
 from distill.denoise import Denoiser
 from distill.errors import BadInput
 from distill.methods import Curation
-from distill.nets.small import MLP
+from distill.models.small import MLP
 from distill.noise import RectifiedFlow
 
 D = torch.float64
@@ -19,7 +19,9 @@ def first(x, data=None, **cond):
 
 def gaussian(**options):
     """A source whose one-step law is N(0, 1)."""
-    return placed(Curation({"teacher": of_gaussian(0, 1), "student": Affine(0, 1)}, grid=1, **({"metric": first} | options)))
+    return placed(
+        Curation({"teacher": of_gaussian(0, 1), "student": Affine(0, 1)}, grid=1, **({"metric": first} | options))
+    )
 
 
 def placed(method):

@@ -9,8 +9,8 @@ from affine import in_turn, touched
 from distill.denoise import Denoiser
 from distill.errors import BadInput
 from distill.methods import DiffusionDPO
-from distill.nets.rewards import Near
-from distill.nets.small import MLP
+from distill.metrics.rewards import Near
+from distill.models.small import MLP
 from distill.noise import RectifiedFlow
 
 D = torch.float64

@@ -8,7 +8,7 @@ from torch import nn
 from distill.denoise import Denoiser
 from distill.losses.diversity import diversity
 from distill.methods import DiversityRewarded
-from distill.nets.small import MLP
+from distill.models.small import MLP
 from distill.noise import RectifiedFlow
 
 D = torch.float64
@@ -49,18 +49,18 @@ def small(**options):
 @pytest.mark.parametrize("reward", [0.0, 1.0])
 def test_only_the_student_gets_gradient_and_the_path_has_none(reward):
     method = small(reward=reward)
-    path, cond, told = method.draw(None, torch.randn(4, 2, dtype=D), {"label": torch.tensor([0, 1, 2, -1])})
+    path, cond, conditions = method.draw(None, torch.randn(4, 2, dtype=D), {"label": torch.tensor([0, 1, 2, -1])})
     assert path.shape == (4, 8, 2) and not path.requires_grad
     assert cond["label"].tolist() == [0, 1, 2, -1] * 2, "pairs share their condition"
     in_turn(method, "student")
-    method.loss(path, cond, told).backward()
+    method.loss(path, cond, conditions).backward()
     assert touched(method) == {"student"}
 
 
 def test_the_path_is_the_students_own_and_its_last_prediction_the_sample():
     method = small()
     z = torch.randn(4, 2, dtype=D)
-    path, cond, told = method.draw(None, z, {})
+    path, cond, conditions = method.draw(None, z, {})
     method.ema = method.student
     assert torch.allclose(path[-1][:4], method.sample(z, {}))
     with torch.no_grad():

@@ -8,12 +8,12 @@ import torch
 from affine import Affine, Labelled, in_turn, of_gaussian, pull, touched
 
 from distill.denoise import Denoiser
-from distill.engine.probes import probes
 from distill.errors import BadInput
 from distill.methods import DMD2
-from distill.nets.small import MLP
+from distill.models.small import MLP
 from distill.noise import RectifiedFlow
 from distill.solvers import DDIM, solve
+from distill.training.probes import probes
 
 N = 20_000
 
@@ -173,9 +173,14 @@ def test_training_sees_what_sampling_makes():
 def test_a_critic_that_takes_a_second_time_is_told_the_step(features):
     """It, and a head that reads it, is told t of the student's step; the teacher is not, and a plain critic neither."""
     torch.manual_seed(0)
-    net, told = (Denoiser(MLP(2, 16, 2, flow_map=s), RectifiedFlow()).double() for s in (False, True))
-    method = DMD2({"teacher": net, "student": copy.deepcopy(net), "critic": told}, grid=2, adversarial=0.1, features=features,
-                  layers="leave.input").double()
+    net, conditions = (Denoiser(MLP(2, 16, 2, flow_map=s), RectifiedFlow()).double() for s in (False, True))
+    method = DMD2(
+        {"teacher": net, "student": copy.deepcopy(net), "critic": conditions},
+        grid=2,
+        adversarial=0.1,
+        features=features,
+        layers="leave.input",
+    ).double()
     seen, times = {"critic": [], "teacher": []}, set()
     for role, rows in seen.items():
         hook = lambda module, args, kw, rows=rows: rows.append(kw.get("s"))

@@ -8,11 +8,11 @@ import torch
 from affine import Affine, in_turn, of_gaussian, pull, touched
 
 from distill.denoise import Denoiser
-from distill.grid import Uniform
 from distill.methods import DistillationDPO, dpo
-from distill.nets.rewards import Near, Truth
-from distill.nets.small import MLP
+from distill.metrics.rewards import Near, Truth
+from distill.models.small import MLP
 from distill.noise import VE, RectifiedFlow
+from distill.times import Uniform
 
 D = torch.float64
 

@@ -11,14 +11,14 @@ from torch import nn
 
 from distill.denoise import Denoiser
 from distill.errors import BadInput
-from distill.grid import Doubling, Pairs, Shrinking
 from distill.methods import ect
 from distill.methods.ect import ConsistencyTraining
-from distill.nets.small import MLP
+from distill.models.small import MLP
 from distill.noise import VE, RectifiedFlow, TrigFlow, VPCosine
+from distill.times import Doubling, Shrinking, TimePairs
 
 
-class Every(Pairs):
+class Every(TimePairs):
     """Each pair of neighbours of `times` (ascending), four times over."""
 
     def __init__(self, times):
@@ -104,7 +104,7 @@ def test_the_mapping_from_t_to_r():
 
 
 def test_ect_at_r_zero_is_diffusion_training():
-    class Zero(Pairs):
+    class Zero(TimePairs):
         def __call__(self, n, *rest):
             return torch.full((n,), 0.6, dtype=F64), torch.zeros(n, dtype=F64)
 

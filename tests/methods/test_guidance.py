@@ -7,7 +7,7 @@ from exact import Pair, drawn, gradient, student
 from distill.denoise import Denoiser, Gaussian, Guided
 from distill.errors import BadInput
 from distill.methods import Guidance
-from distill.nets.small import MLP
+from distill.models.small import MLP
 from distill.noise import RectifiedFlow, Table, VPCosine
 from distill.solvers import DDIM, Overshoot, solve
 

@@ -6,15 +6,23 @@ import pytest
 import torch
 from exact import Pair, drawn, gradient, student
 
-from distill import config, run
+from distill import config
+from distill.cli.data import solve_pairs
 from distill.denoise import Gaussian, GaussianMixture
 from distill.errors import BadInput
 from distill.methods import Knowledge
 from distill.noise import VE, RectifiedFlow, Table, TrigFlow, VPCosine
 from distill.solvers import DDIM
+from distill.training.experiment import build_experiment
 
-SCHEDULES = {"flow": RectifiedFlow(), "shift": RectifiedFlow(3.0), "cosine": VPCosine(), "trig": TrigFlow(),
-             "ve": VE(20.0), "table": Table([0.9, 0.6, 0.3, 0.05])}
+SCHEDULES = {
+    "flow": RectifiedFlow(),
+    "shift": RectifiedFlow(3.0),
+    "cosine": VPCosine(),
+    "trig": TrigFlow(),
+    "ve": VE(20.0),
+    "table": Table([0.9, 0.6, 0.3, 0.05]),
+}
 every = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 TOY = Path(__file__).parents[2] / "configs" / "toy"
 
@@ -56,8 +64,9 @@ def test_the_optimum_walks_the_exact_flow(schedule, grid):
 def test_a_path_is_the_flow_at_the_grids_times_data_first():
     oracle = GaussianMixture([[-1.0], [0.3], [1.2]], [0.25, 0.2, 0.3], schedule=RectifiedFlow())
     _, z, _ = drawn(64)
-    m = Knowledge({"teacher": oracle, "student": student(lambda x, t: x, oracle.schedule, guided=False)}, grid=3,
-                  solver_steps=40)
+    m = Knowledge(
+        {"teacher": oracle, "student": student(lambda x, t: x, oracle.schedule, guided=False)}, grid=3, solver_steps=40
+    )
     path, ones = m.path(z, {}), torch.ones(64, dtype=torch.float64)
     assert path.shape == (64, 4, 1) and torch.equal(path[:, -1], z)
     for i, s in enumerate(m.path_times[:-1]):
@@ -67,7 +76,9 @@ def test_a_path_is_the_flow_at_the_grids_times_data_first():
 def test_guidance_is_folded_into_the_path():
     schedule, (_, z, cond) = RectifiedFlow(), drawn(labels=1)
     teacher = Pair([[-0.4], [0.7]], 0.5, schedule=schedule)
-    m = Knowledge({"teacher": teacher, "student": student(lambda x, t: x, schedule)}, guidance=3.0, grid=2, solver_steps=64)
+    m = Knowledge(
+        {"teacher": teacher, "student": student(lambda x, t: x, schedule)}, guidance=3.0, grid=2, solver_steps=64
+    )
     moved = Gaussian([-0.4 + 3 * 1.1], 0.5, schedule)
     one = torch.ones(len(z), dtype=torch.float64)
     torch.testing.assert_close(m.path(z, cond)[:, 1], moved.flow_map(z, one, one / 2), atol=1e-3, rtol=0)
@@ -76,18 +87,22 @@ def test_guidance_is_folded_into_the_path():
 def test_a_run_trains_on_stored_paths_and_on_no_others(tmp_path):
     quiet = ["log.wandb=disabled", "train.steps=3", "train.validate_every=0", "train.threads=1"]
     recipe = config.load([TOY / "knowledge.yaml"], quiet)
-    run.pairs(recipe, tmp_path / "paths", 64)
-    recipe.data = {"_target_": "distill.data.pairs.Pairs", "path": str(tmp_path / "paths" / "train"), "batch_size": 16,
-                   "teacher": recipe.roles.teacher}
-    session = run.assemble(recipe)
-    batch = next(session.data.loader())
-    torch.testing.assert_close(session.method.path(batch["z"], {}), batch["path"])
-    session.method.path = None  # it must not solve again
-    session.method.configure_optimizers()
-    session.method.training_step(batch)
-    assert session.method.logs["student/loss"] > 0
+    solve_pairs(recipe, tmp_path / "paths", 64)
+    recipe.data = {
+        "_target_": "distill.data.pairs.Pairs",
+        "path": str(tmp_path / "paths" / "train"),
+        "batch_size": 16,
+        "teacher": recipe.roles.teacher,
+    }
+    experiment = build_experiment(recipe)
+    batch = next(experiment.data.loader())
+    torch.testing.assert_close(experiment.method.path(batch["z"], {}), batch["path"])
+    experiment.method.path = None  # it must not solve again
+    experiment.method.configure_optimizers()
+    experiment.method.training_step(batch)
+    assert experiment.method.logs["student/loss"] > 0
     recipe.method.grid = 3
-    other = run.assemble(recipe).method
+    other = build_experiment(recipe).method
     other.configure_optimizers()
     with pytest.raises(BadInput, match=r"paths at the times \[1.0, 0.5, 0.0\].*method.grid"):
         other.training_step(batch)

@@ -7,14 +7,20 @@ from exact import Pair, drawn, gradient, student
 from distill.denoise import Denoiser, Gaussian
 from distill.errors import BadInput
 from distill.methods import MeanFlow
-from distill.nets.small import MLP, Transformer
+from distill.models.small import MLP, Transformer
 from distill.noise import RectifiedFlow, Table, TrigFlow, VPCosine, VPLinear
 from distill.solvers import DDIM
-from distill.solvers.flowmap import flow
+from distill.solvers.flowmap import predicted_flow
 from distill.tangent import jvp
 
-SCHEDULES = {"flow": RectifiedFlow(), "shift": RectifiedFlow(3.0), "cosine": VPCosine(), "linear": VPLinear(),
-             "trig": TrigFlow(0.5), "table": Table([0.9, 0.6, 0.3, 0.05])}
+SCHEDULES = {
+    "flow": RectifiedFlow(),
+    "shift": RectifiedFlow(3.0),
+    "cosine": VPCosine(),
+    "linear": VPLinear(),
+    "trig": TrigFlow(0.5),
+    "table": Table([0.9, 0.6, 0.3, 0.05]),
+}
 every = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 U, C, STD = -0.4, 0.7, 0.5
 
@@ -44,9 +50,11 @@ def method(schedule=None, teacher=None, net=None, **kw):
 
 def between(m):
     """The method with times that keep off the ends, where the formula divides by their distance."""
+
     def times(x):
         t = 0.25 + 0.7 * torch.rand(len(x), dtype=torch.float64)
         return t, torch.where(torch.arange(len(x)) < len(x) // 4, t, 0.2 * torch.rand(len(x), dtype=torch.float64))
+
     m.times = times
     return m
 
@@ -88,8 +96,8 @@ def test_guidance_in_the_target_extrapolates_the_mean(kappa):
     m = method(net=net, guidance=w, kappa=kappa)
     x, _, cond = drawn(labels=1)
     t = torch.linspace(0.1, 1, len(x), dtype=torch.float64)
-    v = flow(Gaussian([C], STD, schedule), x, t)
-    expected = flow(Gaussian([U + w * (C - U)], STD, schedule), x, t)
+    v = predicted_flow(Gaussian([C], STD, schedule), x, t)
+    expected = predicted_flow(Gaussian([U + w * (C - U)], STD, schedule), x, t)
     none = torch.zeros(len(x), dtype=torch.bool)
     torch.testing.assert_close(m.velocity(v, x, t, cond, none), expected, atol=1e-12, rtol=0)
     assert torch.equal(m.velocity(v, x, t, cond, ~none), v)
@@ -112,7 +120,7 @@ def test_without_guidance_the_target_is_the_pairs_velocity_and_dropped_samples_c
     m.student.net.register_forward_hook(lambda net, args, kw, out: seen.append(kw["label"]), with_kwargs=True)
     m.loss(x.float(), z.float(), cond)
     dropped = seen[0] < 0
-    assert 60 < dropped.sum() < 190 and not dropped[dropped.sum():].any() and (seen[0][~dropped] == 1).all()
+    assert 60 < dropped.sum() < 190 and not dropped[dropped.sum() :].any() and (seen[0][~dropped] == 1).all()
 
 
 def test_the_first_share_of_the_batch_has_equal_times():
@@ -136,10 +144,13 @@ def test_a_student_with_the_teachers_weights_starts_as_the_teacher(schedule, pre
     assert all(p.grad is None for p in plain.parameters())
 
 
-@pytest.mark.parametrize("net, shape", [
-    (MLP(dim=2, width=16, flow_map=True), (2,)),
-    (Transformer(size=4, width=16, depth=1, heads=2, flow_map=True), (1, 4, 4)),
-])
+@pytest.mark.parametrize(
+    "net, shape",
+    [
+        (MLP(dim=2, width=16, flow_map=True), (2,)),
+        (Transformer(size=4, width=16, depth=1, heads=2, flow_map=True), (1, 4, 4)),
+    ],
+)
 def test_both_derivatives_train_alike(net, shape):
     torch.manual_seed(0)
     for p in net.parameters():

@@ -8,7 +8,7 @@ from torch import nn
 from distill.denoise import Denoiser
 from distill.errors import BadInput
 from distill.methods import MMD
-from distill.nets.small import MLP
+from distill.models.small import MLP
 from distill.noise import RectifiedFlow
 
 D = torch.float64

@@ -6,11 +6,11 @@ import torch
 
 from distill.data.toy import Samples
 from distill.denoise import Denoiser, GaussianMixture
-from distill.engine.trainer import fit
 from distill.losses.regression import mse
 from distill.methods import DMD2
-from distill.nets.small import MLP
+from distill.models.small import MLP
 from distill.noise import RectifiedFlow
+from distill.training.trainer import fit
 
 FLOW = RectifiedFlow()
 
@@ -39,8 +39,16 @@ def test_js_finds_the_mode_that_its_student_never_draws():
     learn(student, right_alone)
     learn(critic, its_law)
     optim = {r: {"lr": lr, "betas": [0, 0.95]} for r, lr in (("critic", 1e-3), ("head", 1e-3), ("student", 5e-4))}
-    method = DMD2({"teacher": teacher, "student": student, "critic": critic}, grid=1, student_every=2, divergence="js",
-                  critic_adversarial=0.0, layers="leave.input", ema=0.99, optim=optim)
+    method = DMD2(
+        {"teacher": teacher, "student": student, "critic": critic},
+        grid=1,
+        student_every=2,
+        divergence="js",
+        critic_adversarial=0.0,
+        layers="leave.input",
+        ema=0.99,
+        optim=optim,
+    )
     left = lambda: float((method.sample(torch.randn(4000, 1), {}) < 0).float().mean())  # noqa: E731
     assert left() == 0
     fit(method, Samples(teacher, batch_size=256, classes=0), steps=600)

@@ -9,12 +9,12 @@ from torch import nn
 
 from distill.denoise import Denoiser, Gaussian
 from distill.errors import BadInput
-from distill.grid import Grid
 from distill.methods import pcm
 from distill.methods.pcm import PCM
-from distill.nets.small import MLP
+from distill.models.small import MLP
 from distill.noise import RectifiedFlow, TrigFlow, VPCosine, bcast
 from distill.solvers import DDIM, ddim, solve
+from distill.times import Grid
 
 SCHEDULES = [RectifiedFlow(), VPCosine(), TrigFlow()]
 EDGES = [1.0, 0.7, 0.45, 0.2, 0.0]

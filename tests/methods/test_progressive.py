@@ -8,14 +8,19 @@ from exact import Pair, drawn, gradient, student
 
 from distill.denoise import Denoiser, Gaussian, GaussianMixture, Guided
 from distill.errors import BadInput
-from distill.grid import Grid, ladder
 from distill.methods import Guidance, Progressive
-from distill.nets.small import MLP
+from distill.models.small import MLP
 from distill.noise import RectifiedFlow, Table, TrigFlow, VPCosine, VPLinear
 from distill.solvers import DDIM, Overshoot, solve
+from distill.times import Grid, halving_steps
 
-SCHEDULES = {"flow": RectifiedFlow(), "cosine": VPCosine(), "linear": VPLinear(), "trig": TrigFlow(0.5),
-             "table": Table([0.9, 0.6, 0.3, 0.05])}
+SCHEDULES = {
+    "flow": RectifiedFlow(),
+    "cosine": VPCosine(),
+    "linear": VPLinear(),
+    "trig": TrigFlow(0.5),
+    "table": Table([0.9, 0.6, 0.3, 0.05]),
+}
 every = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 STD = 0.5
 
@@ -145,8 +150,13 @@ def climbing(steps, **kw):
     torch.manual_seed(0)
     schedule = RectifiedFlow()
     m = Progressive(
-        {"teacher": GaussianMixture([[-1.0], [1.0]], 0.3, schedule=schedule),
-         "student": Denoiser(MLP(dim=1, width=8), schedule)}, optim={"student": {"decay": "cosine", "lr": 1e-2}}, **kw)
+        {
+            "teacher": GaussianMixture([[-1.0], [1.0]], 0.3, schedule=schedule),
+            "student": Denoiser(MLP(dim=1, width=8), schedule),
+        },
+        optim={"student": {"decay": "cosine", "lr": 1e-2}},
+        **kw,
+    )
     m.configure_optimizers()
     m.total_steps = steps
     return m
@@ -155,13 +165,15 @@ def climbing(steps, **kw):
 def test_the_run_promotes_by_itself_and_starts_anew():
     m, seen = climbing(12, teacher_steps=8, grid=1), []
     promote = m.promote
+
     def watched():
         before = copy.deepcopy(m.ema.state_dict())
         promote()
         for network in (m.promoted, m.student, m.ema):
             assert all(torch.equal(a, b) for a, b in zip(before.values(), network.state_dict().values()))
-        assert not m.place.optimizers["student"].state and m.clock() == (0, 4)
+        assert not m.placement.optimizers["student"].state and m.schedule_step() == (0, 4)
         seen.append(m.step)
+
     m.promote = watched
     for _ in range(12):
         m.training_step({"x": torch.randn(16, 1)})
@@ -182,16 +194,22 @@ def test_a_longer_run_stays_on_its_last_rung():
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("kw, text", [
-    ({"teacher_steps": 24, "grid": 5}, "teacher_steps"), ({"teacher_steps": 4, "grid": 4}, "2, 4, 8"),
-    ({"grid": [1, 0.7, 0]}, "uniform"), ({"guidance_range": [1.0, 2.0]}, "guided: true"), ({"distance": "l2"}, "mae"),
-])
+@pytest.mark.parametrize(
+    "kw, text",
+    [
+        ({"teacher_steps": 24, "grid": 5}, "teacher_steps"),
+        ({"teacher_steps": 4, "grid": 4}, "2, 4, 8"),
+        ({"grid": [1, 0.7, 0]}, "uniform"),
+        ({"guidance_range": [1.0, 2.0]}, "guided: true"),
+        ({"distance": "l2"}, "mae"),
+    ],
+)
 def test_what_cannot_be_a_ladder_is_refused(kw, text):
     with pytest.raises(BadInput, match=text):
         method(RectifiedFlow(), **kw)
 
 
 def test_rungs_and_samplers():
-    assert ladder(32, Grid.uniform(4)) == (16, 8, 4)
+    assert halving_steps(32, Grid.uniform(4)) == (16, 8, 4)
     assert isinstance(method(RectifiedFlow(), stochastic=True).sampler, Overshoot)
     assert method(RectifiedFlow()).sampler.stochastic is False

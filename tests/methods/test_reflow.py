@@ -6,16 +6,24 @@ import pytest
 import torch
 from exact import Pair, drawn, gradient, student
 
-from distill import config, run
+from distill import config
+from distill.cli.data import solve_pairs
 from distill.denoise import Denoiser, Gaussian, GaussianMixture
 from distill.errors import BadInput
 from distill.methods import Reflow
-from distill.nets.small import MLP
+from distill.models.small import MLP
 from distill.noise import RectifiedFlow, Table, TrigFlow, VPCosine, VPLinear
 from distill.solvers import DDIM, solve
+from distill.training.experiment import build_experiment
 
-SCHEDULES = {"flow": RectifiedFlow(), "shift": RectifiedFlow(3.0), "cosine": VPCosine(), "linear": VPLinear(),
-             "trig": TrigFlow(), "table": Table([0.9, 0.6, 0.3, 0.05])}
+SCHEDULES = {
+    "flow": RectifiedFlow(),
+    "shift": RectifiedFlow(3.0),
+    "cosine": VPCosine(),
+    "linear": VPLinear(),
+    "trig": TrigFlow(),
+    "table": Table([0.9, 0.6, 0.3, 0.05]),
+}
 every = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 STD = 0.5
 RECIPE = Path(__file__).parents[2] / "configs" / "toy" / "reflow.yaml"
@@ -93,7 +101,7 @@ def test_the_batchs_x_is_used_only_with_its_own_z():
     m.training_step({"x": x})
     assert not torch.equal(seen[-1][0], x)
     torch.testing.assert_close(seen[-1][0], m.endpoint(seen[-1][1], {}))
-    m.student_cond = lambda cond, n: {}
+    m.student_conditions = lambda cond, n: {}
     m.training_step({"x": x, "z": z, "label": label})
     assert torch.equal(seen[-1][0], x) and torch.equal(seen[-1][1], z) and list(seen[-1][2]) == ["label"]
 
@@ -120,16 +128,23 @@ def test_distillation_sees_the_grids_times_and_its_own_start():
 
 def test_a_run_trains_on_stored_pairs(tmp_path):
     recipe = config.load([RECIPE], ["log.wandb=disabled", "train.steps=3", "train.validate_every=0", "train.threads=1"])
-    run.pairs(recipe, tmp_path / "pairs", 64)
-    recipe.data = {"_target_": "distill.data.pairs.Pairs", "path": str(tmp_path / "pairs" / "train"), "batch_size": 16,
-                   "teacher": recipe.roles.teacher}
-    session = run.assemble(recipe)
-    batch = next(session.data.loader())
-    torch.testing.assert_close(session.method.endpoint(batch["z"], {}), batch["x"])
-    session.method.endpoint = None  # a run on stored pairs must not solve
-    optimizers = session.method.configure_optimizers()
-    session.method.optimizers, session.method.manual_backward = (lambda: optimizers), (lambda loss: loss.backward())
-    session.method.training_step(batch)
-    assert session.suite().oracle is session.data.source
+    solve_pairs(recipe, tmp_path / "pairs", 64)
+    recipe.data = {
+        "_target_": "distill.data.pairs.Pairs",
+        "path": str(tmp_path / "pairs" / "train"),
+        "batch_size": 16,
+        "teacher": recipe.roles.teacher,
+    }
+    experiment = build_experiment(recipe)
+    batch = next(experiment.data.loader())
+    torch.testing.assert_close(experiment.method.endpoint(batch["z"], {}), batch["x"])
+    experiment.method.endpoint = None  # a run on stored pairs must not solve
+    optimizers = experiment.method.configure_optimizers()
+    experiment.method.optimizers, experiment.method.manual_backward = (
+        (lambda: optimizers),
+        (lambda loss: loss.backward()),
+    )
+    experiment.method.training_step(batch)
+    assert experiment.suite().oracle is experiment.data.oracle
     with pytest.raises(BadInput, match="does not train on pairs"):
-        run.pairs(config.load([RECIPE.with_name("tdm.yaml")]), tmp_path / "none", 4)
+        solve_pairs(config.load([RECIPE.with_name("tdm.yaml")]), tmp_path / "none", 4)

@@ -12,7 +12,7 @@ from distill.denoise import Denoiser, Gaussian
 from distill.errors import BadInput
 from distill.methods import scm
 from distill.methods.scm import SCM
-from distill.nets.small import MLP, Transformer
+from distill.models.small import MLP, Transformer
 from distill.noise import RectifiedFlow, TrigFlow, VPCosine, VPLinear, bcast
 from distill.tangent import jvp
 

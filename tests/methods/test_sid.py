@@ -8,7 +8,7 @@ from affine import Affine, Labelled, in_turn, of_gaussian, pull, touched
 
 from distill.denoise import Denoiser
 from distill.methods import SiD
-from distill.nets.small import MLP
+from distill.models.small import MLP
 from distill.noise import RectifiedFlow
 
 D = torch.float64

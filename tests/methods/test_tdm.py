@@ -8,12 +8,12 @@ from affine import Affine, Labelled, in_turn, of_gaussian, pull, touched
 from torch import nn
 
 from distill.denoise import Denoiser, Gaussian
-from distill.grid import Grid
 from distill.losses.matching import importance
 from distill.methods import TDM
-from distill.nets.small import MLP
+from distill.models.small import MLP
 from distill.noise import RectifiedFlow, Table, VPCosine, VPLinear
 from distill.solvers import DDIM
+from distill.times import Grid
 
 D = torch.float64
 TABLE = Table(tuple(0.98**n * 0.99 for n in range(1, 20)))
@@ -107,13 +107,13 @@ def mirrored(method, n=4000):
     """The student's loss on noise and its mirror image: odd functions of the noise average to exactly zero."""
     torch.manual_seed(0)
     z = torch.randn(n // 2, 1, dtype=D)
-    path, cond, told = method.draw(None, torch.cat([z, -z]), {})
+    path, cond, conditions = method.draw(None, torch.cat([z, -z]), {})
     draws = torch.rand(n // 2, dtype=D), torch.randn(n // 2, 1, dtype=D)
     like = {"rand_like": torch.rand_like, "randn_like": torch.randn_like}
     try:
         torch.rand_like = lambda a: torch.cat([draws[0]] * 2)
         torch.randn_like = lambda a: torch.cat([draws[1], -draws[1]])
-        return method.student_loss(path, cond, told)
+        return method.student_loss(path, cond, conditions)
     finally:
         for name, f in like.items():
             setattr(torch, name, f)
@@ -181,20 +181,20 @@ def test_the_path_is_the_samplers_own():
     method = small(grid=3)
     method.ema = method.student
     z = torch.randn(8, 2, dtype=D)
-    path, _, told = method.draw(None, z, {})
+    path, _, conditions = method.draw(None, z, {})
     assert path.shape == (3, 8, 2) and torch.equal(path[2], z)
     with torch.no_grad():
-        x = method.student(path[0], torch.full((8,), 1 / 3, dtype=D), **told)
+        x = method.student(path[0], torch.full((8,), 1 / 3, dtype=D), **conditions)
     assert torch.allclose(x, method.sample(z, {}), atol=1e-12)
 
 
 def test_u_stays_inside_its_segment():
     method = small(grid=4, margin=0.02)
-    path, _, told = method.draw(None, torch.randn(500, 2, dtype=D), {})
+    path, _, conditions = method.draw(None, torch.randn(500, 2, dtype=D), {})
     torch.manual_seed(0)
     k = method.grid.draw(500)
     torch.manual_seed(0)
-    _, _, u, _ = method.walk(path, told)
+    _, _, u, _ = method.segment(path, conditions)
     t, s = method.grid.segment(k, D)
     assert (u <= t - 0.02 + 1e-9).all() and (u >= s.clamp_min(0.02) - 1e-9).all()
 
@@ -204,15 +204,15 @@ def test_u_stays_in_its_segment_or_reaches_up_to_noise():
     seen = {}
     for separate in (True, False):
         m = tiny(separate=separate)
-        path, cond, told = m.draw(None, torch.randn(512, 1), {})
-        seen[separate] = torch.cat([m.walk(path, told)[2] for _ in range(4)])
+        path, cond, conditions = m.draw(None, torch.randn(512, 1), {})
+        seen[separate] = torch.cat([m.segment(path, conditions)[2] for _ in range(4)])
     assert seen[True].max() <= 1 and (seen[False] > 0.5).float().mean() > (seen[True] > 0.5).float().mean() + 0.1
 
 
 def tiny(**options):
     from distill.denoise import Denoiser, Gaussian
     from distill.methods import TDM
-    from distill.nets.small import MLP
+    from distill.models.small import MLP
     from distill.noise import RectifiedFlow
 
     net = Denoiser(MLP(dim=1, width=8, depth=1), RectifiedFlow(), "flow")

@@ -1,12 +1,12 @@
-"""Teacher and student meet stock diffusers schedulers when they serve: the same steps, to float32."""
+"""Solver steps against stock diffusers schedulers, to float32 precision."""
 
 import pytest
 import torch
 
 from distill.denoise import GaussianMixture
-from distill.grid import Grid
 from distill.noise import RectifiedFlow, Table
 from distill.solvers import solve, solver
+from distill.times import Grid
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -26,14 +26,22 @@ def walk(scheduler, schedule, times, steps):
 
 
 @pytest.mark.parametrize("steps", [1, 4, 20])
-@pytest.mark.parametrize("name,stock,options", [
-    ("ddim", "DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": True}),
-    ("dpmpp_2m", "DPMSolverMultistepScheduler", {"final_sigmas_type": "zero"}),
-])
+@pytest.mark.parametrize(
+    "name,stock,options",
+    [
+        ("ddim", "DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": True}),
+        ("dpmpp_2m", "DPMSolverMultistepScheduler", {"final_sigmas_type": "zero"}),
+    ],
+)
 def test_vp_solvers_equal_stock_schedulers_on_a_uniform_grid(name, stock, options, steps):
     scheduler = getattr(diffusers, stock)(
-        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-        prediction_type="sample", timestep_spacing="trailing", **options,
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="sample",
+        timestep_spacing="trailing",
+        **options,
     )
     scheduler.set_timesteps(steps)
     schedule, grid = Table(scheduler.alphas_cumprod.double().tolist()), Grid.uniform(steps)

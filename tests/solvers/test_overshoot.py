@@ -1,4 +1,4 @@
-"""Overshoot keeps the law of the noised data when its jumps are exact."""
+"""Overshoot preserves the distribution of the noised data when its denoising steps are exact."""
 
 import pytest
 import torch

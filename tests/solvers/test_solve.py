@@ -5,9 +5,9 @@ import torch
 
 from distill.denoise import Denoiser, Gaussian, GaussianMixture
 from distill.errors import BadInput
-from distill.grid import Grid
 from distill.noise import RectifiedFlow, VPCosine, VPLinear
 from distill.solvers import DDIM, SOLVERS, DPMSolverPP2M, Renoise, solve, solver
+from distill.times import Grid
 
 
 def test_solve_chains_the_steps():
@@ -84,6 +84,6 @@ def test_images_conditions_precision_and_gradients_pass_through():
 
 
 @pytest.mark.parametrize("times", [[1.0], [0.0, 1.0], [1.0, 0.5, 0.5], [1.2, 0.0], [1.0, -0.1], [1.0, float("nan")]])
-def test_times_that_do_not_run_down_are_refused(times):
+def test_times_that_do_not_decrease_raise(times):
     with pytest.raises(BadInput, match="decreasing"):
         solve(Gaussian([0.0], 1.0, VPLinear()), torch.randn(1, 1), times, DDIM())

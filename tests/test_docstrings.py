@@ -1,0 +1,45 @@
+"""The examples in docstrings run and print what they say."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+import torch
+
+PACKAGES = ("distill.denoise", "distill.losses", "distill.solvers")
+MODULES = ("distill.models.diffusers.loading", "distill.models.small", "distill.noise", "distill.times")
+REQUIRED = {  # objects whose docstring must have an example
+    "distill.denoise.denoiser": ("Denoiser", "Guided"),
+    "distill.denoise.exact": ("Gaussian", "GaussianMixture"),
+    "distill.models.diffusers.loading": ("load",),
+    "distill.noise": ("RectifiedFlow",),
+    "distill.solvers.onestep": ("DDIM",),
+    "distill.solvers.solve": ("solve",),
+    "distill.times": ("Grid",),
+}
+
+
+def modules() -> list[str]:
+    names = list(MODULES)
+    for package in PACKAGES:
+        path = importlib.import_module(package).__path__
+        names += [package, *(f"{package}.{module.name}" for module in pkgutil.iter_modules(path))]
+    return sorted(names)
+
+
+@pytest.mark.parametrize("name", modules())
+def test_examples_run(name):
+    torch.manual_seed(0)
+    module = importlib.import_module(name)
+    results = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert results.failed == 0
+
+
+@pytest.mark.parametrize("name, objects", REQUIRED.items())
+def test_main_objects_have_examples(name, objects):
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    with_examples = {test.name for test in finder.find(importlib.import_module(name)) if test.examples}
+    assert {f"{name}.{item}" for item in objects} <= with_examples

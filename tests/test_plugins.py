@@ -1,0 +1,206 @@
+"""Objects from outside distill: by an entry point, by --allow, and what a saved run may bring back of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from click.testing import CliRunner
+
+from distill import config
+from distill.cli import main
+from distill.config import plugins
+from distill.errors import BadInput
+
+CLASS = '''
+"""Regression of the student on the teacher at random times."""
+import torch
+from distill.losses.regression import mse
+from distill.methods import Method
+
+class Regression(Method):
+    """L = E |student(x_t, t) - teacher(x_t, t)|^2.
+
+    Args:
+        floor: smallest t.
+        base: arguments of Method.
+    """
+
+    def __init__(self, roles, *, floor: float = 0.0, **base):
+        super().__init__(roles, **base)
+        self.floor = floor
+
+    def turns(self, step):
+        yield "student", self.loss
+
+    def loss(self, x, z, cond):
+        t = self.floor + (1 - self.floor) * torch.rand(len(x), device=x.device)
+        x_t = self.student.schedule.add_noise(x, t, z)
+        with torch.no_grad():
+            target = self.teacher(x_t, t, **cond)
+        return mse(self.student(x_t, t, **cond), target)
+'''
+RECIPE = """
+# Regression on the digits' teacher.
+base: digits/base
+name: outside
+method: {_target_: PACKAGE.regression.Regression, grid: 2, floor: 0.01}
+data: {batch_size: 8}
+train: {steps: 2, threads: 1, log_every: 1}
+log: {wandb: disabled}
+eval: {samples: 60, validation_samples: 20, evaluations: [2]}
+"""
+PAGE = "# Regression\n\nMatches the teacher's E[x | x_t] at every t.\n"
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    """Each test runs in an empty folder, from which packages are imported; no disk is waited for."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+    threads = torch.get_num_threads()
+    yield tmp_path
+    torch.set_num_threads(threads)
+
+
+def distill(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def package(name: str, entry_point: bool = False) -> Path:
+    """A method from outside, in three files: class, recipe, page. With `entry_point`, as an installed plugin."""
+    folder = Path(name)
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    (folder / "regression.py").write_text(CLASS)
+    (folder / "regression.yaml").write_text(RECIPE.replace("PACKAGE", name))
+    (folder / "regression.md").write_text(PAGE)
+    if entry_point:
+        install(name)
+    return folder
+
+
+def install(name: str) -> None:
+    """What an installer leaves of a distribution with an entry point."""
+    about = Path(f"{name}_dist-1.0.dist-info")
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-dist\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(f"[distill.plugins]\nany = {name}.regression:Regression\n")
+    plugins._installed.cache_clear()
+
+
+def refuses(result, *says: str) -> None:
+    assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1, (result.output, result.exception)
+    for text in says:
+        assert text in result.stderr
+
+
+def test_an_entry_point_allows_its_top_level_package_and_no_other():
+    package("installed_one", entry_point=True)
+    package("lying_about")
+    assert "installed_one" in plugins.installed() and "lying_about" not in plugins.installed()
+    assert config.resolve("installed_one.regression.Regression").__name__ == "Regression"
+    with pytest.raises(BadInput, match="--allow lying_about"):
+        config.resolve("lying_about.regression.Regression")
+    with pytest.raises(BadInput, match="comes from outside distill"):
+        config.resolve("installed_one.regression.torch.load")
+
+
+TOY = """
+name: a
+roles:
+  teacher: {_target_: distill.denoise.GaussianMixture.ring, schedule: {_target_: distill.noise.RectifiedFlow}}
+  student:
+    _target_: distill.denoise.Denoiser
+    net: {_target_: distill.models.small.MLP, dim: 2, width: 8, depth: 1}
+    schedule: {_target_: distill.noise.RectifiedFlow}
+    prediction: flow
+method: {_target_: PACKAGE.regression.Regression, grid: 2}
+data: {_target_: distill.data.toy.Samples, source: "${roles.teacher}", batch_size: 16, classes: 0}
+train: {steps: 2, threads: 1, log_every: 1}
+log: {wandb: disabled}
+eval: {samples: 200, validation_samples: 40, evaluations: [2]}
+"""
+
+
+def toy(name: str) -> str:
+    """A config of two-dimensional points for the package's method."""
+    Path("toy.yaml").write_text(TOY.replace("PACKAGE", name))
+    return "toy.yaml"
+
+
+def test_allow_stands_before_or_after_the_verb_and_is_recorded():
+    package("twice_allowed")
+    refuses(
+        distill("train", toy("twice_allowed")),
+        "'twice_allowed.regression.Regression' is outside distill",
+        "--allow twice_allowed",
+    )
+    before = distill("--allow", "twice_allowed", "train", toy("twice_allowed"), "name=before")
+    after = distill("train", toy("twice_allowed"), "name=after", "--allow", "twice_allowed")
+    for name, result in (("before", before), ("after", after)):
+        assert result.exit_code == 0, (result.output, result.exception)
+        assert config.read(f"runs/{name}/config.yaml").allow == ["twice_allowed"]
+
+
+def test_a_saved_run_grants_nothing_to_a_package_without_an_entry_point():
+    package("named_again")
+    assert distill("train", toy("named_again"), "--allow", "named_again", "name=a").exit_code == 0
+    before = tiny.files(Path("runs"))
+    says = ("runs/a was trained with objects of the package 'named_again'", "add --allow named_again again")
+    for verb in (("sample", "runs/a", "a.png"), ("eval", "runs/a"), ("export", "runs/a", "out"), ("report", "runs/a")):
+        refuses(distill(*verb), *says)
+    refuses(distill("train", toy("named_again"), "name=a", "--resume"), "--allow named_again")
+    assert tiny.files(Path("runs")) == before
+    assert distill("sample", "runs/a", "a.png", "--allow", "named_again").exit_code == 0
+    install("named_again")
+    assert distill("sample", "runs/a", "b.png").exit_code == 0
+    assert distill("train", toy("named_again"), "name=a", "train.steps=3", "--resume").exit_code == 0
+
+
+def test_what_a_config_says_under_allow_grants_nothing():
+    package("selfmade")
+    refuses(distill("train", toy("selfmade"), "allow=[selfmade]"), "--allow selfmade")
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("target", ["distill.training.records.Alarms", "distill.config.build", "os.remove"])
+def test_a_hostile_run_folder_is_refused_by_every_verb(target):
+    package("harmless", entry_point=True)
+    assert distill("train", toy("harmless"), "name=a").exit_code == 0
+    cfg = config.read("runs/a/config.yaml")
+    cfg.data, cfg.allow = {"_target_": target, "path": "victim", "allow": ["os"]}, ["os", "harmless"]
+    config.save(cfg, "runs/a/config.yaml")
+    Path("victim").write_text("mine")
+    before = tiny.files(Path("."))
+    for verb in (("sample", "runs/a", "a.png"), ("eval", "runs/a"), ("export", "runs/a", "out"), ("report", "runs/a")):
+        refuses(distill(*verb), "--allow os again" if target == "os.remove" else "is no part of a run")
+    assert tiny.files(Path(".")) == before
+
+
+def test_a_method_from_outside_is_three_files_and_trains_evaluates_and_exports():
+    folder = package("three_files", entry_point=True)
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "__init__.py",
+        "regression.md",
+        "regression.py",
+        "regression.yaml",
+    ]
+    assert distill("data", "digits", "data/digits").exit_code == 0
+    for verb in (
+        ("train", folder / "regression.yaml", "--no-check"),
+        ("sample", "runs/outside", "a.png", "-n", "4"),
+        ("eval", "runs/outside"),
+        ("export", "runs/outside", "student"),
+    ):
+        result = distill(*verb)
+        assert result.exit_code == 0, (verb, result.output, result.exception)
+    assert set(json.loads(Path("runs/outside/metrics.json").read_text())["student"]) == {"2"}
+    assert json.loads(Path("student/distill.json").read_text())["method"] == "Regression"
+    shutil.rmtree("three_files_dist-1.0.dist-info")

@@ -1,0 +1,96 @@
+"""What one sees of a run: the bar without and with a terminal; records and beats."""
+
+from __future__ import annotations
+
+import io
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+
+from distill.training import callbacks
+
+
+def method(step: int = 0, total: int = 100, **logs):
+    return SimpleNamespace(step=step, total_steps=total, logs={k: torch.tensor(v) for k, v in logs.items()})
+
+
+# -- bar -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_bar_renders_with_and_without_a_terminal(monkeypatch, terminal):
+    out = io.StringIO()
+    monkeypatch.setattr(callbacks, "console", Console(file=out, force_terminal=terminal, width=120))
+    bar, m = (
+        callbacks.ProgressBar(40, every=1),
+        method(0, 40, **{"student/loss": 0.25, "critic/loss": 2.0, "student/grad_norm": 9.0}),
+    )
+    bar.on_train_start(None, m)
+    for m.step in range(1, 41):
+        bar.on_train_batch_end(None, m, None, None, 0)
+    bar.teardown(None, m, "fit")
+    text = out.getvalue()
+    assert "40/40" in text and "student 0.25" in text and "critic 2" in text and "steps/s" in text
+    assert "grad_norm" not in text and ("\x1b" in text) == terminal
+    assert terminal or text.count("\n") == 2  # steps 20 and 40
+
+
+def test_an_error_gives_the_terminal_back(monkeypatch):
+    monkeypatch.setattr(callbacks, "console", Console(file=io.StringIO(), force_terminal=True))
+    bar = callbacks.ProgressBar(40)
+    bar.on_train_start(None, method())
+    live = bar.bar.live
+    bar.on_exception(None, method(), ValueError())
+    assert bar.bar is None and not live.is_started
+
+
+# -- beats -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "every, start, finished, stops, expected",
+    [
+        (0, False, False, 7, [7]),
+        (3, False, False, 7, [3, 6, 7]),
+        (3, False, False, 6, [3, 6]),
+        (3, True, True, 7, [0, 3, 6, 7]),
+        (0, True, True, 7, [0, 7]),
+        (0, True, True, 5, [0]),
+        (3, True, True, 5, [0, 3]),
+    ],
+)
+def test_actions_come_on_their_beat_and_at_the_end_once(every, start, finished, stops, expected):
+    seen, m = [], method(total=6 if stops == 6 else 7)
+    call = callbacks.PeriodicCallback(every, lambda m: seen.append(m.step), start, finished)
+    call.on_train_start(None, m)
+    for m.step in range(1, stops + 1):
+        call.on_train_batch_end(None, m, None, None, 0)
+    call.on_train_end(None, m)
+    assert seen == expected
+
+
+def test_several_beats_call_once_where_they_meet():
+    seen, m = [], method(total=12)
+    call = callbacks.PeriodicCallback((4, 0, 6), lambda m: seen.append(m.step))
+    for m.step in range(1, 13):
+        call.on_train_batch_end(None, m, None, None, 0)
+    call.on_train_end(None, m)
+    assert seen == [4, 6, 8, 12]
+
+
+def test_a_resumed_run_does_not_start_anew():
+    seen, m = [], method(step=4)
+    callbacks.PeriodicCallback(0, lambda m: seen.append(m.step), start=True).on_train_start(None, m)
+    assert seen == []
+
+
+def test_records_are_written_on_their_beat():
+    rows = []
+    sink = SimpleNamespace(write=lambda row, step: rows.append((step, row["loss"])))
+    record, m = callbacks.MetricLogger([sink, sink], every=2), method(loss=0.5)
+    record.on_train_start(None, m)
+    for m.step in range(1, 6):
+        record.on_train_batch_end(None, m, None, None, 0)
+    assert rows == [(2, 0.5), (2, 0.5), (4, 0.5), (4, 0.5)]
