@@ -1,0 +1,321 @@
+"""Generates the pages that repeat what the code says; run by mkdocs-gen-files during `mkdocs build`.
+
+index.md, changelog.md, contributing.md   README.md, CHANGELOG.md and CONTRIBUTING.md, with their links adapted
+reference/config.md                       the dataclasses of the config schema
+reference/cli.md                          the click commands
+reference/map.md                          the URLs in the docstrings, and the recipes that name each method
+reference/api/                            one page per public module
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import io
+import json
+import re
+import sys
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import mkdocs_gen_files
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "distill"
+sys.path[:0] = [str(ROOT), str(ROOT / "docs" / "site")]
+
+from links import api_page  # noqa: E402
+
+from distill.files import markdown_table  # noqa: E402
+
+
+def main() -> None:
+    for source, page in (("README", "index"), ("CHANGELOG", "changelog"), ("CONTRIBUTING", "contributing")):
+        write(f"{page}.md", root_page(ROOT / f"{source}.md"))
+    schema = next(p for p in (PACKAGE / "config" / "schema.py", PACKAGE / "schema.py") if p.exists())
+    write("reference/config.md", config_page(schema))
+    write("reference/cli.md", cli_page())
+    write("reference/map.md", map_page())
+    write_api()
+
+
+def write(page: str, text: str) -> None:
+    with mkdocs_gen_files.open(page, "w") as file:
+        file.write(text)
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    return markdown_table(header, [[escape_pipes(cell) for cell in row] for row in rows])
+
+
+def escape_pipes(cell: str) -> str:
+    """A cell whose pipes do not end it; Python-Markdown takes those inside code as they are."""
+    return "".join(part if part.startswith("`") else part.replace("|", "\\|") for part in re.split("(`[^`]*`)", cell))
+
+
+# -- pages from the root of the repository ----------------------------------------------------------------------------
+
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def root_page(path: Path) -> str:
+    """A Markdown file of the repository's root as a page of docs/: its relative links get one level more, or one less."""
+
+    def replace(match: re.Match) -> str:
+        target = match.group(1)
+        if re.match(r"[a-z]+:|#", target):
+            return match.group(0)
+        inside = target.removeprefix("docs/")
+        pages = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+        return f"]({inside if inside != target else pages.get(target, '../' + target)})"
+
+    return LINK.sub(replace, path.read_text())
+
+
+# -- config keys ------------------------------------------------------------------------------------------------------
+
+
+def config_page(path: Path) -> str:
+    """Every key of the dataclasses in `path`: type, default, allowed values, and the comment beside it."""
+    source = path.read_text()
+    tree, notes = ast.parse(source), comments(source)
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    allowed = allowed_values(tree)
+    parts = [
+        "# Config keys",
+        "A run is one YAML file, merged left to right with further files and with `key=value` overrides "
+        "([command line](cli.md)). `base: other.yaml` reads another file first. Unknown keys raise an error that suggests "
+        "the nearest name.",
+        "`roles`, `method` and `data` hold objects: `_target_` is the dotted path of a class, and the other keys are the "
+        "arguments of its constructor, which the [API](api/index.md) lists.",
+        f"This page is generated from [{path.name}](../../{path.relative_to(ROOT)}).",
+        *config_section("RunConfig", "", classes, allowed, notes),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def config_section(name: str, prefix: str, classes: dict, allowed: dict, notes: dict) -> Iterator[str]:
+    """The table of one dataclass, followed by those of the dataclasses that it holds."""
+    rows, nested = [], []
+    for field in classes[name].body:
+        if not isinstance(field, ast.AnnAssign):
+            continue
+        key, kind = prefix + field.target.id, ast.unparse(field.annotation)
+        inner = re.findall(r"\w+", kind)[-1]
+        if inner in classes:
+            role = "ROLE." if kind.startswith("dict") else ""
+            nested.append((inner, f"{key}.{role}"))
+            continue
+        limit = allowed.get(re.sub(r"\bROLE\b", "*", key), "")
+        rows.append((f"`{key}`", f"`{kind}`", f"`{default(field.value)}`", limit, meaning(field, notes)))
+    yield f"## {prefix.removesuffix('.') or 'Top level'}"
+    yield ast.get_docstring(classes[name]) or ""
+    yield table(("key", "type", "default", "allowed", "meaning"), rows)
+    for inner, inner_prefix in nested:
+        yield from config_section(inner, inner_prefix, classes, allowed, notes)
+
+
+def comments(source: str) -> dict[int, str]:
+    """Line number -> comment, without the marks of tools."""
+    found = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        text = token.string.lstrip("# ").strip()
+        if token.type == tokenize.COMMENT and not text.startswith(("noqa", "fmt:", "type:")):
+            found[token.start[0]] = text
+    return found
+
+
+def meaning(field: ast.AnnAssign, notes: dict[int, str]) -> str:
+    """The comment on the field's line, with the pages of docs/ that it names as links."""
+    return re.sub(r"docs/([\w/]+)\.md", r"[\1](../\1.md)", notes.get(field.end_lineno, ""))
+
+
+def default(value: ast.expr | None) -> str:
+    """A field's default as YAML; empty where there is none."""
+    if value is None:
+        return ""
+    if isinstance(value, ast.Call):
+        factory = next(k.value for k in value.keywords if k.arg == "default_factory")
+        if not isinstance(factory, ast.Lambda):
+            return {"list": "[]", "dict": "{}"}[ast.unparse(factory)]
+        value = factory.body
+    return json.dumps(ast.literal_eval(value))
+
+
+def allowed_values(tree: ast.Module) -> dict[str, str]:
+    """Key -> its smallest value or its choices, from the LEAST and CHOICES of the schema; `*` stands for any role."""
+    constants = {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and is_literal(node.value)
+    }
+    limits = {key: f"{least} or more" for key, least in constants.get("LEAST", {}).items()}
+    choices = {key: ", ".join(f"`{c}`" for c in values) for key, values in constants.get("CHOICES", {}).items()}
+    return limits | choices
+
+
+def is_literal(value: ast.expr) -> bool:
+    try:
+        ast.literal_eval(value)
+    except ValueError:
+        return False
+    return True
+
+
+# -- command line -----------------------------------------------------------------------------------------------------
+
+
+def cli_page() -> str:
+    """Every verb with its usage, help, arguments and options."""
+    from distill.cli import main as group
+
+    intro = "Every command takes `--help`. This page is generated from the commands themselves."
+    return "\n\n".join(["# Command line", intro, *cli_section(group, "distill", 2)]) + "\n"
+
+
+def cli_section(command, name: str, level: int) -> Iterator[str]:
+    """One command, followed by its sub-commands."""
+    import click
+
+    context = click.Context(command, info_name=name)
+    yield f"{'#' * level} {name}"
+    yield f"```text\n{' '.join(command.get_usage(context).removeprefix('Usage: ').split())}\n```"
+    words = {word for p in command.params for word in re.findall(r"[A-Z]+", p.make_metavar(context))}
+    yield from help_paragraphs(command.help or "", words)
+    options = [p for p in command.params if isinstance(p, click.Option)]
+    if options:
+        yield table(("option", "default", "meaning"), [option_row(o, context) for o in options])
+    if isinstance(command, click.Group):
+        for key, sub in sorted(command.commands.items()):
+            yield from cli_section(sub, f"{name} {key}", level + (name != "distill"))
+
+
+def help_paragraphs(text: str, arguments: set[str]) -> Iterator[str]:
+    """Click's help as Markdown: an example becomes a code block, and in text the names of arguments become code."""
+    for paragraph in inspect.cleandoc(text).replace("\b\n", "").split("\n\n"):
+        first, _, rest = paragraph.partition("\n")
+        if first.strip().rstrip(":") in ("Example", "Examples"):
+            yield f"```bash\n{inspect.cleandoc(rest)}\n```"
+        else:
+            text = " ".join(paragraph.split())
+            yield re.sub(r"\b[A-Z]{3,}\b", lambda m: f"`{m[0]}`" if m[0] in arguments else m[0], text)
+
+
+def option_row(option, context) -> tuple[str, str, str]:
+    value = "" if option.is_flag else " " + option.make_metavar(context).replace(" RANGE", "")
+    names = ", ".join(f"`{name}{value}`" for name in (*option.opts, *option.secondary_opts))
+    plain = isinstance(option.default, (str, int, float, Path)) and not option.is_flag
+    return names, f"`{option.default}`" if plain else "", option.help or ""
+
+
+# -- papers -----------------------------------------------------------------------------------------------------------
+
+URL = re.compile(r"https?://[^\s)>\]`,;]+")
+AREAS = ("methods", "losses", "solvers", "models", "nets", "metrics", "eval", "data", "export")
+
+
+def map_page() -> str:
+    """Methods with their papers, recipes and pages, then the other modules that cite a source."""
+    parts = [
+        "# Paper map",
+        "Which file implements which paper. This page is generated: the sources are the URLs in the docstrings, the recipes "
+        "those whose `method._target_` is the class.",
+        "## Methods",
+        table(("class", "papers", "file", "recipes", "page"), method_rows()),
+    ]
+    roots = sorted(PACKAGE.glob("*.py"))
+    for area, files in [("Core", roots), *((a.capitalize(), sorted((PACKAGE / a).rglob("*.py"))) for a in AREAS[1:])]:
+        rows = [(file_link(f), summary(f), papers(f)) for f in files if papers(f)]
+        if rows:
+            parts += [f"## {area}", table(("file", "what it is", "sources"), rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def method_rows() -> list[tuple[str, ...]]:
+    recipes = recipes_by_method()
+    rows = []
+    for path in sorted((PACKAGE / "methods").glob("[a-z]*.py")):
+        page = ROOT / "docs" / "methods" / path.name.replace(".py", ".md")
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and node.name in recipes:
+                links = ", ".join(
+                    f"[{r.parent.name}/{r.stem}](../../{r.relative_to(ROOT)})" for r in recipes[node.name]
+                )
+                own_page = f"[page](../methods/{page.name})" if page.exists() else ""
+                rows.append((f"`{node.name}`", papers(path), file_link(path), links, own_page))
+    return rows
+
+
+def recipes_by_method() -> dict[str, list[Path]]:
+    """Class name -> the toy and digits recipes that train with it."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted((ROOT / "configs").glob("toy/*.yaml")) + sorted((ROOT / "configs").glob("digits/*.yaml")):
+        found.setdefault(method_of(path), []).append(path)
+    return found
+
+
+def method_of(recipe: Path) -> str:
+    """The class that a recipe trains with, from the file itself or from its `base:`; empty for a base without one."""
+    text = recipe.read_text()
+    if match := re.search(r"_target_: distill\.methods\.(?:\w+\.)?(\w+)", text):
+        return match.group(1)
+    base = re.search(r"^base: (\S+\.yaml)", text, re.MULTILINE)
+    return method_of(recipe.parent / base.group(1)) if base else ""
+
+
+def papers(path: Path) -> str:
+    """Links to all URLs in the docstrings of a file."""
+    urls = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            urls += [u.rstrip(".:") for u in URL.findall(ast.get_docstring(node) or "")]
+    return ", ".join(f"[{label(u)}]({u})" for u in dict.fromkeys(urls))
+
+
+def label(url: str) -> str:
+    arxiv = re.search(r"arxiv\.org/(?:abs|pdf)/([\w./-]+)", url)
+    return f"arXiv:{arxiv.group(1)}" if arxiv else re.sub(r"https?://(www\.)?", "", url).split("/blob/")[0]
+
+
+def summary(path: Path) -> str:
+    """The first line of a module's docstring, without URLs."""
+    first = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0]
+    return URL.sub("", " ".join(first.split())).rstrip(" ,.:") + "."
+
+
+def file_link(path: Path) -> str:
+    return f"[{path.relative_to(PACKAGE)}](../../{path.relative_to(ROOT)})"
+
+
+# -- API --------------------------------------------------------------------------------------------------------------
+
+
+def write_api() -> None:
+    """One page per public module, an index of them, and their navigation."""
+    nav, rows = mkdocs_gen_files.Nav(), []
+    for path in public_modules():
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        package = parts[-1] == "__init__"
+        name = ".".join(parts[:-1] if package else parts)
+        page = api_page(str(path.relative_to(ROOT))).removeprefix("reference/api/")
+        write(f"reference/api/{page}", f"# `{name}`\n\n::: {name}\n")
+        nav[tuple(name.split(".")[1:]) or ("distill",)] = page
+        rows.append((f"[{name}]({page})", summary(path)))
+    index = "# API\n\nGenerated from the docstrings of the public modules.\n\n" + table(("module", "what it is"), rows)
+    write("reference/api/index.md", index)
+    write("reference/api/SUMMARY.md", "".join(["* [Modules](index.md)\n", *nav.build_literate_nav()]))
+
+
+def public_modules() -> list[Path]:
+    """All modules but the command line and those whose name, or whose package's name, starts with an underscore."""
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py"), key=lambda p: (len(p.parts) > len(PACKAGE.parts) + 1, p)):
+        names = path.relative_to(PACKAGE).with_suffix("").parts
+        private = any(n.startswith("_") and n != "__init__" for n in names)
+        if not private and names[0] != "cli" and ast.get_docstring(ast.parse(path.read_text())):
+            found.append(path)
+    return found
+
+
+main()
