@@ -199,5 +199,7 @@ def test_one_key_says_where_to(tmp_path):
 
 def test_without_tensorboards_package_the_mend_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
-    with pytest.raises(BadInput, match=r"log.to: tensorboard needs its package: pip install 'distill-diffusion\[tensorboard\]'"):
+    with pytest.raises(
+        BadInput, match=r"log.to: tensorboard needs its package: pip install 'distill-diffusion\[tensorboard\]'"
+    ):
         loggers.TensorBoardLogger(tmp_path, {})
