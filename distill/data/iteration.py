@@ -19,7 +19,7 @@ class ResumableIteration:
     position: int = 0  # batches that training has consumed
 
     def __iter__(self) -> Iterator[dict[str, Tensor | list[str]]]:
-        rank, world = _rank_and_world()
+        rank, world = rank_and_world()
         ahead = 0 if self.info.count else 1  # Lightning fetches one batch ahead of an iterable without length
         for n, batch in enumerate(self.loader(rank, world, self.position), self.position + 1):
             self.position = n - ahead
@@ -28,7 +28,7 @@ class ResumableIteration:
     def __len__(self) -> int:
         if not self.info.count:
             raise TypeError(f"{type(self).__name__} draws samples without end and has no length.")
-        return max(self.info.count // (self.batch_size * _rank_and_world()[1]), 1)
+        return max(self.info.count // (self.batch_size * rank_and_world()[1]), 1)
 
     def __bool__(self) -> bool:
         return True
@@ -42,7 +42,7 @@ class ResumableIteration:
         self.position = state["position"]
 
 
-def _rank_and_world() -> tuple[int, int]:
+def rank_and_world() -> tuple[int, int]:
     """This process's rank and the number of ranks, (0, 1) without torch.distributed."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()

@@ -9,11 +9,12 @@ from itertools import islice
 from typing import Any
 
 import lightning
-import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from distill.config.schema import Engine
+from distill.data.base import concatenate
+from distill.data.iteration import rank_and_world
 from distill.errors import BadInput, suggest
 from distill.methods.placement import Placement, Replicas
 from distill.training.launch import process_layout
@@ -28,24 +29,13 @@ class Batches:
         self.data, self.method, self.steps = data, method, steps
 
     def __iter__(self):
-        alone = not (dist.is_available() and dist.is_initialized())
-        rank, world = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
+        rank, world = rank_and_world()
         n = self.method.placement.accumulate
         parts = iter(self.data.loader(rank, world, n * (self.method.step + self.method.extra_batches)))
-        return (joined(list(islice(parts, n))) for _ in range(len(self)))
+        return (next(parts) if n == 1 else concatenate(list(islice(parts, n))) for _ in range(len(self)))
 
     def __len__(self):
         return max(self.steps - self.method.step, 0)
-
-
-def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Micro-batches, one after another, as one batch."""
-    if len(parts) == 1:
-        return parts[0]
-    return {
-        k: torch.cat([p[k] for p in parts]) if isinstance(v, torch.Tensor) else [x for p in parts for x in p[k]]
-        for k, v in parts[0].items()
-    }
 
 
 def fit(
