@@ -1,19 +1,20 @@
 """Distil diffusion and flow models into students that sample in one to four steps.
 
->>> import distill
->>> run = distill.train("toy/tdm", "train.steps=5", "log.wandb=disabled")    # or distill.open_run("runs/toy-tdm")
-validation at step 0: ...
->>> run.sample(8).shape
-torch.Size([8, 2])
->>> list(run.evaluate(samples=200)["student"])                               # by number of evaluations
-['1', '2', '4', '8', '50']
->>> teacher = distill.load("tiny:adm")                                       # or a diffusers folder, or a hub id
->>> isinstance(teacher, distill.Denoiser), distill.Guided(teacher, w=1.5).w
-(True, 1.5)
->>> distill.Grid.uniform(4).times
-(1.0, 0.75, 0.5, 0.25, 0.0)
->>> issubclass(distill.methods.TDM, distill.Method)
-True
+Examples:
+    >>> import distill
+    >>> run = distill.train("toy/tdm", "train.steps=5", "log.wandb=disabled")    # or distill.open_run("runs/toy-tdm")
+    validation at step 0: ...
+    >>> run.sample(8).shape
+    torch.Size([8, 2])
+    >>> list(run.evaluate(samples=200)["student"])                               # by number of evaluations
+    ['1', '2', '4', '8', '50']
+    >>> teacher = distill.load("tiny:adm")                                       # or a diffusers folder, or a hub id
+    >>> isinstance(teacher, distill.Denoiser), distill.Guided(teacher, w=1.5).w
+    (True, 1.5)
+    >>> distill.Grid.uniform(4).times
+    (1.0, 0.75, 0.5, 0.25, 0.0)
+    >>> issubclass(distill.methods.TDM, distill.Method)
+    True
 
 Names are imported when they are used: `import distill` loads neither torch nor lightning nor diffusers.
 """

@@ -262,14 +262,15 @@ class RectifiedFlow(Schedule):
 
     Liu et al., 2022, https://arxiv.org/abs/2209.03003; shift: Esser et al., 2024, https://arxiv.org/abs/2403.03206.
 
-    >>> schedule = RectifiedFlow(shift=3.0)
-    >>> schedule.sigma(torch.tensor([0.0, 0.5, 1.0]))
-    tensor([0.0000, 0.7500, 1.0000])
-    >>> x, z = torch.zeros(1, 2), torch.ones(1, 2)
-    >>> schedule.add_noise(x, torch.tensor([0.5]), z)
-    tensor([[0.7500, 0.7500]])
-    >>> schedule.time(schedule.log_snr(torch.tensor([0.5])))
-    tensor([0.5000])
+    Examples:
+        >>> schedule = RectifiedFlow(shift=3.0)
+        >>> schedule.sigma(torch.tensor([0.0, 0.5, 1.0]))
+        tensor([0.0000, 0.7500, 1.0000])
+        >>> x, z = torch.zeros(1, 2), torch.ones(1, 2)
+        >>> schedule.add_noise(x, torch.tensor([0.5]), z)
+        tensor([[0.7500, 0.7500]])
+        >>> schedule.time(schedule.log_snr(torch.tensor([0.5])))
+        tensor([0.5000])
     """
 
     shift: float = 1.0

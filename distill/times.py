@@ -205,13 +205,14 @@ class Grid:
     Raises:
         BadInput: if the times do not start at 1 (noise), do not end at 0 (data), or do not decrease strictly.
 
-    >>> grid = Grid.uniform(4)
-    >>> grid.times
-    (1.0, 0.75, 0.5, 0.25, 0.0)
-    >>> grid.segment(torch.tensor([4, 1]))
-    (tensor([1.0000, 0.2500]), tensor([0.7500, 0.0000]))
-    >>> Grid.of([1, 0.6, 0]).steps
-    2
+    Examples:
+        >>> grid = Grid.uniform(4)
+        >>> grid.times
+        (1.0, 0.75, 0.5, 0.25, 0.0)
+        >>> grid.segment(torch.tensor([4, 1]))
+        (tensor([1.0000, 0.2500]), tensor([0.7500, 0.0000]))
+        >>> Grid.of([1, 0.6, 0]).steps
+        2
     """
 
     times: tuple[float, ...]

@@ -38,16 +38,17 @@ class Denoiser(nn.Module):
         BadInput: if the prediction is unknown, or is "eps" under a schedule with alpha_1 = 0, where eps at t = 1 does
             not determine x.
 
-    >>> from distill.models.small import MLP
-    >>> from distill.noise import RectifiedFlow
-    >>> denoiser = Denoiser(MLP(dim=2, width=8, classes=3), RectifiedFlow(), prediction="flow")
-    >>> x_t, t = torch.randn(4, 2), torch.full((4,), 0.5)
-    >>> x = denoiser(x_t, t, label=torch.tensor([0, 1, 2, -1]))
-    >>> x.shape
-    torch.Size([4, 2])
-    >>> flow = denoiser.native(x_t, t, label=torch.tensor([0, 1, 2, -1]))
-    >>> torch.allclose(x, x_t - 0.5 * flow)
-    True
+    Examples:
+        >>> from distill.models.small import MLP
+        >>> from distill.noise import RectifiedFlow
+        >>> denoiser = Denoiser(MLP(dim=2, width=8, classes=3), RectifiedFlow(), prediction="flow")
+        >>> x_t, t = torch.randn(4, 2), torch.full((4,), 0.5)
+        >>> x = denoiser(x_t, t, label=torch.tensor([0, 1, 2, -1]))
+        >>> x.shape
+        torch.Size([4, 2])
+        >>> flow = denoiser.native(x_t, t, label=torch.tensor([0, 1, 2, -1]))
+        >>> torch.allclose(x, x_t - 0.5 * flow)
+        True
     """
 
     net: nn.Module | None
@@ -171,12 +172,13 @@ class Guided(Denoiser):
         denoiser: the Denoiser to guide.
         w: the guidance scale, a number or one per sample (B,); `forward(..., w=)` overrides it.
 
-    >>> from distill.denoise import GaussianMixture
-    >>> from distill.noise import RectifiedFlow
-    >>> denoiser = GaussianMixture([[-1.0], [1.0]], 0.1, schedule=RectifiedFlow())  # label 0: -1, label 1: +1
-    >>> x_t, t, label = torch.zeros(1, 1), torch.ones(1), torch.tensor([1])
-    >>> [round(Guided(denoiser, w)(x_t, t, label=label).item(), 2) for w in (0.0, 1.0, 2.0)]
-    [0.0, 1.0, 2.0]
+    Examples:
+        >>> from distill.denoise import GaussianMixture
+        >>> from distill.noise import RectifiedFlow
+        >>> denoiser = GaussianMixture([[-1.0], [1.0]], 0.1, schedule=RectifiedFlow())  # label 0: -1, label 1: +1
+        >>> x_t, t, label = torch.zeros(1, 1), torch.ones(1), torch.tensor([1])
+        >>> [round(Guided(denoiser, w)(x_t, t, label=label).item(), 2) for w in (0.0, 1.0, 2.0)]
+        [0.0, 1.0, 2.0]
     """
 
     denoiser: Denoiser

@@ -28,12 +28,13 @@ class Gaussian(Denoiser):
     Raises:
         BadInput: if a std is not positive.
 
-    >>> from distill.noise import RectifiedFlow
-    >>> denoiser = Gaussian([1.0, -1.0], 0.5, RectifiedFlow())
-    >>> denoiser(torch.zeros(1, 2), torch.ones(1))  # pure noise: the mean
-    tensor([[ 1., -1.]])
-    >>> denoiser.flow_map(torch.zeros(1, 2), torch.ones(1), torch.zeros(1))
-    tensor([[ 1., -1.]])
+    Examples:
+        >>> from distill.noise import RectifiedFlow
+        >>> denoiser = Gaussian([1.0, -1.0], 0.5, RectifiedFlow())
+        >>> denoiser(torch.zeros(1, 2), torch.ones(1))  # pure noise: the mean
+        tensor([[ 1., -1.]])
+        >>> denoiser.flow_map(torch.zeros(1, 2), torch.ones(1), torch.zeros(1))
+        tensor([[ 1., -1.]])
     """
 
     mean: Tensor
@@ -91,15 +92,16 @@ class GaussianMixture(Denoiser):
     Raises:
         BadInput: if `means` is not (K, D), or a std or weight is not positive.
 
-    >>> from distill.noise import RectifiedFlow
-    >>> mixture = GaussianMixture([[-1.0], [1.0]], 0.1, weights=[1, 3], schedule=RectifiedFlow())
-    >>> x_t, t = torch.zeros(2, 1), torch.ones(2)
-    >>> mixture(x_t, t, label=torch.tensor([-1, 0]))  # at pure noise: the mean of the mixture, and of component 0
-    tensor([[ 0.5000],
-            [-1.0000]])
-    >>> x, label = mixture.sample(5, torch.Generator().manual_seed(0))
-    >>> x.shape, label.shape
-    (torch.Size([5, 1]), torch.Size([5]))
+    Examples:
+        >>> from distill.noise import RectifiedFlow
+        >>> mixture = GaussianMixture([[-1.0], [1.0]], 0.1, weights=[1, 3], schedule=RectifiedFlow())
+        >>> x_t, t = torch.zeros(2, 1), torch.ones(2)
+        >>> mixture(x_t, t, label=torch.tensor([-1, 0]))  # at pure noise: the mean of the mixture, and of component 0
+        tensor([[ 0.5000],
+                [-1.0000]])
+        >>> x, label = mixture.sample(5, torch.Generator().manual_seed(0))
+        >>> x.shape, label.shape
+        (torch.Size([5, 1]), torch.Size([5]))
     """
 
     means: Tensor

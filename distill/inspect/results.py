@@ -34,7 +34,7 @@ class Run:
     Raises:
         BadInput: the folder is no run.
 
-    Example:
+    Examples:
         >>> import distill
         >>> run = distill.open_run("runs/toy-tdm")
         >>> run.cfg.method.grid, run.step
@@ -102,7 +102,7 @@ def open_run(folder: str | Path, allow: tuple[str, ...] = ()) -> Run:
     Raises:
         BadInput: the folder is no run, or names objects of a package that is not allowed.
 
-    Example:
+    Examples:
         >>> distill.open_run("runs/toy-tdm").sample(8, seed=0).shape
         torch.Size([8, 2])
     """
@@ -128,7 +128,7 @@ def train(
     Raises:
         BadInput: a wrong config, or a run of that name where `resume` is not given.
 
-    Example:
+    Examples:
         >>> run = distill.train("toy/teacher", "train.steps=3", "name=short", "log.wandb=disabled")
         validation at step 0: ...
         >>> run.folder.name, run.step
@@ -152,7 +152,7 @@ def sample(folder: str | Path, out: str | Path, n: int = 100, seed: int = 0, all
     Raises:
         BadInput: no run, or an `out` that exists or cannot be written.
 
-    Example:
+    Examples:
         >>> distill.sample("runs/toy-tdm", "points.png", n=50).name
         'points.png'
     """
@@ -182,7 +182,7 @@ def evaluate(folder: str | Path, samples: int | None = None, allow: tuple[str, .
     Returns:
         What metrics.json holds: {"teacher": {"1": {"fd": ...}, ...}, "training_free": ..., "student": ...}.
 
-    Example:
+    Examples:
         >>> list(distill.evaluate("runs/toy-tdm", samples=200)["student"]["2"])[:1]
         ['energy']
     """
@@ -219,7 +219,7 @@ def export_run(
     Raises:
         BadInput: `out` exists, or nothing stock serves this student in this kind.
 
-    Example:
+    Examples:
         >>> distill.export_run("runs/toy-tdm", "student")
         Traceback (most recent call last):
         distill.errors.BadInput: ...

@@ -102,9 +102,10 @@ class MLP(Network):
         guided, flow_map: add the inputs `w` and `s`.
         period: of the time embedding; 8 for sCM, which diverges with the steeper embeddings of smaller periods.
 
-    >>> net = MLP(dim=2, width=8, classes=3)
-    >>> net(torch.randn(4, 2), torch.rand(4), label=torch.tensor([0, 1, 2, -1])).shape
-    torch.Size([4, 2])
+    Examples:
+        >>> net = MLP(dim=2, width=8, classes=3)
+        >>> net(torch.randn(4, 2), torch.rand(4), label=torch.tensor([0, 1, 2, -1])).shape
+        torch.Size([4, 2])
     """
 
     def __init__(
@@ -185,9 +186,10 @@ class Transformer(Network):
     Raises:
         BadInput: if `size` is not a multiple of `patch`, or `width` not a multiple of `heads`.
 
-    >>> net = Transformer(size=8, channels=1, patch=2, width=16, depth=1, heads=2)
-    >>> net(torch.randn(4, 1, 8, 8), torch.rand(4)).shape
-    torch.Size([4, 1, 8, 8])
+    Examples:
+        >>> net = Transformer(size=8, channels=1, patch=2, width=16, depth=1, heads=2)
+        >>> net(torch.randn(4, 1, 8, 8), torch.rand(4)).shape
+        torch.Size([4, 1, 8, 8])
     """
 
     def __init__(

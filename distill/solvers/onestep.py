@@ -19,12 +19,13 @@ class DDIM(Solver):
     Equal to Euler's method for the velocity of rectified flow, to Euler's method in sigma of EDM, and to DPM-Solver-1.
     Song et al., 2021, https://arxiv.org/abs/2010.02502.
 
-    >>> from distill.denoise import Gaussian
-    >>> from distill.noise import RectifiedFlow
-    >>> denoiser = Gaussian([1.0], 0.5, RectifiedFlow())
-    >>> x_t, t, s = torch.zeros(1, 1), torch.tensor([1.0]), torch.tensor([0.5])
-    >>> DDIM()(denoiser, x_t, t, s)  # 0.5 x + 0.5 eps with x = 1 and eps = 0
-    tensor([[0.5000]])
+    Examples:
+        >>> from distill.denoise import Gaussian
+        >>> from distill.noise import RectifiedFlow
+        >>> denoiser = Gaussian([1.0], 0.5, RectifiedFlow())
+        >>> x_t, t, s = torch.zeros(1, 1), torch.tensor([1.0]), torch.tensor([0.5])
+        >>> DDIM()(denoiser, x_t, t, s)  # 0.5 x + 0.5 eps with x = 1 and eps = 0
+        tensor([[0.5000]])
     """
 
     def __call__(

@@ -41,14 +41,15 @@ def solve(
     Raises:
         BadInput: if there are fewer than two times, or they do not decrease within [0, 1].
 
-    >>> from distill.denoise import Gaussian
-    >>> from distill.noise import RectifiedFlow
-    >>> from distill.solvers import DDIM
-    >>> denoiser = Gaussian([1.0], 0.5, RectifiedFlow())
-    >>> z = torch.randn(1000, 1, generator=torch.Generator().manual_seed(0))
-    >>> x = solve(denoiser, denoiser.schedule.start(z), Grid.uniform(100), DDIM())
-    >>> round(x.mean().item(), 1), round(x.std().item(), 1)
-    (1.0, 0.5)
+    Examples:
+        >>> from distill.denoise import Gaussian
+        >>> from distill.noise import RectifiedFlow
+        >>> from distill.solvers import DDIM
+        >>> denoiser = Gaussian([1.0], 0.5, RectifiedFlow())
+        >>> z = torch.randn(1000, 1, generator=torch.Generator().manual_seed(0))
+        >>> x = solve(denoiser, denoiser.schedule.start(z), Grid.uniform(100), DDIM())
+        >>> round(x.mean().item(), 1), round(x.std().item(), 1)
+        (1.0, 0.5)
     """
     points = [float(t) for t in (times.times if isinstance(times, Grid) else times)]
     if len(points) < 2 or any(not 1 >= t > s >= 0 for t, s in zip(points, points[1:])):

@@ -38,15 +38,16 @@ def load(path: str | Path, revision: str | None = None, **kw: Any) -> Denoiser:
         BadInput: if the path is no diffusers folder, weights are missing or broken, no family supports the network, or
             a class-conditional network does not state whether its last class is "no class".
 
-    >>> import torch
-    >>> from distill.models.diffusers import encode, load
-    >>> denoiser = load("tiny:sd15")  # a tiny random Stable Diffusion 1.5, for tests
-    >>> denoiser.prediction, denoiser.net.shape, denoiser.net.conditions
-    ('eps', (4, 8, 8), ('text',))
-    >>> cond = encode("tiny:sd15", ["a cat"])
-    >>> z = torch.randn(1, *denoiser.net.shape)
-    >>> denoiser(z, torch.ones(1), **cond).shape
-    torch.Size([1, 4, 8, 8])
+    Examples:
+        >>> import torch
+        >>> from distill.models.diffusers import encode, load
+        >>> denoiser = load("tiny:sd15")  # a tiny random Stable Diffusion 1.5, for tests
+        >>> denoiser.prediction, denoiser.net.shape, denoiser.net.conditions
+        ('eps', (4, 8, 8), ('text',))
+        >>> cond = encode("tiny:sd15", ["a cat"])
+        >>> z = torch.randn(1, *denoiser.net.shape)
+        >>> denoiser(z, torch.ones(1), **cond).shape
+        torch.Size([1, 4, 8, 8])
     """
     folder = folder_of(path, revision)
     part, name = network_part(folder)
