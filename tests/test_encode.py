@@ -272,6 +272,38 @@ def test_a_killed_run_continues_where_it_was(shards, pipeline, photos, tmp_path,
     assert encoded(photos, out, pipeline) == [f"{out}: complete already."]
 
 
+def test_a_source_that_changed_since_is_refused(pipeline, photos, tmp_path):
+    source, out = tmp_path / "photos", tmp_path / "out"
+    shutil.copytree(photos, source)
+    encoded(source, out, pipeline)
+    assert encoded(source, out, pipeline) == [f"{out}: complete already."]
+    caption = next(source.rglob("*.txt"))
+    before = caption.stat()
+
+    def refused():
+        with pytest.raises(BadInput, match=f"some of {source} were edited, added or removed since.*remove it first"):
+            encoded(source, out, pipeline)
+
+    caption.write_text("x" * before.st_size)  # of the same length
+    refused()
+    os.utime(caption, ns=(before.st_atime_ns, before.st_mtime_ns))
+    encoded(source, out, pipeline)
+    extra = caption.with_name("new.png")
+    shutil.copy(next(source.rglob("*.png")), extra)
+    refused()
+    extra.unlink()
+    caption.unlink()
+    refused()
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n")
+    encoding._begin(
+        encode_config(prompts, tmp_path / "begun", pipeline)
+    )  # a run that was killed before its first shard
+    prompts.write_text("a cat\na dog\n")
+    with pytest.raises(BadInput, match="holds an unfinished begun that was begun with other files"):
+        encoded(prompts, tmp_path / "begun", pipeline)
+
+
 def test_an_unfinished_folder_of_another_release_is_refused(pipeline, photos, tmp_path):
     _, folder = encoding._begin(encode_config(photos, tmp_path / "out", pipeline))
     plan = json.loads((folder.folder / "plan.json").read_text())

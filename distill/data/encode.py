@@ -25,10 +25,11 @@ from PIL import Image
 from torch import Tensor
 
 from distill.data.info import Info
-from distill.data.shards.resume import ResumableFolder
+from distill.data.shards.resume import STATE, ResumableFolder
 from distill.data.shards.sample import Sample
 from distill.data.shards.write import Skipped, shard_name
 from distill.data.sources import text
+from distill.data.sources.folder import state
 from distill.data.sources.plan import (
     Plan,
     ShardJob,
@@ -58,6 +59,7 @@ class EncodeConfig:
         batch: samples encoded at once.
         length: tokens of a prompt (`max_sequence_length`); None takes the pipeline's default.
         skip_bad: leave out what cannot be read and list it in OUT/skipped.txt; else it is an error.
+        state: digest of the files of `src` at the start, see `sources.folder.state`; "" has it computed.
     """
 
     src: Path
@@ -69,6 +71,7 @@ class EncodeConfig:
     batch: int = 8
     length: int | None = None
     skip_bad: bool = False
+    state: str = ""
 
     @property
     def prompts(self) -> bool:
@@ -245,8 +248,10 @@ def _begin(config: EncodeConfig) -> tuple[Encoder, ResumableFolder]:
     source.size = size if source.size or source.buckets or not config.prompts else None
     if source.buckets and (size is None or len(geometry.shape) != 3):
         raise BadInput(f"--buckets sorts images, and {config.pipeline} makes no images: leave it out.")
+    config.state = config.state or state(config.src)
     settings = {
         "source": str(config.src.resolve()),
+        STATE: config.state,
         **encoder.fingerprints,
         **asdict(source),
         "dtype": config.dtype,

@@ -35,6 +35,7 @@ from distill.data.sources.plan import Plan, ShardJob
 from distill.errors import BadInput
 from distill.files import write_json, write_text
 
+STATE = "state of the source"  # the setting that changes when files of the source are edited, added or removed
 PLAN, SETTINGS, SKIPPED, _RECORDS, _TEMPORARY = "plan.json", "encoding.json", "skipped.txt", "records", "temporary"
 
 
@@ -85,7 +86,7 @@ class ResumableFolder:
             settings, plan = stored["settings"], Plan.from_json(stored["plan"])
         except (KeyError, TypeError):
             raise BadInput(f"{begun} by another release: remove it.") from None
-        self._check_settings(settings, f"{begun} with", "remove it")
+        self._check_settings(settings, f"{begun} with", "another folder, or remove it first")
         self.plan = plan
 
     def _is_complete(self) -> bool:
@@ -102,6 +103,11 @@ class ResumableFolder:
 
     def _check_settings(self, stored: dict[str, Any], where: str, mend: str) -> None:
         for key in {**stored, **self.settings}:
+            if key == STATE and stored.get(key) != self.settings.get(key):
+                raise BadInput(
+                    f"{where} other files: some of {self.settings['source']} were edited, added or removed since: "
+                    f"give {mend}."
+                )
             if stored.get(key) != self.settings.get(key):
                 raise BadInput(
                     f"{where} {key} = {stored.get(key)}, not {self.settings.get(key)}: give the same, or {mend}."

@@ -13,6 +13,7 @@ import numpy as np
 from distill.data.shards import order
 from distill.data.sources import image, text
 from distill.errors import BadInput
+from distill.files import digest
 
 SPLITS = ("train", "test", "val", "valid", "validation")
 
@@ -23,6 +24,13 @@ def visible(folder: Path) -> Iterator[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         files = (Path(parent, name) for name in names if not name.startswith("."))
         yield from (file for file in files if file.is_file())
+
+
+def state(path: Path) -> str:
+    """A digest of a file's or folder's state: name, size and modification time of each visible file, contents unread."""
+    files = sorted(visible(path)) if path.is_dir() else [path]
+    facts = ((file, file.stat()) for file in files)
+    return digest(f"{file.relative_to(path)} {stat.st_size} {stat.st_mtime_ns}\n" for file, stat in facts)
 
 
 @dataclass
