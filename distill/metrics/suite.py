@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -100,7 +101,9 @@ class ImageSuite(Suite):
 
     @cached_property
     def accuracy(self) -> distances.Accuracy | None:
-        return None if self.label is None else distances.Accuracy(self.x, self.label)
+        """None where no classifier can be fitted: without labels, or with fewer than two classes of two samples."""
+        fits = self.label is not None and len(distances.classes_with(self.label, 2)) > 1
+        return distances.Accuracy(self.x, self.label) if fits else None
 
     def score(
         self, x: Tensor, cond: dict[str, Any], quick: bool = False, ranks: SampleShares = ALONE
@@ -126,7 +129,8 @@ class ImageSuite(Suite):
             if name == "fd":
                 out[name] = distances.frechet(x, self.x)
             elif name == "accuracy" and self.accuracy and label is not None:
-                out[name] = self.accuracy.score(x, label)
+                if not math.isnan(accuracy := self.accuracy.score(x, label)):
+                    out[name] = accuracy
             elif name == "mmd":
                 out[name] = distances.mmd(x, self.x)
             elif name in ("precision", "recall") and name not in out:

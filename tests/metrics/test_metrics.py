@@ -210,6 +210,25 @@ def test_accuracy_refuses_what_it_cannot_judge(digits, accuracy):
         m.Accuracy(digits[0][:50], torch.zeros(50, dtype=torch.long))
 
 
+def test_a_class_with_one_real_sample_is_left_out_of_accuracy(digits, accuracy):
+    x, y = digits
+    rare = torch.cat([torch.where(y < 9)[0], torch.where(y == 9)[0][:1]])
+    long_tailed = m.Accuracy(x[rare], y[rare])
+    assert long_tailed.classes.tolist() == list(range(9)) and long_tailed.held_out >= 0.98
+    right = accuracy.predict(x) == y
+    assert long_tailed.score(x[right], y[right]) > 0.98  # with the nines, a tenth of them, at most 0.9
+    assert math.isnan(long_tailed.score(x[y == 9], y[y == 9]))
+
+
+def test_accuracy_of_a_thousand_classes_is_fitted_without_a_machine_for_each_pair():
+    label = torch.arange(1000).repeat_interleave(3)
+    centres = randn(1000, 1, 4, 4).float()
+    x = centres[label] + 0.01 * randn(3000, 1, 4, 4).float()
+    accuracy = m.Accuracy(x, label)
+    assert type(accuracy.model).__name__ == "KNeighborsClassifier"
+    assert accuracy.score(centres, torch.arange(1000)) > 0.95
+
+
 # --- samples against a density known exactly
 
 

@@ -46,6 +46,14 @@ def test_noise_has_no_precision_and_one_class_loses_recall(images):
     assert half["recall"] <= 0.55 < half["precision"] and half["mmd"] > 0.05
 
 
+def test_labels_that_no_classifier_can_be_fitted_on_leave_accuracy_out(images):
+    long_tailed = torch.where(torch.arange(120) == 0, 7, images.label)  # one sample of class 7
+    scores = suite.ImageSuite(images.x, long_tailed).score(images.x, {"label": long_tailed}, quick=True)
+    assert scores["accuracy"] == 1
+    for label in (torch.zeros(120).long(), torch.arange(120)):  # one class; a class for each sample
+        assert set(suite.ImageSuite(images.x, label).score(images.x, {"label": label}, quick=True)) == {"fd"}
+
+
 def test_quick_leaves_out_what_needs_all_pairs(images):
     quick = images.score(images.x, {"label": images.label}, quick=True)
     full = images.score(images.x, {"label": images.label})
