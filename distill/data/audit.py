@@ -13,7 +13,7 @@ import torch
 from distill.data.info import Info
 from distill.data.shards import index
 from distill.data.shards import sample as samples
-from distill.data.shards.dataset import Shards
+from distill.data.shards.dataset import CACHE_MB, WINDOW, Shards
 from distill.data.shards.errors import BadSample, ShardError
 from distill.data.sources.folder import visible
 from distill.errors import BadInput
@@ -24,6 +24,7 @@ STD, MEAN = (
 )  # range of the standard deviation and bound of the |mean| of latents as networks train on them
 FAR = 2.0  # latents beyond these bounds by this factor are an error
 LISTED = 20
+SORTED = 0.5  # sortedness of the stored labels from which on a stream's batches are short of classes
 
 
 @dataclass
@@ -80,7 +81,7 @@ def _audit_split(path: Path, pipeline: _Pipeline | None) -> SplitReport:
     shards = index.find(path)
     info, errors = shards.info, shards.errors
     report = SplitReport(str(path), info)
-    moments, keys, labels, captions = _Moments(), Counter(), Counter(), Counter()
+    moments, keys, captions, labels = _Moments(), Counter(), Counter(), _Labels()
     for shard in shards.tars:
         for raw in index.read_tar(shard, errors, beyond=True):
             report.count += 1
@@ -90,7 +91,7 @@ def _audit_split(path: Path, pipeline: _Pipeline | None) -> SplitReport:
             except BadSample as error:
                 errors.append(ShardError(shard.path, raw["__key__"], str(error)))
                 continue
-            labels[sample.label] += 1
+            labels.add(sample.label)
             captions[sample.caption] += 1
             if sample.x is not None:
                 moments.add(info.to_x(torch.from_numpy(np.array(sample.x))).double().numpy())
@@ -100,7 +101,13 @@ def _audit_split(path: Path, pipeline: _Pipeline | None) -> SplitReport:
     repeated = [key for key, count in keys.items() if count > 1]
     if repeated:
         report.errors.append(f"{len(repeated)} keys occur more than once, such as {repeated[0]}")
-    report.facts += _describe(info, report.count, labels, captions)
+    report.facts += _describe(info, report.count, labels.counts, captions)
+    if info.classes and report.count * info.bytes > CACHE_MB * 2**20 and labels.sortedness > SORTED:
+        report.warnings.append(
+            f"the stored order is sorted by class, and a stream shuffles among {WINDOW} samples at a time, so its "
+            "batches hold few classes: write the shards in a random order (`distill data images`, `encode` and `npz` "
+            "do), or train with a larger data.window or data.cache_mb"
+        )
     _check_null(path, report)
     if moments.count:
         report.facts.append(
@@ -194,6 +201,37 @@ def _check_scale(report: SplitReport, moments: _Moments, encoded: bool) -> None:
         )
     else:
         report.warnings.append(f"{text}: look at the data" + (", its autoencoder and its values' range" if far else ""))
+
+
+class _Labels:
+    """Labels in their stored order, in windows as a stream shuffles them."""
+
+    def __init__(self):
+        self.counts, self.window, self.same = Counter(), Counter(), []
+
+    def add(self, label: int | None) -> None:
+        """Count a sample."""
+        self.counts[label] += 1
+        self.window[label] += 1
+        if self.window.total() == WINDOW:
+            self.same.append(_same(self.window))
+            self.window = Counter()
+
+    @property
+    def sortedness(self) -> float:
+        """(s - p) / (1 - p), where two random samples have one class with probability s in a window and p in all.
+
+        0 is a random order, 1 one class a window; 0 too with fewer than two windows, or one class.
+        """
+        windows = [*self.same, *([_same(self.window)] if self.window.total() > WINDOW // 2 else [])]
+        p = _same(self.counts)
+        return 0.0 if len(windows) < 2 or p == 1 else (sum(windows) / len(windows) - p) / (1 - p)
+
+
+def _same(counts: Counter) -> float:
+    """Probability that two different samples have one class."""
+    n = counts.total()
+    return sum(count * (count - 1) for count in counts.values()) / (n * (n - 1)) if n > 1 else 1.0
 
 
 class _Moments:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from distill.data.base import Batch, Dataset, ExactLaw
 from distill.data.info import Info
-from distill.data.shards.dataset import Shards
+from distill.data.shards.dataset import CACHE_MB, Shards
 from distill.data.shards.write import SHARD_SAMPLES, Split, refuse_existing, write_splits
 from distill.errors import BadInput
 from distill.files import digest
@@ -131,7 +131,7 @@ class Pairs(Dataset):
         seed: int = 0,
         workers: int = 0,
         *,
-        cache_mb: float = 256,
+        cache_mb: float = CACHE_MB,
         labels: bool = True,
         teacher: nn.Module | None = None,
     ):

@@ -289,6 +289,18 @@ def test_the_audit_counts_damage_against_the_index(split):
     assert any("000002.tar" in error and "9 of 25 samples" in error for error in report.errors)
 
 
+@pytest.mark.parametrize("order, warned", [("sorted", True), ("random", False), ("cached", False)])
+def test_the_audit_warns_of_class_sorted_shards_that_are_streamed(tmp_path, monkeypatch, order, warned):
+    monkeypatch.setattr("distill.data.audit.WINDOW", 20)
+    monkeypatch.setattr("distill.data.audit.CACHE_MB", 256 if order == "cached" else 0)
+    label = np.random.default_rng(0).permutation(100) % 5 if order == "random" else np.arange(100) // 20
+    for shard in range(2):
+        rows = range(50 * shard, 50 * shard + 50)
+        tar(tmp_path / f"{shard}.tar", {f"{i:03d}": members(i) | {"cls": str(label[i]).encode()} for i in rows})
+    (report,) = audit(tmp_path)
+    assert any("sorted by class" in warning for warning in report.warnings) == warned
+
+
 # -- arguments and the network ---------------------------------------------------------------------------------------
 
 

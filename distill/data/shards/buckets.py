@@ -11,7 +11,7 @@ import numpy as np
 
 from distill.data.base import Batch, Dataset
 from distill.data.shards import index, order
-from distill.data.shards.dataset import Shards
+from distill.data.shards.dataset import CACHE_MB, WINDOW, Shards
 from distill.errors import BadInput
 
 _TURNS = 3  # key of the random draw
@@ -44,8 +44,8 @@ class Buckets(Dataset):
         workers: int = 0,
         shuffle: bool = True,
         *,
-        window: int = 1024,
-        cache_mb: float = 256,
+        window: int = WINDOW,
+        cache_mb: float = CACHE_MB,
         budget: int | float = 10,
         labels: bool = True,
     ):

@@ -22,6 +22,7 @@ from distill.data.shards.stream import Stream, loader
 from distill.errors import BadInput
 
 NULL = "null.safetensors"
+WINDOW, CACHE_MB = 1024, 256.0  # defaults: samples that a stream shuffles among, MiB up to which a split is cached
 _WINDOW_BYTES = 2**30
 
 
@@ -93,8 +94,8 @@ class Shards(Dataset):
         workers: int = 0,
         shuffle: bool = True,
         *,
-        window: int = 1024,
-        cache_mb: float = 256,
+        window: int = WINDOW,
+        cache_mb: float = CACHE_MB,
         budget: int | float = 10,
         size: int | None = None,
         labels: bool = True,
