@@ -211,6 +211,7 @@ def test_select_with_a_default_and_colons_beside_references_stay():
         ("optim.student=5", "optim.student: expected keys of its own"),
         ("roles=[1]", "roles: expected keys of its own"),
         ("eval.evaluations=3", "eval.evaluations: expected a list, got 3; write [3]"),
+        ("optim.student.betas=0.9", "optim.student.betas: expected a list, got 0.9; write [0.9, 0.99]"),
         ("eval.evaluations=[]", "eval.evaluations"),
         ("eval.evaluations=[0]", "eval.evaluations"),
         ("train.steps=0", "train.steps: 0 must be 1 or more"),

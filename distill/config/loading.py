@@ -201,7 +201,8 @@ def _check_keys(node: dict[str, Any], schema: Any, prefix: str) -> None:
         hint, inner = hints[key], (*typing.get_args(hints[key]), None, None)[1]
         if isinstance(value, str) and "${" in value:
             continue
-        _check_kind(value, hint, f"{prefix}{key}")
+        default = names[key].default_factory
+        _check_kind(value, hint, f"{prefix}{key}", [] if default is dataclasses.MISSING else default())
         if dataclasses.is_dataclass(hint):
             _check_keys(value, hint, f"{prefix}{key}.")
         elif dataclasses.is_dataclass(inner):
@@ -210,12 +211,13 @@ def _check_keys(node: dict[str, Any], schema: Any, prefix: str) -> None:
                 _check_keys(settings, inner, f"{prefix}{key}.{name}.")
 
 
-def _check_kind(value: Any, hint: Any, key: str) -> None:
+def _check_kind(value: Any, hint: Any, key: str, default: Any = ()) -> None:
     mapping = dataclasses.is_dataclass(hint) or typing.get_origin(hint) is dict
     if mapping and not isinstance(value, dict):
         raise BadInput(f"{key}: expected keys of its own, got {value!r}; write {key}.KEY=VALUE.")
     if typing.get_origin(hint) is list and not isinstance(value, list):
-        raise BadInput(f"{key}: expected a list, got {value!r}; write [{value}].")
+        rest = default[1:] if key.endswith(".betas") else []  # a pair
+        raise BadInput(f"{key}: expected a list, got {value!r}; write {[value, *rest]}.")
 
 
 def save(node: DictConfig, path: str | Path) -> None:
