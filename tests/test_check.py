@@ -377,12 +377,12 @@ class Detached(Guidance):
 )
 def test_a_turned_sign(tmp_path, wrong, name, role):
     experiment = toy(f"method._target_=test_check.{wrong}", name=name)
-    caught(experiment, tmp_path, "sign", f"{role}'s", "a sign is turned")
+    caught(experiment, tmp_path, "sign", f"{role}'s", "a sign in its loss is wrong")
 
 
 def test_a_turned_sign_on_images(shards, tmp_path):
     experiment = digits(shards, "method._target_=test_check.Pushing", name="tdm")
-    caught(experiment, tmp_path, "sign", "student's update pushes the student further off")
+    caught(experiment, tmp_path, "sign", "student's update moves a shifted student further away")
 
 
 def test_a_loss_without_its_role(tmp_path):
@@ -429,7 +429,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "keys, says",
     [
-        (["method.ema=0.9999"], "method.ema: 0.9999 forgets half in 6,931 steps"),
+        (["method.ema=0.9999"], "method.ema: 0.9999 has a half-life of 6,931 steps"),
         (["optim.student.warmup=5000"], "optim.student.warmup: 5000 steps are not over"),
         (["train.validate_every=9999"], "train.validate_every: 9999 is never reached"),
         (["train.steps=100", "train.validate_every=0"], "method.warm_start: 500 steps, but the run has 100"),

@@ -48,8 +48,8 @@ def test_the_ends_of_the_front_are_the_students(students):
         x = experiment.method.sample(z, cond, generator=torch.Generator().manual_seed(experiment.cfg.eval.seed))
         assert point["energy"] == pytest.approx(experiment.suite().score(x, cond)["energy"], rel=1e-5)
     assert front[0]["energy"] != front[1]["energy"] != front[2]["energy"]
-    assert json.loads((students / "front" / "front.json").read_text()) == front
-    assert (students / "front" / "front.md").read_text().count("\n") == 5
+    assert json.loads((students / "front" / "tradeoff.json").read_text()) == front
+    assert (students / "front" / "tradeoff.md").read_text().count("\n") == 5
 
 
 def test_what_cannot_be_mixed_is_refused(students):

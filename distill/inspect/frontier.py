@@ -19,7 +19,7 @@ from distill.training.load import open_run
 def interpolate_runs(
     a: Path, b: Path, out: Path, shares: Sequence[float], samples: int | None = None, allow: tuple[str, ...] = ()
 ) -> list[dict[str, float]]:
-    """Measure the interpolated students W = (1 - share) W_a + share W_b of two runs; write `out/front.json` and `.md`.
+    """Measure the interpolated students W = (1 - share) W_a + share W_b of two runs; write `out/tradeoff.json` and `.md`.
 
     https://arxiv.org/abs/2410.06084. All points have the same noise and labels, at the number of steps of run a. With
     one share alone, the student is exported to `out/student` too, if its network has a stock class.
@@ -40,17 +40,17 @@ def interpolate_runs(
     if method.grid != second.method.grid or method.serving != second.method.serving:
         raise BadInput(f"{a} and {b} have different grids or samplers; interpolate two students of one recipe.")
     set_share = _interpolation(method.ema, second.method.ema)
-    evaluation, front = evaluation_of(experiment, experiment.suite(), samples), []
+    evaluation, rows = evaluation_of(experiment, experiment.suite(), samples), []
     for share in shares:
         set_share(share)
         x = evaluation.draw(evaluation.student_sampler(method.grid.steps))
-        front.append({"share": share} | evaluation.score(x))
+        rows.append({"share": share} | evaluation.score(x))
     out.mkdir(parents=True)
-    write_json(out / "front.json", front)
-    write_text(out / "front.md", markdown(front))
+    write_json(out / "tradeoff.json", rows)
+    write_text(out / "tradeoff.md", markdown(rows))
     if len(shares) == 1:
         write_export(experiment, out / "student", None)
-    return front
+    return rows
 
 
 def interpolate_exports(a: Path, b: Path, out: Path, shares: Sequence[float]) -> bool:
@@ -97,6 +97,6 @@ def _interpolation(first: Denoiser, second: Denoiser) -> Callable[[float], None]
     return lambda share: first.load_state_dict(interpolate(*ends, share))
 
 
-def markdown(front: list[dict[str, float]]) -> str:
-    """A row for each share."""
-    return markdown_table(list(front[0]), [[f"{value:.3g}" for value in point.values()] for point in front])
+def markdown(points: list[dict[str, float]]) -> str:
+    """A table with one row per share."""
+    return markdown_table(list(points[0]), [[f"{value:.3g}" for value in point.values()] for point in points])

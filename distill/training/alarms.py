@@ -24,7 +24,7 @@ class Alarm(NamedTuple):
 
     step: int
     kind: str
-    said: str
+    message: str
 
 
 # -- at validation ---------------------------------------------------------------------------------------------------
@@ -41,13 +41,13 @@ class Rule:
     key: str
     low: float
     high: float
-    said: str
-    mend: str
+    text: str
+    remedy: str
     against: str = "ratio"
     least: float = 1e-6
 
     def reading(self, row: Mapping[str, float], reference: Mapping[str, float]) -> float | None:
-        """None where the run has no such number, or nothing to hold it against."""
+        """None if the run does not measure it, or there is no reference value."""
         value, known = row.get(self.key), reference.get(self.key)
         if value is None or self.against and known is None:
             return None
@@ -164,7 +164,7 @@ class MetricMonitor:
             elif rule.kind not in self.raised and (rule.kind in self.healthy or step >= self.half):
                 self.raised.add(rule.kind)
                 before = f" ({self.healthy[rule.kind]})" if rule.kind in self.healthy else ", half way through"
-                found.append(Alarm(step, rule.kind, f"{rule.said.format(value)}{before}; {rule.mend}."))
+                found.append(Alarm(step, rule.kind, f"{rule.text.format(value)}{before}; {rule.remedy}."))
         return found
 
 
@@ -267,13 +267,12 @@ class UpdateMonitor(lightning.Callback):
         norms = self.norms.setdefault(role, deque(maxlen=WINDOW))
         usual = statistics.median(norms) if len(norms) >= LEAST else float("inf")
         if peak > SPIKE * usual > 0:
-            said = f"the {role}'s gradient norm reached {peak:.3g}, {peak / usual:.0f} x its running median; look at the batch"
-            self.raise_alarm(
-                Alarm(method.step, f"{role} gradient", f"{said}, or lower optim.{role}.clip or optim.{role}.lr.")
-            )
+            text = f"the {role}'s gradient norm reached {peak:.3g}, {peak / usual:.0f} x its running median"
+            remedy = f"inspect the batch, or lower optim.{role}.clip or optim.{role}.lr."
+            self.raise_alarm(Alarm(method.step, f"{role} gradient", f"{text}; {remedy}"))
         norms.append(peak)
 
-    def fault(self, method: Any, kind: str, there: bool, said: str) -> None:
-        self.rows[kind] = self.rows.get(kind, 0) + 1 if there else 0
+    def fault(self, method: Any, kind: str, present: bool, message: str) -> None:
+        self.rows[kind] = self.rows.get(kind, 0) + 1 if present else 0
         if self.rows[kind] == ROW:
-            self.raise_alarm(Alarm(method.step, kind, said.format(ROW)))
+            self.raise_alarm(Alarm(method.step, kind, message.format(ROW)))

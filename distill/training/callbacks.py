@@ -112,7 +112,7 @@ class PeriodicCallback(lightning.Callback):
             self._call(method)
 
     def due(self, step: int) -> bool:
-        return any(beat and step % beat == 0 for beat in self.every)
+        return any(every and step % every == 0 for every in self.every)
 
     def on_train_end(self, trainer, method):
         if method.step >= method.total_steps or not self.finished:
@@ -126,7 +126,7 @@ class CheckpointCallback(PeriodicCallback):
 
     Args:
         writer: a `distill.training.checkpoints.Writer`, None on ranks that write nothing.
-        facts: what the manifest says of the run besides.
+        facts: further entries of the manifest.
     """
 
     def __init__(self, every: int | tuple[int, ...], writer: Any, facts: Callable[[], dict[str, Any]]):

@@ -121,7 +121,7 @@ class Experiment:
         settings, decode = self.cfg.roles.get("teacher") or {}, None
         if str(settings.get(config.TARGET, "")).endswith("diffusers.load"):
             decode = latents.decoder(settings["path"], lambda: next(self.method.student.parameters()).device)
-        asked = {
+        options = {
             "metrics": self._metrics(),
             "allow": self.allow,
             "look": _decoder(self.cfg.eval.decode or (settings["path"] if decode else None)),
@@ -131,7 +131,7 @@ class Experiment:
         held_out, own = self._held_out(count), self.data.samples
         if own or held_out is not None:
             x, other = (_samples(self.data, count), held_out) if own else (held_out, None)
-            return latents.LatentSuite(x, decode=decode, held_out=other, **asked)
+            return latents.LatentSuite(x, decode=decode, held_out=other, **options)
         if self.teacher is None:
             raise BadInput(
                 "The dataset has conditions but no samples, and there is no teacher to draw a reference from: set "
@@ -147,7 +147,7 @@ class Experiment:
             return made[steps * price]["ddim/uniform"]
 
         key = f"{settings.get('path')}, {count} samples of seed {seed}, {steps} steps, w = {self.method.guidance:g}"
-        return latents.LatentSuite(reference, folder and Path(folder) / "reference.safetensors", key, decode, **asked)
+        return latents.LatentSuite(reference, folder and Path(folder) / "reference.safetensors", key, decode, **options)
 
 
 def _decoder(folder: str | None) -> Any:

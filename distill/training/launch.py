@@ -13,8 +13,8 @@ from typing import Any
 
 from distill.errors import BadInput
 
-ASKED = (85, 130)  # exit codes after a signal, which all ranks receive: they save a checkpoint together
-GRACE, SOON = 60, 5  # seconds the other ranks have to end then, and after a failure
+SIGNALLED = (85, 130)  # exit codes after a signal, which all ranks receive: they save a checkpoint together
+GRACE_AFTER_SIGNAL, GRACE_AFTER_FAILURE = 60, 5  # seconds until the other ranks are killed
 
 
 def launched_externally() -> bool:
@@ -74,7 +74,9 @@ def _wait(ranks: list[subprocess.Popen]) -> int:
         code = next((c for c in (rank.poll() for rank in ranks) if c), 0)
         if code and since is None:
             failed, since = code, time.monotonic()
-        if since is not None and time.monotonic() - since > (GRACE if failed in ASKED else SOON):
+        if since is not None and time.monotonic() - since > (
+            GRACE_AFTER_SIGNAL if failed in SIGNALLED else GRACE_AFTER_FAILURE
+        ):
             for rank in ranks:
                 rank.kill()
         time.sleep(0.2)
@@ -92,7 +94,7 @@ def join_processes(engine: Any) -> int:
     """Initialise torch.distributed with the other ranks; returns their number.
 
     Raises:
-        BadInput: several processes are asked for and nothing started them.
+        BadInput: `engine.devices` is above 1 but no launcher started the processes.
     """
     import torch
     import torch.distributed as dist

@@ -66,7 +66,7 @@ class WandbLogger:
 
     def alarm(self, alarm: Any) -> None:
         self.run.log({f"alarms/{alarm.kind}": 1}, step=alarm.step)
-        self.run.alert(title=alarm.kind, text=alarm.said, level=self.wandb.AlertLevel.WARN, wait_duration=0)
+        self.run.alert(title=alarm.kind, text=alarm.message, level=self.wandb.AlertLevel.WARN, wait_duration=0)
 
     def chart(self, name: str, steps: list[int], series: dict[str, list[float]]) -> None:
         """Several curves over one axis: the student's and the teacher baseline."""
@@ -132,7 +132,7 @@ class TensorBoardLogger:
 
     def alarm(self, alarm: Any) -> None:
         self.out.add_scalar(f"alarms/{alarm.kind}", 1, alarm.step)
-        self.out.add_text("alarms", alarm.said, alarm.step)
+        self.out.add_text("alarms", alarm.message, alarm.step)
 
     def chart(self, name: str, steps: list[int], series: dict[str, list[float]]) -> None:
         tags = [f"validation/{name}", *(f"validation/{label}/{name}" for label in series if label != "student")]

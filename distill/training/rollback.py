@@ -37,7 +37,7 @@ class Rollback(lightning.Callback):
         role = method.nonfinite.over()
         if role is None:
             return
-        said = (
+        cause = (
             f"The {role}'s loss or gradient was not finite in {method.nonfinite.limit} turns in a row, the last at step "
             f"{method.step - 1}"
         )
@@ -51,13 +51,13 @@ class Rollback(lightning.Callback):
                 else "and no checkpoint was written before"
             )
             raise BadInput(
-                f"{said}, {why}; lower optim.{role}.lr or optim.{role}.clip, or look for bad samples in the data."
+                f"{cause}, {why}; lower optim.{role}.lr or optim.{role}.clip, or look for bad samples in the data."
             )
         now = method.step
         self.back(method, self.folder / good)
         trainer.fit_loop.epoch_loop.max_steps += now - method.step  # global_step goes on counting passes
         if is_rank_zero():
-            console.print(f"{said}; going on from step {method.step} with other data.", highlight=False)
+            console.print(f"{cause}; going on from step {method.step} with other data.", highlight=False)
 
     def good(self) -> str | None:
         """The newest checkpoint that is as it was written, and was not written between skips."""

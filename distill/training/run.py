@@ -100,14 +100,14 @@ def _build_callbacks(
     validation = Validation(
         cfg, folder, tests, fixed, record, writer, _baseline_name(experiment, fixed, tests), experiment.batch_rows
     )
-    beats = (train.save_every, train.validate_every if train.keep_best else 0)
+    intervals = (train.save_every, train.validate_every if train.keep_best else 0)
 
     def undone(step):
         record.back(step)
         validation.reload_history()
 
     experiment.method.nonfinite.limit, experiment.validation = train.nonfinite_limit, validation
-    saves = callbacks.CheckpointCallback(beats, writer, facts)
+    saves = callbacks.CheckpointCallback(intervals, writer, facts)
     return [
         UpdateMonitor(train.log_every, validation.alarm),
         callbacks.ProgressBar(train.steps, train.log_every),

@@ -123,12 +123,12 @@ def resume_notices(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[st
 
     Weights, moments, averages and counters are the same under every change.
     """
-    said = []
+    notices = []
     for name, what in INEXACT.items():
         old, new = before.get(name), now.get(name)
         if old is not None and old != new:
-            said.append(f"{name} was {old} and is {new}: {what} differ from those of an uninterrupted run.")
-    return said
+            notices.append(f"{name} was {old} and is {new}: {what} differ from those of an uninterrupted run.")
+    return notices
 
 
 def latest_state(folder: Path) -> dict[str, Any]:

@@ -12,19 +12,19 @@ import torch.distributed as dist
 
 from distill.training.callbacks import console
 
-REQUEUE = 85  # ERESTART: the run was asked to go away and wants to be started again
-NOTHING, INTERRUPT, PREEMPT = 0, 1, 2  # by rank: what another process was told outweighs what this one was not
+REQUEUE = 85  # ERESTART, the exit code of a preempted run: start it again with --resume
+NOTHING, INTERRUPT, PREEMPT = 0, 1, 2  # ordered: the largest of all processes decides
 
 
 class Signals(lightning.Callback):
     """Ends the run cleanly on a signal.
 
-    Ctrl-C (SIGINT) ends it after the step in hand, a second one at once. SIGTERM and SIGUSR1, by which schedulers
-    announce that the machine is wanted, end it after the step in hand too, and leave `preempted` set; further ones change
-    nothing. A handler only records the signal, because saving within it could interrupt a step. All ranks agree on the
-    step by the largest of their records, over a gloo group, so that no accelerator is synchronised.
+    SIGINT (Ctrl-C) ends the run after the current step; a second SIGINT ends it at once. SIGTERM and SIGUSR1, which
+    schedulers send before they take a machine back, end it after the current step and set `preempted`; repeated ones are
+    ignored. A handler only records the signal, because saving inside it could interrupt a step. After each step the
+    ranks take the maximum of their records over a gloo group, so that no accelerator is synchronised.
 
-    Used as a context manager it listens from the start, before there is a trainer.
+    As a context manager it handles signals before a Trainer exists.
     """
 
     def __init__(self):
@@ -46,7 +46,7 @@ class Signals(lightning.Callback):
 
     def _take(self, receive: Callable, *names: str) -> None:
         if threading.current_thread() is not threading.main_thread():
-            return  # python hands signals to the main thread only
+            return  # Python delivers signals to the main thread only
         for number in (getattr(signal, name) for name in names if hasattr(signal, name)):  # Windows lacks some
             found = signal.signal(number, receive)
             self.old.setdefault(number, found)
@@ -66,7 +66,7 @@ class Signals(lightning.Callback):
 
     def on_train_start(self, trainer, method):
         self._take(self._interrupt, "SIGINT")
-        self._take(self._preempt, "SIGTERM", "SIGUSR1")  # again: lightning has put its own handlers there
+        self._take(self._preempt, "SIGTERM", "SIGUSR1")  # again, since Lightning has replaced the handlers
         if dist.is_available() and dist.is_initialized() and dist.get_backend() != "gloo" and not self.group:
             self.group = dist.new_group(backend="gloo")
 
@@ -76,7 +76,7 @@ class Signals(lightning.Callback):
             trainer.should_stop = True
 
     def _largest(self) -> int:
-        """The largest note of all ranks."""
+        """The largest signal recorded by any rank."""
         if not (dist.is_available() and dist.is_initialized()):
             return self.note
         notes = torch.tensor(self.note)

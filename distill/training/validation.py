@@ -96,10 +96,12 @@ class Validation(PeriodicCallback):
         if is_rank_zero() or method.placement.sharded:
             generator = lambda z: torch.Generator(z.device).manual_seed(0)
             x = self.draw(lambda z, c: method.sample(z, c, generator=generator(z)), self.z, self.cond, method.student)
-            asked = probes(method, self.z, x, self.cond, self.tests)
+            diagnostics = probes(method, self.z, x, self.cond, self.tests)
             if is_rank_zero():
                 row = (
-                    self.tests.score(x, self.cond, quick=True) | collapse_indicators(x, self.cond, self.tests.x) | asked
+                    self.tests.score(x, self.cond, quick=True)
+                    | collapse_indicators(x, self.cond, self.tests.x)
+                    | diagnostics
                 )
                 alarms = self.monitor.check(method.step, row, self.reference)
                 self.write(method, x, row)
@@ -114,7 +116,7 @@ class Validation(PeriodicCallback):
         """On the console, in `alarms.jsonl` and on the dashboards."""
         self.alarms.append(alarm)
         if is_rank_zero():
-            console.print(f"ALARM at step {alarm.step}, {alarm.kind}: {alarm.said}", highlight=False)
+            console.print(f"ALARM at step {alarm.step}, {alarm.kind}: {alarm.message}", highlight=False)
             self.record.log_event("alarm", alarm)
 
     # -- the teacher -------------------------------------------------------------------------------------------------
@@ -150,9 +152,9 @@ class Validation(PeriodicCallback):
             self.writer.score(step, score)
         path = self.folder / "samples" / f"step-{step:08d}.png"
         path.parent.mkdir(exist_ok=True)
-        said = f"step {step}, {method.grid.steps} evaluations"
-        self.tests.picture({said: panel_samples(x)}, path)
-        self.record.log_event("picture", "samples", path, step, said)
+        caption = f"step {step}, {method.grid.steps} evaluations"
+        self.tests.picture({caption: panel_samples(x)}, path)
+        self.record.log_event("picture", "samples", path, step, caption)
         values = "  ".join(f"{k} {v:.4g}" for k, v in row.items())
         console.print(f"validation at step {step}: {values}", highlight=False)
 

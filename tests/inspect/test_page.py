@@ -168,8 +168,9 @@ def test_several_runs_share_their_charts_and_a_table(folder, tmp_path):
     assert {t["name"] for t in charts.training([one, two], "loss", "")["data"]} >= {"toy-tdm, student", "other, critic"}
 
 
-def test_what_a_run_says_is_text_and_never_markup(folder):
-    alarm = {"step": 20, "kind": "collapse", "said": "</script><script>alert(1)</script>"}
+@pytest.mark.parametrize("key", ["message", "said"])  # the second in files of version 0.1.0
+def test_an_alarm_is_text_and_never_markup(folder, key):
+    alarm = {"step": 20, "kind": "collapse", key: "</script><script>alert(1)</script>"}
     (folder / "alarms.jsonl").write_text(json.dumps(alarm) + '\n{"step": 30, "ki')
     text = page.html([gather.read(folder)])
     assert "<b>collapse</b> at step 20: &lt;/script&gt;" in text and "<script>alert" not in text

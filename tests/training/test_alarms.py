@@ -38,7 +38,12 @@ def test_a_reading_that_leaves_its_range_is_flagged_at_that_validation_and_once(
     monitor = MetricMonitor(500)
     assert monitor.check(0, HEALTHY, TEACHER) == []
     found = monitor.check(100, HEALTHY | {key: value}, TEACHER)
-    assert kinds(found) == [kind] and found[0].step == 100 and "\n" not in found[0].said and "step 0" in found[0].said
+    assert (
+        kinds(found) == [kind]
+        and found[0].step == 100
+        and "\n" not in found[0].message
+        and "step 0" in found[0].message
+    )
     assert monitor.check(200, HEALTHY | {key: value}, TEACHER) == []
     assert monitor.check(300, HEALTHY, TEACHER) == []
     assert kinds(monitor.check(400, HEALTHY | {key: value}, TEACHER)) == [kind], "a second fall is a second alarm"
@@ -148,7 +153,7 @@ def test_a_spike_between_two_beats_is_seen(watched):
     drive(watch, method, 2 * LEAST, norm=lambda n: 1 + n % 3)
     assert alarms == []
     drive(watch, method, 2, norm=lambda n: 500.0 if n == 2 * LEAST else 1.0)  # the first step of the two, off the beat
-    assert kinds(alarms) == ["student gradient"] and "500" in alarms[0].said
+    assert kinds(alarms) == ["student gradient"] and "500" in alarms[0].message
 
 
 def test_the_end_of_a_warm_start_is_no_spike(watched):
@@ -173,7 +178,7 @@ def test_updates_too_large_or_lost_are_flagged_after_some_in_a_row(watched, chan
     drive(watch, method, 2 * (ROW - 1), change=change)
     assert alarms == []
     drive(watch, method, 8, change=change)
-    assert kinds(alarms) == [kind] and "optim.student.lr" in alarms[0].said
+    assert kinds(alarms) == [kind] and "optim.student.lr" in alarms[0].message
 
 
 def test_a_learning_rate_of_zero_is_no_lost_update():

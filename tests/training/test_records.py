@@ -52,7 +52,7 @@ def test_alarms_are_lines_and_those_of_undone_steps_go(tmp_path):
         file.write('{"step": 7')  # the process died here
     records.AlarmFile(path, until=4)
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {"step": s, "kind": "collapse", "said": "it does"} for s in (2, 4)
+        {"step": s, "kind": "collapse", "message": "it does"} for s in (2, 4)
     ]
     out.back(2)
     assert len(path.read_text().splitlines()) == 1

@@ -1,7 +1,7 @@
-"""`distill check`: test a run before it costs anything, and refuse one that cannot come out right.
+"""`distill check`: tests a run before it starts, and refuses one that is certainly wrong.
 
-Each check yields findings: ok, skipped and why, WARN for what is suspicious, FAIL for what is certainly wrong, with the
-key and the mend. docs/check.md lists them.
+Each check yields findings: ok; skipped, with the reason; WARN for suspicious settings; FAIL for certain faults, with the
+key and the remedy. docs/check.md lists the checks.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ CHECKS: dict[str, Callable[[CheckContext], Findings]] = {
 
 
 def check(cfg: Any, folder: Path, allow: tuple[str, ...] = (), world: int = 1) -> list[Finding]:
-    """All findings about the run that `cfg` describes, if it were written to `folder` by `world` processes."""
+    """All findings about the run that `cfg` describes, to be written to `folder` by `world` processes."""
     return findings(build_experiment(cfg, allow), folder, world)
 
 
 def findings(experiment: Any, folder: Path, world: int = 1) -> list[Finding]:
-    """The findings about an experiment, which is restored bit for bit."""
+    """All findings about an experiment, which is left unchanged."""
     method, device = experiment.method, device_of(experiment.cfg.engine)
     before, out = method.device, []
     method.to(device)
@@ -56,7 +56,7 @@ def findings(experiment: Any, folder: Path, world: int = 1) -> list[Finding]:
 
 
 def _run(name: str, function: Callable[[CheckContext], Iterable[Finding]], context: CheckContext) -> list[Finding]:
-    """A check's findings. One that raises is a warning, unless it was the run's own bad input."""
+    """The findings of one check. A BadInput becomes a FAIL, any other exception a warning."""
     try:
         return [Finding(finding.level, finding.text, finding.name or name) for finding in function(context)]
     except BadInput as error:
@@ -72,25 +72,25 @@ def gate(quiet: bool = False) -> Any:
     """For `train(check=...)`: prints warnings, and refuses to start on a FAIL.
 
     Raises:
-        BadInput: with the sentence of the first certain fault.
+        BadInput: the text of the first FAIL.
     """
     from distill.training import run_folder
 
     def look(experiment: Any, folder: Path) -> None:
         began, out = time.perf_counter(), findings(experiment, folder, run_folder.world())
-        speaks = run_folder.is_rank_zero() and not quiet
-        for finding in out if speaks else ():
+        verbose = run_folder.is_rank_zero() and not quiet
+        for finding in out if verbose else ():
             if finding.level == "WARN":
                 print(finding)
         refuse(out)
-        if speaks:
+        if verbose:
             print(f"{sum(f.level == 'ok' for f in out)} checks passed in {time.perf_counter() - began:.1f} s.")
 
     return look
 
 
 def refuse(findings: list[Finding]) -> None:
-    """Raise `BadInput` if a finding is certain."""
+    """Raise `BadInput` if a finding has the level FAIL."""
     wrong = [f for f in findings if f.level == "FAIL"]
     if wrong:
         more = f" ({len(wrong) - 1} more; `distill check` lists them)" if len(wrong) > 1 else ""

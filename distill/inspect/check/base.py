@@ -1,4 +1,4 @@
-"""What every check gets, and the findings that it yields."""
+"""Input of the checks (`CheckContext`) and their results (`Finding`)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SAMPLES = 256  # of the data, that the checks read
+SAMPLES = 256  # samples of the data that the checks read
 LEVELS = ("ok", "skipped", "WARN", "FAIL")
 
 
 @dataclass
 class Finding:
-    """One sentence of one check; level is one of LEVELS, and FAIL alone stops a run. The caller sets an empty name."""
+    """The result of one check: a level (only FAIL stops a run), a sentence, and the check's name, which the caller fills in."""
 
     level: str
     text: str
@@ -30,17 +30,17 @@ class Finding:
 
     @classmethod
     def skipped(cls, text: str, name: str = "") -> Finding:
-        """The check does not apply, and why."""
+        """The check does not apply; the text gives the reason."""
         return cls("skipped", text, name)
 
     @classmethod
     def warn(cls, text: str, name: str = "") -> Finding:
-        """Suspicious."""
+        """Suspicious: the run may start."""
         return cls("WARN", text, name)
 
     @classmethod
     def fail(cls, text: str, name: str = "") -> Finding:
-        """Certainly wrong, with the mend."""
+        """Certainly wrong: the run is refused. The text names the remedy."""
         return cls("FAIL", text, name)
 
     def __str__(self) -> str:
@@ -52,9 +52,9 @@ Findings = Iterator[Finding]
 
 @dataclass
 class CheckContext:
-    """An experiment about to train, with its first samples on the device that will train.
+    """An experiment before training, and its first samples on the training device.
 
-    `batch` holds up to SAMPLES samples as the loader gives them; `x` is None where the data has conditions only.
+    `batch` holds up to SAMPLES samples from the loader; `x` is None if the data has conditions only.
     """
 
     experiment: Any
@@ -85,11 +85,11 @@ class CheckContext:
 
     @property
     def random(self) -> bool:
-        """Whether the networks are untrained stand-ins, so that their outputs mean nothing."""
+        """Whether the networks are tiny random ones (`model=tiny`), whose outputs have no meaning."""
         return self.cfg.model == "tiny"
 
     def pretrained(self) -> tuple[str, Any]:
-        """The role that should denoise well before the first step, and its key; ("", None) where every role is new."""
+        """Name and network of the role that is pretrained: teacher, else a loaded student; ("", None) if there is none."""
         teacher = self.method.role("teacher")
         if self.random:
             return "", None
@@ -99,7 +99,7 @@ class CheckContext:
         return ("student", self.method.student) if target.endswith(".load") else ("", None)
 
     def samples(self, n: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """n samples, or noise where there are none, with their conditions."""
+        """n samples with their conditions; noise in place of samples if the data has conditions only."""
         cond = {k: v[:n] for k, v in self.cond.items()}
         n = min([n, *map(len, cond.values()), *([len(self.x)] if self.x is not None else [])])
         x = self.x[:n] if self.x is not None else torch.randn(n, *self.method.shape, device=self.method.device)
@@ -112,7 +112,7 @@ def first_samples(data: Any, limit: int = SAMPLES) -> dict[str, Tensor]:
     for batch in batches:
         tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor)}
         if parts and any(v.shape[1:] != parts[0][k].shape[1:] for k, v in tensors.items()):
-            continue  # of another bucket
+            continue  # another bucket, of another shape
         parts.append(tensors)
         count += len(next(iter(parts[-1].values())))
         if count >= limit or len(parts) >= 64:
@@ -152,13 +152,13 @@ def untouched(method: Any):
 
 
 def device_of(engine: Any) -> torch.device:
-    """Where a run of these settings computes."""
+    """The device that a run with these `engine` settings uses."""
     if engine.accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0) % torch.cuda.device_count())
     return torch.device("cpu")
 
 
 def shortened(values: list[str], most: int = 4) -> str:
-    """The first of a list, and how many more there are."""
+    """The first `most` items of a list as text, and the number of the others."""
     rest = f" and {len(values) - most} more" if len(values) > most else ""
     return ", ".join(values[:most]) + rest

@@ -1,11 +1,11 @@
-r"""Whether the model that training starts from denoises this data: most wrong conventions show here.
+r"""Checks that the pretrained model denoises this data: most wrong conventions show here.
 
-With x_t = alpha_t x + sigma_t z and v the data's variance about its mean, the best linear denoiser errs by
+With x_t = alpha_t x + sigma_t z and v the variance of the data about its mean, the best linear denoiser has the error
 
-    w(t) = sigma_t^2 / (alpha_t^2 v + sigma_t^2)    of v,
+    w(t) = sigma_t^2 / (alpha_t^2 v + sigma_t^2)    as a share of v:
 
-0 at t = 0 and 1 at t = 1, below both trivial ones, the mean (1) and x_t / alpha_t (sigma_t^2 / (alpha_t^2 v)). A trained
-model stays below w at every t; one with a wrong prediction type, time or scale does not.
+0 at t = 0 and 1 at t = 1, below that of both trivial denoisers, the mean (1) and x_t / alpha_t (sigma_t^2 / (alpha_t^2 v)).
+The error of a trained model is below w at every t; with a wrong prediction type, time or scale it is not.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SCALES = (0.13025, 0.18215, 0.2, 0.5, 0.67, 1.5, 2.0, 5.0, 1 / 0.18215, 1 / 0.13
 
 
 def denoises(context: CheckContext) -> Findings:
-    """The error against the noise level, and the convention that fits better if there is one."""
+    """Compare the model's error with that of the best linear denoiser, also under other conventions."""
     role, model = context.pretrained()
     if model is None:
         yield Finding.skipped("no role is trained yet.")
@@ -62,13 +62,13 @@ def denoises(context: CheckContext) -> Findings:
             f"{fit.errors[-1]:.2f} at {fit.times[-1]:.2f}"
         )
         if rises:
-            yield Finding.ok(f"roles.{role} errs {shape}: {now:.2f} of the best linear denoiser's.")
+            yield Finding.ok(f"roles.{role} has an error {shape}: {now:.2f} of the best linear denoiser's.")
         else:
             yield Finding.warn(f"roles.{role}'s error does not rise with the noise ({shape}); look at its schedule.")
 
 
 class ConventionFit:
-    """How well conventions fit a model, on fixed samples and noise: its error over the best linear denoiser's."""
+    """The error of a model under several conventions, on fixed samples and noise, over that of the best linear denoiser."""
 
     def __init__(self, model: Any, x: Tensor, cond: dict[str, Tensor]):
         big = sum(p.numel() for p in model.parameters()) > 2e7
@@ -124,7 +124,7 @@ def to_x(model: Any, out: Tensor, x_t: Tensor, t: Tensor, prediction: str) -> Te
 
 
 def _times(schedule: Any, std: float, count: int) -> list[float]:
-    """Times at which noise and data are within a factor of ten of each other, evenly spread."""
+    """Evenly spaced times at which alpha and sigma differ by less than a factor of ten."""
     t = torch.linspace(0, 1, 402, dtype=torch.float64)[1:-1]
     alpha, sigma = schedule(t)
     ratio = sigma / (alpha * std)
@@ -149,7 +149,7 @@ def _schedule_fault(schedule: Any) -> str:
 
 
 def _alternative(fit: ConventionFit, role: str, now: float) -> tuple[str, float]:
-    """The convention with the smallest error but the present one, as a sentence, and that error."""
+    """The convention with the smallest error besides the configured one, as a sentence, and that error."""
     if not has_network(fit.model):
         return "", math.inf
     error, mend = min((fit.score(**change), mend) for change, mend in _alternatives(fit.model, role, now > BETTER))
@@ -157,7 +157,7 @@ def _alternative(fit: ConventionFit, role: str, now: float) -> tuple[str, float]
 
 
 def _alternatives(model: Any, role: str, scales: bool) -> Iterator[tuple[dict[str, Any], str]]:
-    """Arguments of `ConventionFit.score` for other conventions, and what to do where one is right."""
+    """Arguments of `ConventionFit.score` for other conventions, and the change to make if one fits."""
     for kind in PREDICTIONS:
         if kind not in (model.prediction, "edm") and "edm" != model.prediction:
             mend = f"{model.prediction} fits the network worse than {kind}; set {kind}"
@@ -188,7 +188,7 @@ def _alternatives(model: Any, role: str, scales: bool) -> Iterator[tuple[dict[st
 
 
 def matches_stock(context: CheckContext) -> Findings:
-    """A loaded model draws the samples stored in its folder, or denoises as the stock scheduler there does."""
+    """A loaded model repeats the samples stored in its folder, or denoises as the folder's stock scheduler does."""
     from distill.models.diffusers import StockNetwork
 
     for role in (*context.method.frozen, *context.method.trainable):

@@ -1,4 +1,4 @@
-"""Guidance and the start: whether conditions change the teacher, w is in our convention, the student starts as the teacher."""
+"""Checks of guidance and initialisation: conditions change the teacher, w = 1 is conditional, student equals teacher."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distill.noise import bcast
 
 
 def guides(context: CheckContext) -> Findings:
-    """The condition changes the teacher, there is a null condition, and w is in this project's convention."""
+    """The condition changes the teacher's output, there is a null condition, and w counts from 1 (conditional)."""
     role, model = context.pretrained()
     w, drawn = context.method.guidance, context.cfg.method.get("guidance_range")
     used = drawn is not None or w != 1

@@ -1,4 +1,4 @@
-"""Checks that need no network: data, batches, grid, disk and settings that never come into play."""
+"""Checks without networks: data, batches, grid, disk space, and settings without effect in a run of this length."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distill.training import checkpoints
 
 
 def data(context: CheckContext) -> Findings:
-    """Values, range, spread and labels of the first samples."""
+    """Finite values, range, standard deviation and labels of the first samples."""
     info, findings = context.experiment.data.info, list(_labels(context))
     if context.x is None:
         yield from findings or [Finding.ok("conditions only.")]
@@ -102,7 +102,7 @@ def _labels(context: CheckContext) -> Findings:
 
 
 def batches(context: CheckContext) -> Findings:
-    """Whether the data fills a step, and the global batch is the recipe's."""
+    """Enough samples for a step, and a global batch size equal to `expect.batch`."""
     source, n = context.experiment.data, context.experiment.data.batch_size
     accumulate, count = context.cfg.engine.accumulate, source.info.count
     total = n * context.world * accumulate
@@ -125,7 +125,7 @@ def batches(context: CheckContext) -> Findings:
 
 
 def serves(context: CheckContext) -> Findings:
-    """The times of the training grid are those of the stock scheduler that will serve the student."""
+    """The times of the training grid equal those of the stock scheduler that samples the exported student."""
     from distill.noise import Table
 
     student, grid, serving = context.method.student, context.method.grid, context.method.serving
@@ -164,7 +164,7 @@ def _of_pipeline(student: Any, grid: Any, serving: str) -> Any:
 
 
 def disk(context: CheckContext) -> Findings:
-    """Room for the checkpoints that stay, and the one that is being written."""
+    """Free disk space for the kept checkpoints and the one being written."""
     method, train = context.method, context.cfg.train
     weights = {
         n: checkpoints.size(dict(getattr(method, n).state_dict())) for n in (*method.trainable, *method._averages)
@@ -188,13 +188,13 @@ def disk(context: CheckContext) -> Findings:
 
 
 def settings(context: CheckContext) -> Findings:
-    """Settings that never come into play in a run of this length."""
+    """Settings that have no effect in a run of this length."""
     train, steps, method, texts = context.cfg.train, context.cfg.train.steps, context.method, []
     for name, (_, decay) in method._averages.items():
         if decay and decay < 1 and (half := math.log(2) / -math.log(decay)) > steps:
             key = "method.ema" if name == "ema" else f"the decay of {name}"
             texts.append(
-                f"{key}: {decay:g} forgets half in {half:,.0f} steps, and the run has {steps}; only its ramp "
+                f"{key}: {decay:g} has a half-life of {half:,.0f} steps, and the run has {steps}; only its ramp "
                 "(1 + n)/(10 + n) counts."
             )
     for role, optim in method.optim.items():
@@ -215,10 +215,10 @@ def settings(context: CheckContext) -> Findings:
             texts.append(f"train.{key}: nothing is validated on the way; set train.validate_every.")
     if method.grid.steps > 64 and method.role("teacher") is not None:
         texts.append(f"method.grid: {method.grid.steps} steps are many for a few-step student.")
-    yield from map(Finding.warn, texts) if texts else [Finding.ok(f"all settings come into play in {steps} steps.")]
+    yield from map(Finding.warn, texts) if texts else [Finding.ok(f"all settings take effect within {steps} steps.")]
 
 
 def _lengths(method: Any) -> list[tuple[str, int]]:
-    """Lengths in steps that a method states."""
+    """The method's settings that are numbers of steps."""
     names = ("warm_start", "warm_up", "share_steps", "rung_steps", "student_every", "head_turns")
     return [(n, v) for n in names if isinstance(v := getattr(method, n, None), int)]

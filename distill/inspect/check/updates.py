@@ -1,12 +1,12 @@
 r"""Dry run of one training step: gradients reach the right networks, updates descend, learning rates are in range.
 
-Two tests of sign, neither of which leaves an update. For a role of weights theta with gradient g of its loss L,
+Two sign tests, both without updating weights. For a role with weights theta and gradient g of its loss L,
 
     slope = (L(theta + h g/|g|) - L(theta - h g/|g|)) / (2 h |g|)
 
-on the same samples and random numbers is 1 where g is the loss's own gradient; a loss with a frozen target may have any
-other value, but -1 is a reversed gradient. And whatever the loss: a student whose output is pushed off by a constant
-a b must be pulled back, d/da L(a) - d/da L(-a) > 0, and a critic must follow it.
+on the same samples and random numbers is 1 if g is the exact gradient of L. Losses with detached targets have other
+values, but -1 means that the gradient is reversed. Second, the student's output is shifted by a constant offset a b
+(direction b, size a): the student's loss must pull it back, d/da L(a) - d/da L(-a) > 0, and a critic must follow it.
 """
 
 from __future__ import annotations
@@ -23,23 +23,20 @@ from distill.inspect.check.base import CheckContext, Finding, Findings, shortene
 from distill.methods.optim import optimizer_of
 from distill.methods.placement import Placement
 
-BATCH = 32  # samples of a step
-SEEDS = (1, 2, 3)  # of the directions in which outputs are pushed off
-PUSH = 0.5  # of the standard deviation of the network's output
-AWAY, FLEES = (
-    -0.5,
-    -0.1,
-)  # pulls of student and critics below these go the wrong way; an untrained student's may be weak
-SIGN = {"x": 1.0, "edm": 1.0, "v": -1.0, "flow": -1.0, "eps": -1.0}  # of the change in x by one in the network's output
+BATCH = 32  # samples per step
+SEEDS = (1, 2, 3)  # seeds of the offset directions b
+PUSH = 0.5  # size of the offset, in standard deviations of the network's output
+STUDENT_LIMIT, CRITIC_LIMIT = -0.5, -0.1  # a pull below these has the wrong sign; an untrained student's may be weak
+SIGN = {"x": 1.0, "edm": 1.0, "v": -1.0, "flow": -1.0, "eps": -1.0}  # sign of dx / d(network output)
 
 
 @dataclass
 class Turn:
-    """A role's last loss and gradients in one step; `astray` names other roles' parameters that have a gradient."""
+    """A role's loss and gradients in one step; `leaked` names parameters of other roles that received a gradient."""
 
     value: float
     gradients: dict[str, Tensor | None]
-    astray: list[str]
+    leaked: list[str]
     pulls: dict[str, float] = field(default_factory=dict)
 
 
@@ -60,9 +57,9 @@ class DryRunPlacement(Placement):
             loss.backward()
         own = dict(self.module(role).named_parameters())
         mine = {id(p) for p in own.values()}
-        astray = [n for n, p in self.method.named_parameters() if p.grad is not None and id(p) not in mine]
+        leaked = [n for n, p in self.method.named_parameters() if p.grad is not None and id(p) not in mine]
         pulls = {n: float(a.grad) for n, a in self.pushed.items() if a.grad is not None}
-        self.seen[role] = Turn(float(loss.detach()), {n: p.grad for n, p in own.items()}, astray, pulls)
+        self.seen[role] = Turn(float(loss.detach()), {n: p.grad for n, p in own.items()}, leaked, pulls)
         self.zero_grad(role)
 
     def step(self, role: str, lr: float, finite: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,7 +70,7 @@ class DryRunPlacement(Placement):
 
 
 class DryRun:
-    """Steps of a method without updates: always the same samples, and the same random numbers for the same seed."""
+    """Runs steps of a method without updates, on fixed samples; equal seeds give equal random numbers."""
 
     def __init__(self, context: CheckContext):
         self.method = context.method
@@ -85,7 +82,7 @@ class DryRun:
         self.of = self._schedule()
 
     def _schedule(self) -> dict[str, int]:
-        """The first step, after the warm start, that gives each role a turn; one for all roles where there is one."""
+        """Role -> the first step after the warm start in which it has a turn; if possible one step with all roles."""
         first: dict[str, int] = {}
         for k in range(256):
             self.method.step = self.method.warm_start + k
@@ -106,7 +103,7 @@ class DryRun:
         return self.placement.seen
 
     def all(self, seed: int = 0) -> dict[str, Turn]:
-        """Every role's turn."""
+        """One turn of every role."""
         seen: dict[str, Turn] = {}
         for k in sorted(set(self.of.values()), reverse=True):
             seen = self(k, seed) | seen
@@ -114,7 +111,7 @@ class DryRun:
 
 
 def dry_run(context: CheckContext) -> Findings:
-    """The checks `gradients`, `sign` and `rates`, which compute a step."""
+    """The checks `gradients`, `sign` and `rates`, which compute a step without updating weights."""
     frozen = [
         f"{role}.{n}"
         for role in context.method.frozen
@@ -143,7 +140,7 @@ def _gradients(context: CheckContext, steps: DryRun, seen: dict[str, Turn]) -> F
     for role in context.method.trainable:
         if role not in seen:
             yield Finding.warn(
-                f"{role} has no turn in the first 256 steps; look at what spaces its turns (student_every)."
+                f"{role} has no turn in the first 256 steps; lower the setting that spaces its turns (student_every)."
             )
             healthy = False
             continue
@@ -152,7 +149,7 @@ def _gradients(context: CheckContext, steps: DryRun, seen: dict[str, Turn]) -> F
         broken = [n for n, g in turn.gradients.items() if g is not None and not torch.isfinite(g).all()]
         if len(dead) == len(turn.gradients):
             yield Finding.fail(
-                f"the loss of {role}'s turn does not depend on {role}; it must call the network with gradient."
+                f"the loss of {role}'s turn does not depend on {role}; call its network with gradients enabled."
             )
         elif dead:
             yield Finding.warn(
@@ -161,12 +158,12 @@ def _gradients(context: CheckContext, steps: DryRun, seen: dict[str, Turn]) -> F
             )
         if turn.value != turn.value or abs(turn.value) == float("inf") or broken:
             what = f"gradient is not finite in {shortened(broken)}" if broken else f"loss is {turn.value}"
-            yield Finding.fail(f"{role}'s {what} at the first step; look at its data, precision and weights.")
-        if turn.astray:
+            yield Finding.fail(f"{role}'s {what} at the first step; check its data, precision and weights.")
+        if turn.leaked:
             yield Finding.fail(
-                f"{role}'s turn leaves gradients on {shortened(turn.astray)}; only {role} may require them then."
+                f"{role}'s turn leaves gradients on {shortened(turn.leaked)}; let only {role} require gradients in it."
             )
-        healthy = healthy and not (dead or broken or turn.astray)
+        healthy = healthy and not (dead or broken or turn.leaked)
     if healthy:
         yield Finding.ok(
             f"every parameter of {', '.join(context.method.trainable)} has a gradient in its own turn, and no other."
@@ -180,35 +177,36 @@ def _signs(context: CheckContext, steps: DryRun, seen: dict[str, Turn]) -> Findi
     remarks, clear, (pulls, critics) = [], True, ({}, []) if context.random else _pulls(context, steps)
     for role in (r for r in context.method.trainable if r in seen):
         pull, slope = pulls.get(role, []), _slope(steps, role, seen[role], 0)
-        limit = FLEES if role in critics else AWAY
+        limit = CRITIC_LIMIT if role in critics else STUDENT_LIMIT
         if pull and max(pull) < limit:
             clear = False
             yield Finding.fail(
                 f"{role}'s update "
                 + (
-                    "flees the student instead of following it"
+                    "moves away from the student instead of following it"
                     if role in critics
-                    else "pushes the student further off when it is off"
+                    else "moves a shifted student further away"
                 )
-                + f" (pull {sum(pull) / len(pull):+.2f}); a sign is turned in its loss, or teacher and critic are swapped."
+                + f" (pull {sum(pull) / len(pull):+.2f}); a sign in its loss is wrong, or teacher and critic are swapped."
             )
         elif (
-            not (pull and min(pull) > -limit) and _uphill(slope) and _uphill(_slope(steps, role, steps.all(7)[role], 7))
+            not (pull and min(pull) > -limit)
+            and _reversed(slope)
+            and _reversed(_slope(steps, role, steps.all(7)[role], 7))
         ):
             clear = False
             yield Finding.fail(
-                f"{role}'s gradient points uphill: along its own update the loss grows as fast as it should "
-                "fall; a sign is turned in its loss."
+                f"{role}'s gradient has the wrong sign: a step against it increases the loss; a sign in its loss is wrong."
             )
         numbers = [] if slope is None else [f"slope {slope:.2f}"]
         remarks.append(
-            f"{role} {', '.join([*numbers, *([f'pull {sum(pull) / len(pull):+.2f}'] if pull else [])]) or 'at rest'}"
+            f"{role} {', '.join([*numbers, *([f'pull {sum(pull) / len(pull):+.2f}'] if pull else [])]) or 'zero gradient'}"
         )
     if clear:
-        yield Finding.ok(f"no turn goes the wrong way: {'; '.join(remarks)}.")
+        yield Finding.ok(f"no turn has the wrong sign: {'; '.join(remarks)}.")
 
 
-def _uphill(slope: float | None) -> bool:
+def _reversed(slope: float | None) -> bool:
     return slope is not None and abs(slope + 1) < 0.15
 
 

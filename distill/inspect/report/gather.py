@@ -1,4 +1,4 @@
-"""A run's folder read without building its objects."""
+"""Summaries of run folders for the report, read from their files without building any object."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COST, ALARMS, MEASURED = "cost.json", "alarms.jsonl", "report.json"
 
 @dataclass
 class RunSummary:
-    """A run as the page shows it."""
+    """What the report shows of a run."""
 
     folder: Path
     cfg: Any
@@ -57,7 +57,7 @@ class RunSummary:
 
     @property
     def seconds(self) -> float | None:
-        """Of training, from the logged rates; what validation and checkpoints take is not in it."""
+        """Seconds of training, from the logged rates; without validation and checkpoints."""
         logged = [(row["step"], row["steps_per_second"]) for row in self.rows if row.get("steps_per_second")]
         starts = [0, *(step for step, _ in logged)]
         return sum((step - start) / rate for start, (step, rate) in zip(starts, logged)) if logged else None
@@ -104,25 +104,27 @@ def json_of(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return dict(read_json(path, "remove it, it is made again"))
+        return dict(read_json(path, "remove it; it is written again"))
     except (ValueError, TypeError):
-        raise BadInput(f"{path} holds no JSON object; remove it, it is made again.") from None
+        raise BadInput(f"{path} holds no JSON object; remove it; it is written again.") from None
 
 
 def _alarms(path: Path) -> list[dict[str, Any]]:
-    """One alarm a line; a line that a killed run left half written is not one."""
+    """The alarms of a file with one JSON object per line; an incomplete line of a killed run is skipped."""
     out = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             alarm = json.loads(line)
         except ValueError:
             continue
-        out += [alarm] if isinstance(alarm, dict) else []
+        if isinstance(alarm, dict):
+            message = alarm.get("message", alarm.get("said", ""))  # `said` in files of version 0.1.0
+            out.append({key: value for key, value in alarm.items() if key != "said"} | {"message": message})
     return out
 
 
 def reference_of(cfg: Any) -> dict[str, Any] | None:
-    """The reference curves of the shipped recipe that a config follows, wherever its files lie."""
+    """The reference curves of the shipped recipe that a config follows; None if it follows none."""
     fingerprint = curves.recipe_fingerprint(cfg)
     for path in sorted(RECIPES.glob(f"*/{curves.FOLDER}/*.json")):
         reference = json_of(path)
