@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -94,6 +94,18 @@ def markdown_table(head: Sequence[Any], rows: Sequence[Sequence[Any]], align: st
     rule = {"l": "---", "r": "---:", "c": ":---:"}
     marks = [rule[(align + "l" * len(head))[i]] for i in range(len(head))]
     return "".join(f"| {' | '.join(map(str, row))} |\n" for row in (head, marks, *rows))
+
+
+def sample_counts(about: Mapping[str, Any]) -> str:
+    """What the numbers of a table were measured on, as a sentence; empty if `about` does not state it.
+
+    Args:
+        about: `samples` per row and `reference` samples, as in metrics.json.
+    """
+    if "samples" not in about:
+        return ""
+    reference = f", against {about['reference']:,} reference samples" if about.get("reference") else ""
+    return f"{about['samples']:,} samples per row{reference}."
 
 
 def digest(parts: Iterable[bytes | str], length: int = 12) -> str:

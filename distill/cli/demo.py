@@ -1,4 +1,4 @@
-"""`distill demo`: shipped teacher, four-step student, numbers, pictures, export. No download, no GPU, a few minutes."""
+"""`distill demo`: trains, measures and exports a four-step student of the digits teacher that comes with the package."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ def demo(out: Path, steps: int | None = None) -> int:
     """Distil, measure and export the digits teacher into `out`: data/, run/, student/ and report.html.
 
     Args:
-        out: the folder; one that an earlier call began is completed.
+        out: the folder; an unfinished one is completed.
         steps: training steps; those of the recipe by default.
 
     Returns:
-        The exit code: 0 if the student keeps every promise of the README, else 1; 85 or 130 if training was interrupted.
+        The exit code: 0 if all `requirements` hold, else 1; 85 or 130 if training was interrupted.
     """
     started, run, student = time.monotonic(), out / "run", out / "student"
     cfg = recipe(out / "data", steps)
     experiment = train(cfg, run, resume=(run / CONFIG).exists())
     if experiment.method.step < cfg.train.steps:
-        console.print("Interrupted: the same command continues.", highlight=False)
+        console.print("Interrupted: repeat the command to continue.", highlight=False)
         return REQUEUE if experiment.preempted else 130
-    console.print(f"trained in {time.monotonic() - started:.0f} s; measuring {cfg.eval.samples} samples a row")
+    console.print(f"trained in {time.monotonic() - started:.0f} s; measuring {cfg.eval.samples} samples per row")
     result, panels = measure(experiment, evaluations=(STUDENT_STEPS, TEACHER_STEPS), every_solver=(STUDENT_STEPS,))
     table.write(result, run / METRICS)
     experiment.suite().picture(panels, run / "samples.png")
     if not student.exists():
         write_export(experiment, student, result)
-    checks = promises(result, verify(student))
+    checks = requirements(result, verify(student))
     table.show(result)
     _print_checks(checks, result)
     page = _write_report(out, run, experiment, result)
@@ -53,7 +53,7 @@ def demo(out: Path, steps: int | None = None) -> int:
 
 
 def recipe(data: Path, steps: int | None = None) -> Any:
-    """The config of digits/tdm with its data in the folder `data`, which is written where it is missing."""
+    """The config of digits/tdm with its data in the folder `data`, which is written if it is missing."""
     if not data.exists():
         prepare.digits(data)
     overrides = [
@@ -65,15 +65,15 @@ def recipe(data: Path, steps: int | None = None) -> Any:
     return config.load(["digits/tdm"], overrides + ([f"train.steps={steps}"] if steps else []))
 
 
-def promises(result: dict[str, Any], difference: float) -> list[tuple[str, str, bool]]:
-    """What the README promises of the demo.
+def requirements(result: dict[str, Any], difference: float) -> list[tuple[str, str, bool]]:
+    """The demo's requirements, as stated in the README.
 
     Args:
         result: metrics.json of the run.
-        difference: what `verify` measured of the export.
+        difference: of the export's samples to the trainer's, from `verify`.
 
     Returns:
-        The text, the measured value and whether it holds, of each promise.
+        For each requirement its text, the measured value and whether it holds.
     """
     student = result["student"][str(STUDENT_STEPS)]
     of_teacher = student["fd"] / result["teacher"][str(TEACHER_STEPS)]["fd"]
@@ -95,10 +95,10 @@ def promises(result: dict[str, Any], difference: float) -> list[tuple[str, str, 
 
 
 def _print_checks(checks: list[tuple[str, str, bool]], result: dict[str, Any]) -> None:
-    floor = result["floor"]["fd"]
-    console.print(f"for scale, FD of the training split against the held-out one: {floor:.3f}", highlight=False)
+    distance = result["reference_vs_holdout"]["fd"]
+    console.print(f"for scale, FD of the training split against the held-out one: {distance:.3f}", highlight=False)
     for text, value, holds in checks:
-        console.print(f"{'kept  ' if holds else 'BROKEN'} {text}: {value}", highlight=False)
+        console.print(f"{'ok    ' if holds else 'FAILED'} {text}: {value}", highlight=False)
 
 
 def _write_report(out: Path, run: Path, experiment: Experiment, result: dict[str, Any]) -> Path:

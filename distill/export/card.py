@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from distill.export.snippet import kind_phrase, pipeline_tag, usage_snippet
-from distill.files import markdown_table
+from distill.files import markdown_table, sample_counts
 
 CARD = """---
 {front_matter}tags: [distillation, few-step]
@@ -129,7 +129,8 @@ def _metrics(metrics: dict) -> str:
     rows = [(model, nfe, scores) for model, row in models.items() for nfe, scores in row.items()]
     names = list(dict.fromkeys(name for *_, scores in rows for name in scores))
     rows = [[model, nfe, *(_number(scores.get(name)) for name in names)] for model, nfe, scores in rows]
-    return "\n" + markdown_table(["model", "evaluations", *names], rows)
+    counts = sample_counts(metrics.get("about", {}))
+    return "\n" + markdown_table(["model", "evaluations", *names], rows) + (f"\n{counts}\n" if counts else "")
 
 
 def _number(value) -> str:

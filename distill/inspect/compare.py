@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from distill import config
 from distill.errors import BadInput
-from distill.files import markdown_table, read_json, write_text
+from distill.files import markdown_table, read_json, sample_counts, write_text
 from distill.inspect.measure import measure
 from distill.metrics import table
 from distill.training import run_folder
@@ -90,6 +90,7 @@ def measure_recipe(cfg: DictConfig, out: Path, seconds: float, allow: tuple[str,
         "seconds_a_step": cost,
         "trained_for": experiment.method.grid.steps,
         "student": result["student"],
+        "about": result["about"],
     }
     table.write(row, file)
     return row
@@ -130,7 +131,9 @@ def markdown(out: Path) -> str:
             (f"teacher at {MANY}", [_number(many.get(m)) for m in metrics]),
         ):
             rows_of_table.append([name, "", "", "", "", *cells])
-    return markdown_table([*head, *(f"{m} at {' / '.join(map(str, NFES))}" for m in metrics)], rows_of_table)
+    text = markdown_table([*head, *(f"{m} at {' / '.join(map(str, NFES))}" for m in metrics)], rows_of_table)
+    counts = sorted({sample_counts(row.get("about", {})) for row in rows.values()} - {""})
+    return text + (f"\n{' '.join(counts)}\n" if counts else "")
 
 
 def _cells(scores: dict[str, dict[str, float]], metrics: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Measures an experiment: its teacher, training-free solvers and student by `distill.metrics.evaluate`."""
+"""Evaluates an experiment: teacher, training-free solvers and student, by `distill.metrics.evaluate`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from distill.metrics.evaluate import Evaluation, ddim_sampler
 from distill.metrics.shares import ALONE, SampleShares, current_shares
 from distill.metrics.suite import Suite
 from distill.times import Grid
+from distill.training.callbacks import TimedPrint
 from distill.training.experiment import Experiment
+from distill.training.run_folder import is_rank_zero
 
 
 def evaluation_of(
@@ -40,6 +42,7 @@ def evaluation_of(
         batch=experiment.batch_rows,
         seed=cfg.eval.seed,
         ranks=ranks,
+        progress=TimedPrint(prefix="measuring ") if is_rank_zero() else lambda text: None,
     )
 
 
@@ -50,7 +53,8 @@ def measure(
     every_solver: Sequence[int] | None = None,
     folder: Path | None = None,
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The metrics of `Evaluation.run` with `about`, and panels (teacher at K and at the most evaluations, student at K).
+    """The metrics of `Evaluation.run` with `about`, and picture panels (teacher at K and at the most evaluations, student
+    at K).
 
     Args:
         evaluations: NFEs of teacher and student; the config's `eval.evaluations` by default, and K in any case.
@@ -64,6 +68,7 @@ def measure(
         "config": config.fingerprint(cfg),
         "step": experiment.method.step,
         "samples": samples or cfg.eval.samples,
+        "reference": 0 if evaluation.suite.x is None else len(evaluation.suite.x),
         "seed": cfg.eval.seed,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
         "date": time.strftime("%Y-%m-%d"),
@@ -72,13 +77,15 @@ def measure(
 
 
 def toy_scores(experiment: Experiment) -> dict[str, float]:
-    """The numbers that a toy recipe promises under `expect`.
+    """The metrics of a toy recipe that `expect` bounds.
 
-    `energy` of the student at its own K, `energy_ratio` to the teacher at K by DDIM from the same noise; for
-    one-dimensional data `map_error` of the deterministic student against the exact flow map. `teacher_error`, where
-    there is a teacher: root mean square distance to where the guided teacher gets from the same noise in 64 DDIM steps,
-    over the data's standard deviation. `reward_gap`, where a method has a `metric`: the data's mean score minus the
-    student's, negative when the student scores better.
+    energy         energy distance of the student at K steps to the data
+    energy_ratio   the same over that of the exact denoiser in K DDIM steps from the same noise
+    map_error      one-dimensional data: error of the deterministic student against the exact flow map
+    teacher_error  with a teacher: root mean square distance to the guided teacher's samples in 64 DDIM steps from the
+                   same noise, over the data's standard deviation
+    reward_gap     methods with a `metric`: mean score of the data minus that of the student, negative if the student's
+                   is better
     """
     method, suite = experiment.method, experiment.suite()
     z, cond = experiment.noise(experiment.cfg.eval.samples, experiment.cfg.eval.seed)

@@ -1,6 +1,7 @@
 r"""Collapse indicators computed from samples alone (contrast, diversity, coverage, ...), to compare with the teacher's.
 
-x are samples (n, ...) made under `cond`, y reference samples (m, ...). Losses look normal while these move.
+x are samples (n, ...) made under `cond`, y reference samples (m, ...). A collapse changes these values, but often not
+the losses.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ MOST = 500  # samples of the measures that take all pairs
 def diversity(x: Tensor, cond: Mapping[str, Tensor] | None = None) -> float:
     r"""Standard deviation between seeds under one condition: the root of tr Cov(x | c), averaged over the conditions c.
 
-    0 where the noise no longer matters (collapse). Conditions that have fewer than two samples are left out.
+    0 if the samples do not depend on the noise (collapse). Conditions with fewer than two samples are left out.
 
     Raises:
         BadInput: no condition has two samples.
@@ -33,7 +34,7 @@ def diversity(x: Tensor, cond: Mapping[str, Tensor] | None = None) -> float:
 
 
 def _groups(cond: Mapping[str, Tensor], n: int) -> Tensor:
-    """(n,) which of the different conditions each sample has."""
+    """Index (n,) of each sample's condition among the distinct ones."""
     group = torch.zeros(n, dtype=torch.long)
     for value in cond.values():
         kind = torch.unique(value.cpu(), dim=0, return_inverse=True)[1]
@@ -53,7 +54,7 @@ def beyond(x: Tensor, low: float, high: float) -> float:
 
 
 def contrast(x: Tensor) -> float:
-    """Standard deviation of all values about their sample's mean: grows with over-saturation, falls with washing out."""
+    """Standard deviation of all values about their sample's mean: high with over-saturation, low for washed-out images."""
     flat = x.detach().flatten(1).double()
     if flat.shape[1] < 3:  # a toy's coordinates are no pixels: about the mean over samples
         return float(flat.std(0).square().mean().sqrt())
@@ -80,10 +81,10 @@ def high_frequency(x: Tensor, cut: float = 0.5) -> float | None:
 
 
 def coverage(x: Tensor, y: Tensor, k: int = 5) -> float:
-    r"""Share of y that has a sample of x nearer than its k-th neighbour in y: falls as modes are lost.
+    r"""Share of y that has a sample of x nearer than its k-th neighbour in y: decreases when modes are missing.
 
-    1 - prod_{i<k} (m - 1 - i) / (2 m - 1 - i) ~ 1 - 2^{-k} where x is as many samples of y's law. Of more than `MOST` a fixed
-    random choice is taken. Source: Naeem et al. 2020, https://arxiv.org/abs/2002.09797.
+    1 - prod_{i<k} (m - 1 - i) / (2 m - 1 - i) ~ 1 - 2^{-k} if x are as many samples of y's distribution. Of more than
+    `MOST` samples a fixed random subset is used. Source: Naeem et al. 2020, https://arxiv.org/abs/2002.09797.
     """
     x, y = pair(subset(x), subset(y), least=k + 1)
     radius = torch.cat([_distance(rows, y).topk(k + 1, largest=False).values[:, -1] for _, rows in _rows(y, y)])
@@ -92,14 +93,14 @@ def coverage(x: Tensor, y: Tensor, k: int = 5) -> float:
 
 
 def subset(x: Tensor, most: int = MOST) -> Tensor:
-    """At most `most` of x's samples, the same ones at each call: stored data may be sorted, labels may come in turns."""
+    """At most `most` samples of x, a fixed random subset, since stored data may be sorted."""
     return x if len(x) <= most else x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:most]]
 
 
 def collapse_indicators(x: Tensor, cond: Mapping[str, Tensor], y: Tensor) -> dict[str, float]:
-    """All of them of samples x beside the reference y, by name; those that the kind of sample does not have are absent.
+    """All indicators of samples x with reference y, by name; those that do not apply to this kind of sample are absent.
 
-    Samples of another shape than y's, or too few, have no coverage; conditions that all differ leave no diversity.
+    There is no coverage if samples are too few or differ in shape from y, and no diversity if all conditions differ.
     """
     x, y = x.detach().cpu().float(), y.detach().cpu().float()
     indicators = {"beyond": beyond(x, *limits(y)), "contrast": contrast(x)}

@@ -1,9 +1,9 @@
 r"""Distances between two sets of samples, and between a set of samples and a density known exactly.
 
-x are the samples to judge (n, ...), y the reference (m, ...); both are flattened to vectors of d features: pass pixels
-for toys and digits, features of a network of your choice for natural images. Everything is computed in float64 on
-the device of x, in blocks so that memory stays bounded, without any random draw unless a generator is an argument.
-NaN, infinity, different shapes and too few samples raise `BadInput`.
+x are the evaluated samples (n, ...), y the reference (m, ...); both are flattened to vectors of d features: pass pixels
+for toys and digits, features of a network for natural images. Everything is computed in float64 on the device of x, in
+blocks of bounded memory. Functions without a generator argument are deterministic. NaN, infinity, different shapes and
+too few samples raise `BadInput`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def samples(name: str, x: Tensor, least: int = 2) -> Tensor:
         raise BadInput(f"{name} has {len(x)} samples and this metric needs at least {least}; draw more.")
     if not torch.isfinite(x).all():
         bad = int((~torch.isfinite(x)).sum())
-        raise BadInput(f"{name} has {bad} of {x.numel()} values NaN or infinite; look at the sampler that made it.")
+        raise BadInput(f"{name} has {bad} of {x.numel()} values NaN or infinite; check the sampler that made it.")
     x = x.detach().cpu() if x.device.type == "mps" else x.detach()  # mps has no float64
     return x.reshape(len(x), -1).double()
 
@@ -78,12 +78,14 @@ def frechet_moments(mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y: Tensor
 
 
 def mmd(x: Tensor, y: Tensor, kernel: str = "cubic", bandwidth: float | None = None) -> float:
-    r"""Squared maximum mean discrepancy, the unbiased U-statistic (it can be negative when the sets agree).
+    r"""Squared maximum mean discrepancy, the unbiased U-statistic; it can be negative for equal distributions.
 
-    E k(x, x') + E k(y, y') - 2 E k(x, y) over distinct pairs, with k(a, b) = (<a, b>/d + 1)^3 ("cubic": on Inception
-    features this is KID, Bińkowski et al. 2018, https://arxiv.org/abs/1801.01401), which sees three moments, or
-    k(a, b) = exp(-|a - b|^2 / (2 h^2)) ("rbf", sees everything). The bandwidth h defaults to the root of
-    E|y - y'|^2 / 2 = tr C_y, so it depends on the reference only and students stay comparable.
+    E k(x, x') + E k(y, y') - 2 E k(x, y) over distinct pairs, with one of two kernels:
+
+    "cubic"  k(a, b) = (<a, b>/d + 1)^3, which compares the first three moments. On Inception features this is KID,
+             Bińkowski et al. 2018, https://arxiv.org/abs/1801.01401.
+    "rbf"    k(a, b) = exp(-|a - b|^2 / (2 h^2)), which is zero only for equal distributions. The default bandwidth is
+             h^2 = E|y - y'|^2 / 2 = tr C_y, which depends on the reference only, so that students are comparable.
     """
     x, y = pair(x, y)
     if kernel == "cubic":
@@ -171,7 +173,7 @@ class Accuracy:
     An RBF support vector machine on flattened values (sklearn SVC, C = 10, gamma = "scale"), fitted on at most `limit`
     of the real samples. With more than 50 classes, the 5 nearest of these samples vote by inverse distance instead, since
     the machine's cost grows with the square of the classes. Classes with one real sample are left out of fit and scores.
-    A share `held_out` of the real data is kept from the fit, and `.held_out` is the accuracy there: a score's ceiling.
+    A share `held_out` of the real data is not used for the fit; `.held_out` is the accuracy on it, that of a perfect model.
 
     Raises:
         BadInput: fewer than two classes have two samples each.
@@ -247,8 +249,8 @@ def mode_masses(x: Tensor, oracle) -> Tensor:
 def mode_kl(x: Tensor, oracle) -> float:
     r"""KL(w || m) = sum_k w_k log(w_k / m_k) of the true weights w against the empirical masses of x, in nats, >= 0.
 
-    m_k = (n_k + w_k) / (n + 1): one pseudo-sample spread as the truth, so that a lost mode costs about w_k log n
-    instead of infinity. n exact samples of well separated modes score about (K - 1) / (2 n).
+    m_k = (n_k + w_k) / (n + 1): one pseudo-sample distributed as w, so that a missing mode adds about w_k log n instead
+    of infinity. n exact samples of well separated modes have about (K - 1) / (2 n).
     """
     weights = oracle.log_weights.exp().cpu()
     m = (mode_masses(x, oracle) * len(x) + weights) / (len(x) + 1)
@@ -258,8 +260,8 @@ def mode_kl(x: Tensor, oracle) -> float:
 def nll_gap(x: Tensor, oracle, n: int = 200_000, seed: int = 0) -> float:
     r"""E_x[-log p(x)] - H(p) in nats, p the oracle's density; the entropy H comes from n exact samples.
 
-    Above zero: samples where the data has little mass. Below zero: samples too close to the modes. Zero is necessary
-    for x ~ p, not sufficient (a lost mode does not show): read it beside `mode_kl`.
+    Positive: samples where the data has little mass. Negative: samples too close to the modes. Zero is necessary for
+    x ~ p but not sufficient (a missing mode does not change it); use it together with `mode_kl`.
     """
     x = _points(x, oracle)
     exact, _ = oracle.sample(n, generator=torch.Generator().manual_seed(seed))
@@ -275,9 +277,9 @@ def kl(p, q, n: int = 200_000, seed: int = 0) -> float:
 def map_kl(student: Callable[[Tensor], Tensor], z: Tensor, oracle) -> float:
     r"""KL(student || data) in nats of a one-step student x = G(z), z ~ N(0, I) (n, D), by change of variables.
 
-    E_z[log N(z; 0, I) - log|det dG/dz| - log p(G(z))]: exact densities on both sides when G is one to one, a lower
-    bound when it folds, infinite when it collapses a direction. G must treat samples independently; the Jacobian costs
-    D backward passes, so keep D small. G is called in the precision of z.
+    E_z[log N(z; 0, I) - log|det dG/dz| - log p(G(z))]: exact if G is injective, a lower bound otherwise, infinite if the
+    Jacobian is singular. G must treat samples independently. The Jacobian costs D backward passes, so D should be small.
+    G is called in the precision of z.
     """
     samples("z", z)
     z = z.detach().requires_grad_(True)

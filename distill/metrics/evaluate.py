@@ -1,4 +1,4 @@
-"""The one driver that draws teacher, training-free solvers and student from the same noise, scores them and times them."""
+"""Evaluation of teacher, training-free solvers and student on the same noise: samples, metrics and time."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def draw_samples(sampler: Sampler, z: Tensor, cond: Conditions, model: nn.Module
 def time_samples(
     sampler: Sampler, z: Tensor, cond: Conditions, model: nn.Module, batch: int = 1000
 ) -> tuple[Tensor, float]:
-    """Samples as of `draw_samples`, and seconds that a thousand take: the least of three or more whole batches.
+    """Samples as by `draw_samples`, and seconds per 1,000 samples: the minimum over three or more whole batches.
 
-    Seconds are the clock's; without an accelerator the processor's where those are fewer, as beside other work. A
-    first call with two samples is not timed.
+    Wall-clock seconds on an accelerator; on a CPU the smaller of wall-clock and processor time, so that other work on
+    the machine counts less. A first call with two samples is not timed.
     """
     rows, samples, seconds = list(_batches(z, cond, model, batch)), [], []
     with torch.no_grad():
@@ -81,7 +81,7 @@ def ddim_sampler(denoiser: Denoiser, grid: int | Grid) -> Sampler:
 
 
 def panel_samples(x: Tensor, images: int = 100) -> Tensor:
-    """The samples that a picture has room for."""
+    """The samples that a picture shows."""
     return x[:images] if x.ndim == 4 else x
 
 
@@ -89,14 +89,15 @@ class Evaluation:
     """Draws, times and scores models on one set of noises and conditions.
 
     Args:
-        suite: what to measure.
-        z, cond: noises (n, ...) and conditions of n rows. With `ranks`, of all ranks: each takes its share.
-        model: module whose device samples are drawn on.
-        teacher: denoiser; None where there is none.
-        student: `(z, cond, generator=, grid=) -> x`; None where only a teacher is measured.
-        grid: the student's own.
-        batch: samples of one call.
-        seed: of a stochastic student.
+        suite: the metrics.
+        z, cond: noises (n, ...) and conditions of n rows. With `ranks`, those of all ranks: each takes its share.
+        model: module on whose device samples are drawn.
+        teacher: denoiser, or None.
+        student: `(z, cond, generator=, grid=) -> x`, or None to measure only a teacher.
+        grid: the student's grid.
+        batch: samples per call.
+        seed: of the noise of a stochastic student.
+        progress: called with what is about to be measured, many times a run.
     """
 
     def __init__(
@@ -112,7 +113,9 @@ class Evaluation:
         batch: int = 1000,
         seed: int = 0,
         ranks: SampleShares = ALONE,
+        progress: Callable[[str], None] = lambda text: None,
     ):
+        self.progress = progress
         self.suite, self.model, self.teacher, self.student, self.grid = suite, model, teacher, student, grid
         self.batch, self.seed, self.ranks, rows = batch, seed, ranks, ranks.share(len(z))
         self.z, self.cond = z[rows], {k: v[rows] for k, v in cond.items()}
@@ -128,7 +131,7 @@ class Evaluation:
         return ddim_sampler(self.teacher, steps) if steps else None
 
     def student_sampler(self, nfe: int) -> Sampler:
-        """The student at its own grid, or at another number of equal steps; its noise is that of the seed each time."""
+        """The student on its own grid, or on another number of equal steps; every call draws the same noise."""
         device = next(self.model.parameters()).device
         generator = torch.Generator(device).manual_seed(self.seed + 1_000_003 * self.ranks.rank)
         grid = self.grid if nfe == self.grid.steps else nfe
@@ -149,7 +152,7 @@ class Evaluation:
     def run(
         self, evaluations: Sequence[int], every_solver: Sequence[int] | None = None
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The nested metrics of `distill.metrics.table`, with the suite's `floor`, and samples by title for a picture.
+        """The nested metrics of `distill.metrics.table`, with `reference_vs_holdout`, and samples by title for a picture.
 
         Args:
             evaluations: NFEs of teacher and student; the student's own is measured too.
@@ -159,10 +162,14 @@ class Evaluation:
         tried = [n for n in nfes if n <= FEW] if every_solver is None else every_solver
         teacher, free, student, panels = {}, {}, {}, {}
         for nfe in nfes if self.teacher is not None else ():
+            self.progress(f"teacher, {nfe} evaluations")
             samples = self._solver_samples(nfe, nfe in tried)
             if PLAIN not in samples:
                 continue  # a guided teacher costs two evaluations
-            scores = {name: self.score(x, quick=name != PLAIN) for name, x in samples.items()}
+            scores = {}
+            for name, x in samples.items():
+                self.progress(f"teacher, {nfe} evaluations, {name}")
+                scores[name] = self.score(x, quick=name != PLAIN)
             teacher[nfe] = scores[PLAIN]
             if nfe in tried:
                 shared = set.intersection(*map(set, scores.values()))  # a best of all solvers needs the scores of all
@@ -170,11 +177,13 @@ class Evaluation:
             if nfe in (self.grid.steps, nfes[-1]):
                 panels[f"teacher, {nfe} evaluations"] = panel_samples(samples[PLAIN])
         for nfe in nfes if self.student is not None else ():
+            self.progress(f"student, {nfe} evaluations")
             x = self.draw(self.student_sampler(nfe))
             student[nfe] = self.score(x)
             if nfe == self.grid.steps:
                 panels[f"student, {nfe} evaluations"] = panel_samples(x)
-        return table.build(teacher, free, student) | {"floor": self.suite.floor(self.ranks)}, panels
+        distances = self.suite.reference_vs_holdout(self.ranks)
+        return table.build(teacher, free, student) | {"reference_vs_holdout": distances}, panels
 
     def _solver_samples(self, nfe: int, every_solver: bool) -> dict[str, Tensor]:
         """Samples of the teacher by "solver/grid" at `nfe` evaluations, on the CPU."""

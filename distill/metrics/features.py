@@ -1,4 +1,4 @@
-"""Features of images for a metric: the networks by name, and what a reference has of them, computed once."""
+"""Features of images for metrics: feature networks by name, and cached features of reference images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BATCH = 64
 Pixels = Iterator[Tensor]  # batches (B, C, H, W) in [-1, 1]
 
 
-_built: dict[str, Any] = {}  # of one run: a network that two metrics ask for is one
+_built: dict[str, Any] = {}  # networks already built in this process, shared by metrics
 
 
 def network(name: Any, settings: dict[str, Any] | None = None, allow: tuple[str, ...] = (), where: str = "") -> Any:
@@ -50,7 +50,7 @@ def network(name: Any, settings: dict[str, Any] | None = None, allow: tuple[str,
 
 
 def extract(net: Callable[[Tensor], Tensor], pixels: Pixels, device: torch.device | str = "cpu") -> Tensor:
-    """float32 (n, d) on the CPU of all batches; `net` is on `device` meanwhile, and out of an accelerator's way again."""
+    """Features (n, d), float32 on the CPU, of all batches; `net` is moved to `device` and back to the CPU afterwards."""
     if isinstance(net, FeatureNetwork):
         net.to(device)
     try:
@@ -79,7 +79,7 @@ def batches(x: Tensor, size: int = BATCH, decode: Callable[[Tensor], Tensor] | N
 
 @dataclass
 class Reference:
-    """Of the real images: features (n, d), or their mean and covariance alone, as published."""
+    """Statistics of the real images: features (n, d), or their mean and covariance, as published files have them."""
 
     name: str
     features: Tensor | None = None
@@ -137,7 +137,7 @@ def reference(
 ) -> Reference | None:
     """Features of real images on the first rank, None on the others; all ranks call it.
 
-    They come from the cache where the same network had the same images before, else each rank computes its share.
+    They are read from the cache if the same network has seen the same images before; else each rank computes its share.
     """
     file = cache() / "features" / f"{net.key}-{images.key}.safetensors" if isinstance(net, FeatureNetwork) else None
     features = _read(file) if ranks.rank == 0 else None
@@ -150,7 +150,7 @@ def reference(
 
 
 def _read(file: Path | None) -> Tensor | None:
-    """What a file of the cache holds; a broken one is written anew."""
+    """The features in a cache file; None if it is missing or damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -170,7 +170,7 @@ def _save(features: Tensor, file: Path) -> None:
         with atomic_write(file, "wb") as out:
             out.write(save({"features": features.contiguous()}))
     except OSError:
-        return  # a cache: a full or read-only disk costs the time of computing it again
+        return  # only a cache: with a full or read-only disk it is computed again next time
 
 
 # --- real images ------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Images against images: the metrics of a folder or of shards, without a run, on one process or many."""
+"""Metrics of a folder of images or of shards, without a run, on one or several processes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from distill.metrics.shares import current_shares
 
 
 def score(samples: Path, real: Path | None, metrics: Any, allow: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Metric -> value of the images at `samples` against those at `real`, and how many there were of each.
+    """Metric -> value of the images at `samples` against those at `real`, and the number of images in both.
 
     Args:
         samples, real: a folder of image files, or shards; `real` may be a file of statistics for distances alone.
         metrics: names, or names with settings, as `eval.metrics` takes them. fd, mmd, precision and recall without
-            `features` are of the pixels and want images of one size.
+            `features` are of the pixels and require images of one size.
 
     Raises:
         BadInput: nothing to read, an unknown metric, or one that needs what is not there.

@@ -22,9 +22,10 @@ SHOWN = 16  # samples of a picture: a decoder is slow
 
 
 def features(x: Tensor) -> Tensor:
-    """(n, d) in float32 of latents (n, C, ...): of each channel the means of 2 parts an axis, and its deviation.
+    """Features (n, d), float32, of latents (n, C, ...): per channel the means of the 2 halves of each axis (4 quadrants
+    of an image) and the standard deviation.
 
-    The means see layout and colour, the deviations loss of detail: no replacement for metrics of decoded samples.
+    The means depend on layout and colour, the deviation on detail. They do not replace metrics of decoded samples.
     """
     x = x.detach().cpu().float()
     pool = (functional.adaptive_avg_pool1d, functional.adaptive_avg_pool2d, functional.adaptive_avg_pool3d)[x.ndim - 3]
@@ -32,18 +33,19 @@ def features(x: Tensor) -> Tensor:
 
 
 class LatentSuite(Suite):
-    r"""`latent_fd`, the Fréchet distance of `features` between samples and reference, beside the samples' mean and deviation;
-    `latent_mmd` where it may be slow.
+    r"""Metrics of latents: `latent_fd`, the Fréchet distance of `features`; mean and standard deviation; `latent_mmd`
+    unless `quick`.
 
     Args:
-        reference: latents (m, C, ...), or a call that makes them, such as a teacher's samples.
-        held_out: latents of another split, for the floor.
-        keep: file that stores what the call draws.
-        key: of what is stored; with another key it is drawn again.
-        decode: latents to pixels (n, 3, H, W) or (n, 3, F, H, W) in [-1, 1], for pictures; none shows channels.
-        metrics: more to measure, by features of decoded samples (`distill.metrics.named`).
-        look: `decode` for these; it stays in memory.
-        captions: n to those of n samples, for metrics that read them.
+        reference: latents (m, C, ...), or a function that draws them, such as the teacher's sampler.
+        held_out: latents of another split, for `reference_vs_holdout`.
+        keep: file that stores what the function drew.
+        key: of the stored reference; with another key it is drawn again.
+        decode: latents to pixels (n, 3, H, W) or (n, 3, F, H, W) in [-1, 1], for pictures; without it the picture
+            shows the first channels.
+        metrics: further metrics, of features of decoded samples (`distill.metrics.named`).
+        look: `decode` for these metrics; its autoencoder stays in memory.
+        captions: maps n to the captions of n samples, for metrics that read them.
         allow: packages that a metric's `_target_` may name.
     """
 
@@ -79,7 +81,7 @@ class LatentSuite(Suite):
         self.features: Tensor | None = None if self.x is None else features(self.x)
 
     def prepare(self) -> None:
-        """Draw or read the reference at the first call; all ranks call it where the teacher is sharded."""
+        """Draw or read the reference at the first call; all ranks call it if the teacher is sharded."""
         if self.features is None:
             self.x = self._read()
             if self.x is None:
@@ -121,12 +123,12 @@ class LatentSuite(Suite):
 
     @torch.no_grad()
     def pixels(self, x: Tensor) -> Tensor:
-        """Pixels of x for the networks, (n, 3, H, W): of video the middle frame."""
+        """Pixels of x for the feature networks, (n, 3, H, W); of a video the middle frame."""
         pixels = self.look(x).cpu().float()
         return (pixels[:, :, pixels.shape[2] // 2] if pixels.ndim == 5 else pixels).clamp(-1, 1)
 
-    def floor(self, ranks: SampleShares = ALONE) -> dict[str, float]:
-        """Distances between the reference and the other split."""
+    def reference_vs_holdout(self, ranks: SampleShares = ALONE) -> dict[str, float]:
+        """Distances between the reference and the held-out split."""
         if self.held_out is None:
             return {}
         self.prepare()

@@ -1,4 +1,4 @@
-r"""Metrics by name, on images and features of a network: those of papers, under the keys of `eval.metrics`.
+r"""Metrics by name, as `eval.metrics` takes them: distances of images or of their features, and scores per sample.
 
 | name | of | from |
 |---|---|---|
@@ -48,7 +48,7 @@ OWN = ("features", "reference", "k")  # settings that are ours, not the network'
 
 
 def settings(metrics: Any, where: str = "eval.metrics") -> dict[str, dict[str, Any]]:
-    """Name -> its settings, of a list of names or a mapping.
+    """Name -> settings, from a list of names or a mapping.
 
     Raises:
         BadInput: an unknown name, or settings that are no mapping.
@@ -84,7 +84,7 @@ def _known(name: str, options: Mapping[str, Any], where: str) -> None:
 
 @dataclass
 class Metric:
-    """One name, and what computes it: features of `net` against a reference, or a `reward` of each sample."""
+    """One metric: a distance of the features of `net` to a reference, or the mean `reward` of the samples."""
 
     name: str
     net: Any = None
@@ -93,7 +93,7 @@ class Metric:
     k: int = 3
 
     def value(self, x: Tensor, real: Reference) -> float:
-        """Of features x (n, d), already where they shall be computed."""
+        """The value for features x (n, d), computed on their device."""
         if self.name in ("precision", "recall"):
             both = measure.precision_recall(x, real.rows(self.name).to(x.device), self.k)
             return both[self.name == "recall"]
@@ -110,13 +110,13 @@ class Metric:
 
 
 class Measures:
-    """The metrics of a run that need a network.
+    """The metrics of a run that use networks.
 
     Args:
-        metrics: as `settings` returns them; the plain ones are left out.
+        metrics: as returned by `settings`; those without a network are ignored.
         real: the images that samples are compared with where a metric names no `reference` of its own.
         allow: packages that `_target_` may name.
-        device: where networks and distances are computed; a GPU where there is one.
+        device: of networks and distances; by default a GPU if there is one.
 
     Raises:
         BadInput: unknown settings, weights or a reference that are not there.
@@ -169,9 +169,10 @@ class Measures:
         """Name -> value of all ranks' samples together, on all of them.
 
         Args:
-            pixels: makes the batches of this rank's samples, (B, C, H, W) in [-1, 1]; called once for each network.
-            cond: this rank's conditions, one row a sample, among them `caption` (a list) or `label` for rewards.
-            quick: leave out what needs all pairs of samples.
+            pixels: returns an iterator over batches of this rank's samples, (B, C, H, W) in [-1, 1]; called once per
+                network.
+            cond: this rank's conditions, one row per sample, such as `caption` (a list) and `label` for rewards.
+            quick: leave out metrics that need all pairs of samples.
         """
         wanted = [m for m in self.all if not (quick and m.name in SLOW) and (only is None or m.name in only)]
         gathered: dict[Any, Tensor | None] = {}  # features by network, scores by metric, on the first rank

@@ -1,4 +1,4 @@
-"""PNG files: grids of images, grids side by side, scatter plots of 2-D samples. No window is ever opened."""
+"""PNG files: grids of images, grids side by side, scatter plots of 2-D samples. No window is opened."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def _tiles(
     if x.ndim != 4 or x.shape[1] not in (1, 3) or len(x) == 0:
         raise BadInput(f"images have the shape {tuple(x.shape)}; give (B, C, H, W) with B > 0 and C 1 or 3.")
     if not torch.isfinite(x).all():
-        raise BadInput("images hold NaN or infinite values; look at the sampler that made them.")
+        raise BadInput("images hold NaN or infinite values; check the sampler that made them.")
     names = None if labels is None else labels.tolist() if isinstance(labels, Tensor) else list(labels)
     if names is not None and len(names) != len(x):
         raise BadInput(f"{len(names)} labels for {len(x)} images; give one an image, or none.")
@@ -217,7 +217,7 @@ def _points(name: str, x: Tensor, d: int) -> Tensor:
     if x.ndim != 2 or x.shape[1] != d or len(x) == 0:
         raise BadInput(f"'{name}' has the shape {tuple(x.shape)}; this plot takes (n, {d}) with n > 0.")
     if not torch.isfinite(x).all():
-        raise BadInput(f"'{name}' holds NaN or infinite values; look at the sampler that made it.")
+        raise BadInput(f"'{name}' holds NaN or infinite values; check the sampler that made it.")
     return x
 
 

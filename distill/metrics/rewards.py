@@ -1,8 +1,8 @@
-"""Scores of samples, higher is better: `metric(x, data=None, **cond) -> (B,)`. They need not be differentiable.
+"""Rewards of samples, higher is better: `metric(x, data=None, **cond) -> (B,)`. They need not be differentiable.
 
-Any callable object of this form may stand in a config: the first ones here are for toys and tests, those on CLIP for images.
-One that is `paired` asks for the data sample or the caption of the same condition, so it ranks in training and scores nothing
-in an evaluation by itself.
+A config may name any callable of this form. The first ones below are for toys and tests, those with CLIP for images. A
+reward with `paired` needs the data sample or the caption of the same condition, so it ranks samples in training but is
+not a metric of an evaluation.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from distill.errors import BadInput
 
 
 class Near:
-    """Minus the distance to one point, rounded down to multiples of `grain`: a staircase without gradient.
+    """Minus the distance to one point, rounded down to multiples of `grain`: piecewise constant, so without gradient.
 
     Args:
         point: of the shape of a sample, or a number.
-        grain: height of a stair; 0 does not round.
+        grain: the step size; 0 does not round.
     """
 
     def __init__(self, point: list[float] | float, grain: float = 0.05):

@@ -1,4 +1,4 @@
-"""Several processes that measure together: each has its share of the samples, the first one has the numbers."""
+"""Evaluation on several processes: each has a share of the samples; rank 0 computes the metrics."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from distill.errors import BadInput
 
 
 class SampleShares:
-    """This process alone."""
+    """A single process."""
 
     rank, world = 0, 1
 
     def share(self, n: int) -> slice:
-        """The rows of n that this rank has; those of all ranks in order are all rows."""
+        """This rank's slice of n rows; the slices of all ranks in order are all rows."""
         return slice(n * self.rank // self.world, n * (self.rank + 1) // self.world)
 
     def counts(self, n: int) -> list[int]:
-        """Rows of every rank, of which this one has n; all call it."""
+        """Number of rows of every rank, given this rank's n; all ranks call it."""
         return [n]
 
     def gather(self, x: Tensor) -> Tensor | None:
-        """The rows of all ranks in order of rank, on the CPU of the first one; None on the others."""
+        """The rows of all ranks in order of rank, on the CPU of rank 0; None on the others."""
         return x.cpu()
 
     def from_first(self, make: Callable[[], Any]) -> Any:
-        """What `make` gives on the first rank, on all of them; what it raises there is raised on all of them."""
+        """The result of `make` on rank 0, returned on all ranks; its exception is raised on all ranks."""
         return make()
 
     def on_all(self, make: Callable[[], Any]) -> Any:
-        """What `make` gives on this rank; raises on all ranks what it raises on one, where no other rank may wait."""
+        """The result of `make` on this rank. An exception on any rank is raised on all, so that none waits for another."""
         return make()
 
 

@@ -1,4 +1,4 @@
-"""Suites: what to measure for a kind of data, images against a reference split, toys against their exact law."""
+"""Metric suites by kind of data: images against a reference split, toys against their exact distribution."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Suite:
         x: reference samples (m, ...); None before `prepare` where they are drawn from the teacher.
         label: their classes (m,), or None.
         oracle: the exact law of the data, or None.
-        headline: the metric that a run is judged by.
+        headline: the main metric of a run, which decides the best checkpoint by default.
     """
 
     x: Tensor | None = None
@@ -35,7 +35,7 @@ class Suite:
     headline: str
 
     def prepare(self) -> None:
-        """Make what `score` compares with, where it is not given; all ranks call it where the teacher is sharded."""
+        """Compute the reference that `score` compares with, if it was not passed; all ranks call it with a sharded teacher."""
 
     def score(
         self, x: Tensor, cond: dict[str, Any], quick: bool = False, ranks: SampleShares = ALONE
@@ -43,13 +43,13 @@ class Suite:
         """Metric -> value of samples x (n, ...) made under `cond`.
 
         Args:
-            quick: leave out what needs all pairs of samples.
-            ranks: all of them call it with their shares of the samples, and get the values of all.
+            quick: leave out metrics that need all pairs of samples.
+            ranks: every rank passes its share of the samples; all receive the values of all samples.
         """
         raise NotImplementedError
 
-    def floor(self, ranks: SampleShares = ALONE) -> dict[str, float]:
-        """Metric -> value of other real samples: what a perfect model would show. Empty where there are none."""
+    def reference_vs_holdout(self, ranks: SampleShares = ALONE) -> dict[str, float]:
+        """Metric -> value of other real samples, which a perfect model would have; empty if there are none."""
         return {}
 
     def picture(self, panels: dict[str, Tensor], path: str | Path, columns: int = 0) -> None:
@@ -58,14 +58,14 @@ class Suite:
 
 
 class ImageSuite(Suite):
-    """Samples against reference images: by themselves, and by features of networks where `metrics` names such.
+    """Metrics of images against reference images, on the values themselves or on features of networks.
 
     Args:
         x, label: the reference split (n, C, H, W) in [-1, 1], or latents, and its classes (n,) or None.
-        held_out: the other split, for the finite-sample floor: the distance of two sets of real images.
-        reward: what a method ranks its samples by, `metric(x, **cond) -> (B,)`; its mean is scored too.
-        metrics: what to measure, a list of names or names with settings (`distill.metrics.named`); without it fd (of up to
-            4,096 values), mmd, accuracy, precision and recall of the samples as they are.
+        held_out: the other split, for `reference_vs_holdout`: the distance of two finite sets of real images.
+        reward: the method's reward, `metric(x, **cond) -> (B,)`; its mean is a metric too.
+        metrics: a list of names or names with settings (`distill.metrics.named`); by default fd (of up to 4,096
+            values), mmd, accuracy, precision and recall of the values themselves.
         decode: latents to pixels, for networks and pictures.
         allow: packages that a metric's `_target_` may name.
     """
@@ -96,7 +96,7 @@ class ImageSuite(Suite):
 
     @property
     def headline(self) -> str:
-        """The first metric of which less is better, or the first."""
+        """The first metric that is better when lower; the first one if there is none."""
         return next((name for name in self.names if not table.higher(name)), self.names[0])
 
     @cached_property
@@ -138,8 +138,8 @@ class ImageSuite(Suite):
                 out |= {key: value for key, value in both.items() if self.k.get(key) == self.k[name]}
         return out
 
-    def floor(self, ranks: SampleShares = ALONE) -> dict[str, float]:
-        """Distances between the two real splits: what a perfect model would show against the held-out one."""
+    def reference_vs_holdout(self, ranks: SampleShares = ALONE) -> dict[str, float]:
+        """Distances between the two real splits, which a perfect model would have too."""
         if self.held_out is None:
             return {}
         local = self.held_out[ranks.share(len(self.held_out))]
@@ -188,7 +188,7 @@ class ToySuite(Suite):
         exact = self.oracle.flow_map(z.double(), torch.ones(n).double(), torch.zeros(n).double())
         return float((x.double() - exact).square().mean().sqrt() / self.x.std())
 
-    def floor(self, ranks: SampleShares = ALONE) -> dict[str, float]:
+    def reference_vs_holdout(self, ranks: SampleShares = ALONE) -> dict[str, float]:
         again, _ = self.oracle.sample(len(self.x), generator=torch.Generator().manual_seed(54321))
         return {"energy": distances.energy_distance(again, self.x)}
 

@@ -2,7 +2,8 @@
 
     {"teacher": {nfe: {metric: value}}, "training_free": ..., "student": ...,
      "solvers": {nfe: {metric: name}},
-     "every_solver": {nfe: {name: {metric: value}}}}
+     "every_solver": {nfe: {name: {metric: value}}},
+     "reference_vs_holdout": {metric: value}, "about": {"samples": ..., "reference": ..., "seed": ..., ...}}
 
 "training_free" is the best solver of each metric and "solvers" its name; nfe is a string, network evaluations per
 sample, so that the dict is the same before and after JSON.
@@ -17,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from distill.errors import BadInput, suggest
-from distill.files import atomic_write, markdown_table
+from distill.files import atomic_write, markdown_table, sample_counts
 
 Scores = Mapping[int, Mapping[str, float]]  # {nfe: {metric: value}}
 
@@ -38,7 +39,7 @@ def better(metric: str, a: float, b: float) -> bool:
 
 
 def best(metric: str, value: float | None, rivals: Sequence[float | None]) -> bool:
-    """Whether none of the rivals, of which it is one, is better; False where there is nothing to win."""
+    """Whether `value` is the best of `rivals`, which include it; False if all are equal or there is only one."""
     rivals = [v for v in rivals if v is not None and math.isfinite(v)]
     won = value is not None and math.isfinite(value) and len(rivals) > 1 and metric not in UNRANKED
     return won and not any(better(metric, v, value) for v in rivals)
@@ -57,8 +58,8 @@ def arrow(metric: str) -> str:
 def build(teacher: Scores, training_free: Mapping[int, Mapping[str, Mapping[str, float]]], student: Scores) -> dict:
     """The nested dict of a run from `{nfe: {metric: value}}` of teacher and student and the scores of every solver.
 
-    The row "training_free" takes, for each NFE and each metric by itself, the solver that is best at it: the
-    hardest opponent a student can have, no single solver need reach it. "solvers" names the winners.
+    The row "training_free" has, for each NFE and each metric separately, the value of the best solver, so a single
+    solver may be worse than this row. "solvers" names the best ones.
     """
     best: dict[str, dict[str, float]] = {}
     winners: dict[str, dict[str, str]] = {}
@@ -98,15 +99,19 @@ def read(path: str | os.PathLike) -> dict:
         raise BadInput(f"{path} cannot be read as metrics ({error}); run the evaluation again.") from None
     if not isinstance(metrics, dict) or not rows(metrics):
         raise BadInput(f"{path} holds no row of a model; it is not a metrics.json of an evaluation.")
+    if "floor" in metrics:  # its name in files of version 0.1.0
+        metrics["reference_vs_holdout"] = metrics.pop("floor")
     return metrics
 
 
 def show(metrics: dict, names: Sequence[str] | None = None, console=None, title: str | None = None) -> None:
-    """Print by rich, the best at each number of evaluations bold: models by NFE x metric; where that is too wide for the
-    console, models and NFE by metric, in as many tables as keep every number whole.
+    """Print a table by rich, with the best value at each number of evaluations in bold, and the number of samples below.
+
+    Rows are models and columns NFE x metric. If that is wider than the console, rows are models x NFE and columns
+    metrics, in as many tables as needed.
 
     Args:
-        names: metrics to print; by default all that a better and a worse are known of.
+        names: metrics to print; by default all that have a better direction.
     """
     from rich.console import Console
     from rich.table import Table
@@ -140,15 +145,17 @@ def show(metrics: dict, names: Sequence[str] | None = None, console=None, title:
     names = _names(metrics, names or _ranked(metrics))
     if fits(wide(names, title)):
         console.print(wide(names, title))
-        return
+        names = []
     while names:
         count = next((n for n in range(len(names), 1, -1) if fits(tall(names[:n], title))), 1)
         console.print(tall(names[:count], title))
         names, title = names[count:], None
+    if counts := sample_counts(metrics.get("about", {})):
+        console.print(counts, highlight=False)
 
 
 def _ranked(metrics: dict) -> list[str]:
-    """The measured metrics that a better and a worse are known of, or all where there is no such."""
+    """The measured metrics that have a better direction; all of them if none has."""
     seen = _names(metrics, None)
     return [name for name in seen if name not in UNRANKED] or seen
 
@@ -158,7 +165,7 @@ def _bold(text: str, top: bool) -> str:
 
 
 def markdown(metrics: dict, names: Sequence[str] | None = None) -> str:
-    """The same table for a page, the best of each column bold, and below it the solvers behind the middle row."""
+    """The table in Markdown, with the best of each column in bold; below it the best solvers and the sample counts."""
     names = _names(metrics, names)
     columns = _columns(metrics, names)
     head = ["", *(f"{metric}{arrow(metric)}, {nfe} NFE" for metric, nfe in columns)]
@@ -171,7 +178,9 @@ def markdown(metrics: dict, names: Sequence[str] | None = None) -> str:
         for metric, nfe in columns
         if metric in metrics.get("solvers", {}).get(nfe, {})
     ]
-    return text + (f"\nTraining-free best: {'; '.join(won)}.\n" if won else "")
+    text += f"\nTraining-free best: {'; '.join(won)}.\n" if won else ""
+    counts = sample_counts(metrics.get("about", {}))
+    return text + (f"\n{counts}\n" if counts else "")
 
 
 def _keys(scores: Scores) -> dict[str, dict[str, float]]:
@@ -179,7 +188,7 @@ def _keys(scores: Scores) -> dict[str, dict[str, float]]:
 
 
 def _names(metrics: dict, names: Sequence[str] | None) -> list[str]:
-    """Metrics to show, in the order first seen; `BadInput` for one that no row has."""
+    """Metrics to show, in the order in which rows have them; `BadInput` for a metric that no row has."""
     seen = list(dict.fromkeys(m for row in rows(metrics).values() for values in row.values() for m in values))
     for name in names or ():
         if name not in seen:
@@ -195,7 +204,7 @@ def _columns(metrics: dict, names: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _cells(metrics: dict, names: Sequence[str]) -> dict[str, list[tuple[str, bool]]]:
-    """Text of each cell and whether it is the best of its column (no rival, no best)."""
+    """Text of each cell, and whether it is the best of its column; with a single value none is."""
     out: dict[str, list[tuple[str, bool]]] = {row: [] for row in rows(metrics)}
     for metric, nfe in _columns(metrics, names):
         column = {row: values.get(nfe, {}).get(metric, math.nan) for row, values in rows(metrics).items()}
@@ -207,7 +216,7 @@ def _cells(metrics: dict, names: Sequence[str]) -> dict[str, list[tuple[str, boo
 
 
 def _finite(value):
-    """NaN and infinity as null: JSON has no word for them."""
+    """NaN and infinity as null, since JSON cannot represent them."""
     if isinstance(value, Mapping):
         return {str(key): _finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):

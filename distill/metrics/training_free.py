@@ -1,4 +1,4 @@
-"""What the teacher reaches without training: several solvers and time grids at equal, counted cost."""
+"""Training-free baselines: the teacher under several solvers and time grids at equal, counted cost."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from distill.times import Grid
 
 TRAINING_FREE = ("ddim", "heun", "dpmpp_2s", "dpmpp_2m")
 
-# --- where in time ----------------------------------------------------------------------------------------------
+# --- time grids ----------------------------------------------------------------------------------------------
 
 
 def uniform(schedule: Schedule, steps: int) -> Grid:
@@ -28,7 +28,7 @@ def uniform(schedule: Schedule, steps: int) -> Grid:
 def karras(schedule: Schedule, steps: int, rho: float = 7.0) -> Grid:
     r"""(sigma/alpha)^{1/rho} falls linearly from 80 to 0.002 over K times, then 0; mapped to t through the log-SNR.
 
-    The first time is 1, where the noise is. Source: Karras et al. 2022, https://arxiv.org/abs/2206.00364, equation 5.
+    The first time is 1. Source: Karras et al. 2022, https://arxiv.org/abs/2206.00364, equation 5.
     """
     low, high = (ratio ** (1 / rho) for ratio in _ratios(schedule, 0.002, 80.0))
     return _grid(schedule, -2 * rho * torch.linspace(high, low, steps, dtype=torch.float64).log())
@@ -44,7 +44,7 @@ GRIDS: dict[str, Callable[[Schedule, int], Grid]] = {"uniform": uniform, "karras
 
 
 def _ratios(schedule: Schedule, low: float, high: float) -> tuple[float, float]:
-    """The range of sigma/alpha within what the schedule covers; a table's network is not trained below node 0."""
+    """The range of sigma/alpha, clipped to that of the schedule; a Table starts at node 0, below which nothing is trained."""
     first = 1 / len(schedule.alphas_cumprod) if isinstance(schedule, Table) else 0.0
     bottom, top = torch.exp(-schedule.log_snr(torch.tensor([first, 1.0], dtype=torch.float64)) / 2).tolist()
     return max(low, bottom), min(high, top)
@@ -54,15 +54,15 @@ def _grid(schedule: Schedule, log_snr: Tensor) -> Grid:
     return Grid((1.0, *schedule.time(log_snr)[1:].tolist(), 0.0))
 
 
-# --- at what cost -----------------------------------------------------------------------------------------------
+# --- cost ---------------------------------------------------------------------------------------------------
 
 
 class Counted(nn.Module):
     """A denoiser that counts network evaluations per sample in `.evaluations`; set it to 0 to start again.
 
-    Rows are counted where they enter the innermost denoiser and divided by the rows of the outer call: a guided
-    call, which needs the answers with and without condition, counts 2, batched or not, and 1 where w = 1 turns guidance
-    off. Papers often count such a call as one step; here it is what the hardware pays.
+    Rows of the calls of the innermost denoiser are divided by the rows of the outer call: a guided call, which evaluates
+    the network with and without the condition, counts 2, batched or not, and 1 if w = 1. Papers often count such a call
+    as one step.
     """
 
     def __init__(self, denoiser: nn.Module):
@@ -99,11 +99,11 @@ def baseline(
 ) -> dict[int, dict[str, Tensor]]:
     """Samples of the teacher at equal cost: `{nfe: {"solver/grid": x}}`, all from z (B, ...) ~ sigma_1 N(0, I).
 
-    nfe counts network evaluations per sample, as `Counted`; a guided teacher makes nfe // 2 calls, and has no entry at
-    nfe 1. With e > 1 calls a step a solver takes (calls - 1) // e steps and spends the rest on steps of DDIM: the
-    last, where it would fall back to that anyway, and before its first if any is left over. It is left out where that
-    leaves it no step. Grids that coincide (all do at one step) are sampled once. `batch` bounds the rows of one call;
-    they are moved to the denoiser's device, and the samples back to that of z.
+    nfe counts network evaluations per sample, as `Counted`; a guided teacher makes nfe // 2 calls and has no entry at
+    nfe 1. A solver with e > 1 calls per step takes (calls - 1) // e steps; the remaining calls are DDIM steps: the last
+    step, where the solver equals DDIM anyway, and the first ones if more remain. A solver without any step of its own is
+    left out. Grids that coincide (all do at one step) are sampled once. `batch` is the maximum number of rows per call;
+    rows are moved to the denoiser's device, and samples back to that of z.
 
     Raises:
         BadInput: for an unknown solver or grid, nfe below 1, or a condition without one row a sample.
@@ -128,7 +128,7 @@ def baseline(
 
 
 def plan(method: Solver, calls: int) -> list[Solver]:
-    """The solver of each step, exactly `calls` denoiser calls in all; empty where `method` gets no step of them."""
+    """The solver of each step, with exactly `calls` denoiser calls in total; empty if `method` would have no step."""
     if method.evaluations == 1:
         return [method] * calls
     steps = (calls - 1) // method.evaluations
@@ -146,7 +146,7 @@ def price(denoiser: nn.Module, z: Tensor, cond: Mapping[str, Any]) -> float:
 
 
 def _sample(denoiser, z: Tensor, cond: dict, legs: list[Solver], times: Sequence[float], generator) -> Tensor:
-    """Through all times, consecutive steps of one solver in one `solve`, so that multistep ones keep their history."""
+    """Samples through all times; consecutive steps of one solver share one `solve`, so multistep solvers keep history."""
     start, z = 0, denoiser.schedule.start(z)
     for end in range(1, len(legs) + 1):
         if end == len(legs) or legs[end] is not legs[start]:
@@ -175,4 +175,4 @@ def _check(z: Tensor, cond: Mapping[str, Any], evaluations: Sequence[int], grids
         if isinstance(value, Tensor) and (value.ndim == 0 or len(value) != len(z)):
             raise BadInput(f"condition '{key}' is {tuple(value.shape)} for {len(z)} samples; give one row a sample.")
     if len(z) == 0:
-        raise BadInput("z holds no noise; draw at least one.")
+        raise BadInput("z is empty; draw at least one noise.")

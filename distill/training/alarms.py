@@ -1,7 +1,7 @@
-"""Alarms on runs that go wrong while their losses look normal.
+"""Alarms for failing runs whose losses look normal.
 
 At each validation the student's collapse indicators are compared with the teacher's (`RULES`, `MetricMonitor`). Between
-validations, gradient norms and update sizes are compared with their own past (`UpdateMonitor`).
+validations, gradient norms and update sizes are compared with their earlier values (`UpdateMonitor`).
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ class Alarm(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule:
-    """A reading within [low, high] is healthy.
+    """The accepted range [low, high] of one metric, and the text and remedy of its alarm.
 
-    `against`: "ratio" divides by the reference's value, which must be at least `least`; "excess" subtracts it; "" neither.
+    `against`: "ratio" divides by the reference's value, which must be at least `least`; "excess" subtracts it; "" uses
+    the value itself.
     """
 
     kind: str
@@ -121,13 +122,13 @@ RULES = (
 
 
 def rules_for(method: Any) -> tuple[Rule, ...]:
-    """All of them; without mode loss where a metric or a reward moves the student's law off the data's on purpose."""
+    """All rules; without those for lost modes if a reward moves the student's distribution away from the data's."""
     moved = method.metric is not None
     return tuple(rule for rule in RULES if not (moved and rule.kind == "mode loss"))
 
 
 def halfway_step(method: Any) -> float:
-    """Half of the run after its warm start; of a method that starts anew midway half of its last start, never before it."""
+    """The step half way between the warm start and the end; for methods in rounds, half of the last round."""
     done, of = method.schedule_step()
     begin = method.step - done
     last = begin + 1.5 * of > method.total_steps  # no other start fits in; their lengths are rounded down
@@ -137,13 +138,12 @@ def halfway_step(method: Any) -> float:
 class MetricMonitor:
     """Compares the student's metrics with a reference at each validation.
 
-    An alarm is raised where a reading leaves its range after it has been inside, and where it is still outside at the first
-    validation from half of the run on: what a student has not reached yet at the start is no fault. It is not raised again
-    until the reading has been inside once more.
+    An alarm is raised if a metric leaves its range after it was inside, or is still outside at the first validation in
+    the second half of the run. It is raised again only after the metric was inside once more.
 
     Args:
-        half: the step from which a reading must be inside; see `halfway_step`.
-        warm: steps of its warm start, which count for nothing.
+        half: the step from which a metric must be inside; see `halfway_step`.
+        warm: steps of the warm start, which are ignored.
     """
 
     def __init__(self, half: float, warm: int = 0, rules: Iterable[Rule] = RULES):
@@ -176,14 +176,14 @@ PIECES, PIECE = 8, 1 << 16  # tensors of a role, and values of each, that its up
 
 
 class UpdateMonitor(lightning.Callback):
-    """Gradient norms by role against their running median, update over weight by role, the head's loss.
+    """Monitors gradient norms against their running median, update sizes, and the loss of the head, by role.
 
-    Between logged steps one comparison per role runs on the device; logging synchronises with it anyway.
-    `ROLE/update`, the norm of a step's change over that of the weights, joins the log: on `PIECES` tensors, `PIECE` values
-    of each; of shards the mean over the ranks' own.
+    Between logged steps the maximum norm is kept on the device; it is read when the log synchronises anyway. Adds
+    `ROLE/update` to the log: the norm of a step's change over that of the weights, on up to `PIECE` values of each of up
+    to `PIECES` tensors; with sharded weights the mean over the ranks.
 
     Args:
-        every: steps between checks, those of the log.
+        every: steps between checks, equal to those between log rows.
         raise_alarm: called with each alarm.
     """
 

@@ -1,4 +1,4 @@
-"""The teacher's own scores, the baseline on every chart: measured once and shared by the runs in one folder."""
+"""The teacher baseline of validation: measured once and shared by the runs in one folder."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ SAMPLED = 256  # values of each tensor that name it
 
 
 def fingerprint(teacher: nn.Module, z: Tensor, cond: Mapping[str, Tensor], tests: Any, about: Any) -> str:
-    """A name for all that the baseline depends on: weights, noises, conditions, reference and `about`, plain settings.
+    """A digest of everything the baseline depends on: weights, noises, conditions, reference, and the settings `about`.
 
-    Of each tensor its shape and `SAMPLED` of its values, evenly spaced, so that a teacher of 10^10 weights takes a second.
+    Of each tensor the shape and `SAMPLED` evenly spaced values are used, so that 10^10 weights take about a second.
     """
     digest = hashlib.sha256(
         json.dumps([__version__, type(tests).__name__, about], sort_keys=True, default=str).encode()
@@ -43,8 +43,8 @@ def measure_baseline(
 ) -> Scores:
     """`teacher@K` and `teacher@most` by DDIM in equal steps, under the run's guidance, from the student's own noise.
 
-    Without a teacher the reference itself, `data`, and only what needs no second set of samples. With `scores` false
-    nothing is scored: for ranks that only take part in sharded forward passes.
+    Without a teacher, `data`: the indicators of the reference itself that need no second set of samples. `scores=False`
+    computes no metric, for ranks that only take part in sharded forward passes.
     """
     teacher, found = method.role("teacher"), {}
     if teacher is None:
@@ -58,7 +58,7 @@ def measure_baseline(
 
 
 def _reference(tests: Any, cond: Mapping[str, Tensor]) -> dict[str, float]:
-    """Signs of the reference: coverage as of other samples of its law, diversity where samples have conditions alike."""
+    """Collapse indicators of the reference; its coverage is that of other samples of the same distribution."""
     label = tests.label
     found = collapse_indicators(tests.x, {} if label is None else {"label": label}, tests.x)
     found["coverage"] = 1 - 0.5**5

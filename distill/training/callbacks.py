@@ -11,16 +11,37 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 console = Console()
+PRINT_EVERY = 10.0  # seconds between lines of progress without a terminal
+
+
+class TimedPrint:
+    """Prints a line of progress if none was printed in the last `PRINT_EVERY` seconds.
+
+    Args:
+        prefix: before each line.
+    """
+
+    def __init__(self, prefix: str = ""):
+        self.prefix, self.last = prefix, time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        return time.monotonic() - self.last >= PRINT_EVERY
+
+    def __call__(self, text: str) -> None:
+        if self.due:
+            self.last = time.monotonic()
+            console.print(self.prefix + text, highlight=False)
 
 
 class ProgressBar(lightning.Callback):
-    """rich progress bar with losses by role and steps per second; without a terminal, a line every so many steps."""
+    """rich progress bar with losses by role and steps per second; without a terminal, a line every `PRINT_EVERY` seconds."""
 
     def __init__(self, total: int, every: int = 10):
         self.total, self.every, self.bar = total, every, None
 
     def on_train_start(self, trainer, method):
-        self.start, self.first = time.monotonic(), method.step
+        self.start, self.first, self.line = time.monotonic(), method.step, TimedPrint()
         if console.is_terminal:
             columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
             self.bar = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console)
@@ -29,16 +50,18 @@ class ProgressBar(lightning.Callback):
             self.task = self.bar.add_task(name, total=self.total, completed=method.step, note="")
 
     def on_train_batch_end(self, trainer, method, outputs, batch, index):
-        if method.step % self.every and method.step != self.total:
+        last = method.step == self.total
+        if not last and not (self.line.due if self.bar is None else method.step % self.every == 0):
             return
         rate = (method.step - self.first) / max(time.monotonic() - self.start, 1e-9)
         losses = {k.removesuffix("/loss"): float(v) for k, v in method.logs.items() if k.endswith("/loss")}
         note = "  ".join(f"{k} {v:.4g}" for k, v in losses.items()) + f"  {rate:.1f} steps/s"
         if self.bar:
             self.bar.update(self.task, completed=method.step, note=note)
-        elif method.step % (20 * self.every) == 0 or method.step == self.total:
+        else:
             left = (self.total - method.step) / rate
-            console.print(f"step {method.step}/{self.total}  {note}  {left:.0f} s left", highlight=False)
+            self.line.last = -PRINT_EVERY if last else self.line.last
+            self.line(f"step {method.step}/{self.total}  {note}  {left:.0f} s left")
 
     def teardown(self, trainer, method, stage):
         if self.bar:
@@ -71,7 +94,7 @@ class MetricLogger(lightning.Callback):
         self.log_event("write", row, step)
 
     def back(self, step: int) -> None:
-        """After a rollback to `step`: loggers that can do so drop what they have of later steps."""
+        """After a rollback to `step`: loggers that support it drop the rows of later steps."""
         self.last = min(self.last, step)
         self.log_event("back", step)
 
@@ -82,10 +105,13 @@ class MetricLogger(lightning.Callback):
 
 
 class PeriodicCallback(lightning.Callback):
-    """Calls `action(method)` every so many steps and at the end, at most once a step.
+    """Calls `action(method)` every `every` steps and at the end, at most once per step.
 
-    `every`: a number of steps, or several; 0 is never. `start`: at step 0 too. `finished`: at the end only of a run
-    that was not interrupted.
+    Args:
+        every: one or several intervals in steps; 0 is never.
+        action: the callback.
+        start: call at step 0 too.
+        finished: call at the end only if the run was not interrupted.
     """
 
     def __init__(
@@ -122,7 +148,8 @@ class PeriodicCallback(lightning.Callback):
 class CheckpointCallback(PeriodicCallback):
     """Periodic checkpoints, written in the background; errors of a write are raised at the next step.
 
-    After a non-finite turn it waits for a step without one, so that not all kept checkpoints are from such a period.
+    After a non-finite turn the checkpoint is delayed until a step without one, so that not all kept checkpoints are from
+    such a period.
 
     Args:
         writer: a `distill.training.checkpoints.Writer`, None on ranks that write nothing.
@@ -134,7 +161,7 @@ class CheckpointCallback(PeriodicCallback):
         self.writer, self.facts, self.owed = writer, facts, False
 
     def _save(self, method):
-        state = method.snapshot()  # on every rank: the parts of one may lie on another
+        state = method.snapshot()  # a collective: every rank calls it
         if self.writer:
             self.writer.submit(state, fresh=method.placement.fresh, clean=method.nonfinite.clean(), **self.facts())
 

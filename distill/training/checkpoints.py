@@ -21,14 +21,14 @@ STAGING, BEFORE = ".writing-", "-before"
 
 
 def save(folder: str | Path, state: dict[str, Any], keep: int = 2, keep_best: int = 0, **manifest: Any) -> Path:
-    """Write `state` to `folder/step-00000000`; the `keep` newest and the `keep_best` of `score` remain, 0 keeps all.
+    """Write `state` to `folder/step-00000000`; keep the `keep` newest checkpoints (0: all) and the `keep_best` by score.
 
-    A checkpoint is first written beside its place, flushed, then renamed, and the folder flushed, so a killed process or
-    a power cut leaves no incomplete one. The manifest marks a complete checkpoint: step, size and CRC-32 of
-    every file, and whatever else is given (config fingerprint, versions, world size).
+    A checkpoint is written to a temporary folder, flushed, renamed, and its parent flushed, so that a killed process or a
+    power cut leaves no incomplete one. The manifest marks a complete checkpoint: step, size and CRC-32 of every file, and
+    the entries of `manifest` (config fingerprint, versions, world size).
 
     Raises:
-        BadInput: it cannot be written, or a weight is NaN or infinite; the checkpoints that were there remain.
+        BadInput: it cannot be written, or a weight is NaN or infinite; earlier checkpoints remain.
     """
     folder = Path(folder)
     _finite(state)
@@ -52,7 +52,7 @@ def save(folder: str | Path, state: dict[str, Any], keep: int = 2, keep_best: in
             os.replace(final, before)
         os.replace(staging, final)
         _flush_folder(folder)
-    except (OSError, RuntimeError) as error:  # torch.save wraps what the disk says
+    except (OSError, RuntimeError) as error:  # torch.save wraps the operating system's error
         shutil.rmtree(staging, ignore_errors=True)
         raise BadInput(_write_error(final, error, size(state))) from error
     shutil.rmtree(before, ignore_errors=True)
@@ -73,7 +73,7 @@ def _write_error(final: Path, error: Exception, needed: int) -> str:
 
 
 def size(state: Any) -> int:
-    """Bytes of all tensors in a nest of dictionaries and lists."""
+    """Bytes of all tensors in nested dictionaries and lists."""
     if isinstance(state, torch.Tensor):
         return state.numel() * state.element_size()
     values = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
@@ -86,7 +86,7 @@ def _flush(file: Any) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """The names in a folder reach the disk only when the folder itself is flushed."""
+    """Flush a folder, without which new names in it may be lost in a power cut."""
     number = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -112,7 +112,7 @@ def _facts(path: Path) -> dict[str, int]:
     return {"bytes": path.stat().st_size, "crc32": value}
 
 
-# -- which remain ----------------------------------------------------------------------------------------------------
+# -- retention -------------------------------------------------------------------------------------------------------
 
 
 def prune(folder: str | Path, keep: int, keep_best: int = 0) -> None:
@@ -132,7 +132,9 @@ def drop_after(path: Path) -> None:
 
 
 def _drop(path: Path) -> None:
-    aside = path.with_name(f"{STAGING}{path.name}")  # a kill within the removal leaves no half of a checkpoint
+    aside = path.with_name(
+        f"{STAGING}{path.name}"
+    )  # renamed first, so that a kill during removal leaves no partial checkpoint
     os.replace(path, aside)
     shutil.rmtree(aside)
 
@@ -146,7 +148,7 @@ def scores(folder: str | Path) -> dict[str, float]:
 
 
 def score(folder: str | Path, step: int, value: float) -> None:
-    """Note the validation score of a step, lower is better; NaN is the worst there is."""
+    """Record the validation score of a step, lower is better; NaN counts as infinity."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     value = value if value == value else float("inf")
@@ -154,7 +156,7 @@ def score(folder: str | Path, step: int, value: float) -> None:
 
 
 def rank(scores: dict[str, float], best: str) -> float:
-    """The score to keep the best by, lower is better; `best` is "min NAME" or "max NAME" of one of `scores`."""
+    """The score that ranks checkpoints, lower is better; `best` is "min NAME" or "max NAME" of one of `scores`."""
     direction, _, name = best.rpartition(" ")
     if direction not in ("", "min", "max") or name not in scores:
         raise BadInput(f"train.best: '{best}' must be min or max and one of {', '.join(scores)}.")
@@ -182,7 +184,7 @@ def manifest(path: Path) -> dict[str, Any]:
 
 
 def complete(folder: str | Path) -> list[Path]:
-    """Whole checkpoints in `folder`, oldest first: those whose manifest agrees with the sizes of their files."""
+    """Complete checkpoints in `folder`, oldest first: those whose files have the sizes in their manifest."""
     return [p for p in sorted(Path(folder).glob("step-*")) if _whole(p)]
 
 
@@ -195,7 +197,7 @@ def _whole(path: Path) -> bool:
 
 
 def latest(folder: str | Path) -> Path:
-    """The newest whole checkpoint.
+    """The newest complete checkpoint.
 
     Raises:
         BadInput: there is none.
@@ -207,10 +209,10 @@ def latest(folder: str | Path) -> Path:
 
 
 def load(path: str | Path, mapped: bool = False) -> dict[str, Any]:
-    """A checkpoint's state on the CPU, read with `weights_only=True`; `mapped`: tensors stay in the file until looked at.
+    """A checkpoint's state on the CPU, read with `weights_only=True`; `mapped` memory-maps the tensors.
 
     Raises:
-        BadInput: it is not what was written; the message names the newest one before it that is.
+        BadInput: it is damaged; the message names the newest older checkpoint that is intact.
     """
     path = Path(path)
     try:
@@ -222,29 +224,29 @@ def load(path: str | Path, mapped: bool = False) -> dict[str, Any]:
 
 
 def mend(path: Path) -> str:
-    """What to do about a damaged checkpoint."""
+    """The remedy for a damaged checkpoint, as text."""
     older = [p for p in complete(path.parent) if p.name < path.name and intact(p)]
     return f"remove it to go on from {older[-1].name}" if older else "there is no older one, so start the run anew"
 
 
 def intact(path: Path) -> bool:
-    """Whether the bytes are those that were written: torch itself does not look at its archive's check sums."""
+    """Whether the files have the recorded CRC-32; `torch.load` does not verify checksums."""
     files = manifest(path).get("files", {})
     return bool(files) and all(_facts(path / name) == facts for name, facts in files.items())
 
 
-# -- beside the training ---------------------------------------------------------------------------------------------
+# -- background writes -----------------------------------------------------------------------------------------------
 
 
 class Writer:
-    """Writes checkpoints in a thread, one at a time; the caller waits for the copy to the CPU only.
+    """Writes checkpoints in a background thread, one at a time; `submit` blocks only for the copy to host memory.
 
     Args:
         folder, keep, keep_best: see `save`.
-        written: called in the thread with the folder of each checkpoint once it is whole.
+        written: called in the thread with the folder of each complete checkpoint.
 
     Raises:
-        BadInput: from `check`, `wait` and the next `submit`, once: the error of the background write.
+        BadInput: the error of a background write, once, from `check`, `wait` or the next `submit`.
     """
 
     def __init__(
@@ -255,7 +257,7 @@ class Writer:
         self.error: BaseException | None = None
 
     def submit(self, state: dict[str, Any], fresh: bool = False, **manifest: Any) -> None:
-        """Copy `state`, unless it is a `fresh` copy already, and start to write it, after the write before has ended."""
+        """Wait for the previous write, copy `state` (unless it is a `fresh` copy already), and start to write it."""
         self.wait()
         copied = state if fresh else to_cpu(state)
         self.thread = threading.Thread(target=self._write, args=(copied, manifest), name="checkpoint")
@@ -264,13 +266,13 @@ class Writer:
     def _write(self, state: dict[str, Any], manifest: dict[str, Any]) -> None:
         try:
             self.written(save(self.folder, state, self.keep, self.keep_best, **manifest))
-        except BaseException as error:  # it is the training's to raise
+        except BaseException as error:  # raised in the training thread
             self.error = error
 
     def score(self, step: int, value: float) -> None:
-        """Note a step's validation score, by which the best are kept."""
+        """Record a step's validation score, by which the best checkpoints are kept."""
         score(self.folder, step, value)
-        if not self.thread:  # else the next write sees to it
+        if not self.thread:  # else the next write prunes
             prune(self.folder, self.keep, self.keep_best)
 
     def check(self) -> None:
@@ -287,14 +289,14 @@ class Writer:
         self.check()
 
     def finish(self) -> None:
-        """Wait for the current write and ignore its error: another one is being raised."""
+        """Wait for the current write and ignore its error, since another exception is being raised."""
         if self.thread:
             self.thread.join()
         self.thread = self.error = None
 
 
 def to_cpu(state: Any) -> Any:
-    """A nest of dictionaries, lists and tensors, on the CPU and sharing no memory with the original."""
+    """A deep copy on the CPU of nested dictionaries, lists and tensors."""
     if isinstance(state, torch.Tensor):
         return state.detach().to("cpu", copy=True)
     if isinstance(state, dict):

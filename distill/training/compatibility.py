@@ -8,7 +8,7 @@ from typing import Any
 from distill.denoise import network_of
 from distill.errors import BadInput
 
-AREA = 1.5  # of a bucket against the network's own size: beyond this factor it is another size altogether
+AREA = 1.5  # largest ratio of a bucket's area to that of the network's size
 
 
 def check_compatible(method: Any, data: Any) -> None:
@@ -64,7 +64,7 @@ def _shape(where: str, role: str, net: Any, data: Any) -> None:
 
 
 def _check_conditions(where: str, role: str, net: Any, info: Any) -> None:
-    """Conditions by name: all that the network must have, none that it does not know."""
+    """Check conditions by name: the data has all required ones, and none that the network does not take."""
     has = [*info.members, *(["label"] if info.classes else [])]
     lack = next((k for k in net.conditions if k not in has), None)
     if lack:

@@ -43,14 +43,14 @@ class Experiment:
     data: Dataset
     allow: tuple[str, ...] = ()
     preempted: bool = False
-    stopped: str = ""  # why a run that came to a plateau ended before its last step
-    validation: Any = None  # of the run that was trained: its alarms and the teacher baseline
+    stopped: str = ""  # why the run stopped early (train.patience)
+    validation: Any = None  # the Validation callback of the trained run: alarms, teacher baseline
 
     @property
     def teacher(self) -> Any:
-        """The reference model: the frozen teacher; the averaged student of a run that trains a teacher; else None.
+        """The reference model: the frozen teacher; in a run that trains a teacher its averaged student; else None.
 
-        With tensor conditions it is guided as in the method, since its guided samples are the student's target.
+        With tensor conditions it has the method's guidance, since its guided samples are the student's target.
         """
         teacher = self.method.role("teacher")
         if teacher is not None and self.conditions and self.method.guidance != 1:
@@ -59,7 +59,7 @@ class Experiment:
 
     @cached_property
     def conditions(self) -> bool:
-        """Whether the data brings conditions that are tensors, such as text, besides samples and labels."""
+        """Whether batches have tensor conditions, such as text embeddings, besides samples and labels."""
         return not self.data.info.classes and bool(self._rows(1))
 
     @property
@@ -68,7 +68,7 @@ class Experiment:
         return self.data.batch_size if self.conditions else 1000
 
     def noise(self, n: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """n fixed noises and conditions: balanced labels, or those of the data's first rows, each for two noises."""
+        """n fixed noises and conditions: balanced labels, or the conditions of the data's first rows, twice each."""
         z = torch.randn(n, *self.method.shape, generator=torch.Generator().manual_seed(seed))
         classes = self.data.info.classes
         return z, {"label": torch.arange(n) % classes} if classes else self._rows(n)
@@ -107,7 +107,7 @@ class Experiment:
         return OmegaConf.to_container(self.cfg.eval)["metrics"]
 
     def _captions(self, n: int) -> list[str]:
-        """Those of the rows that `noise` takes its conditions from."""
+        """The captions of the rows whose conditions `noise` uses."""
         found = self.data.all(-(-n // 2), conditions=False)["caption"]
         return [found[i % len(found)] for i in range(n)]
 
@@ -220,7 +220,7 @@ def _build_roles(cfg: DictConfig, allow: tuple[str, ...], build: Any) -> dict[st
 
 
 def _check_path(settings: DictConfig, key: str, roles: Any = None) -> None:
-    """Refuse a source whose files are not there, and name the command that makes them."""
+    """Raise BadInput if the files of a data source are missing, and name the command that writes them."""
     path = settings.get("path")
     if not isinstance(path, str) or any(c in path for c in "{*?[") or Path(path).expanduser().exists():
         return

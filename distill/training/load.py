@@ -1,4 +1,4 @@
-"""A run folder becomes objects again."""
+"""Builds the objects of a run folder."""
 
 from __future__ import annotations
 

@@ -70,7 +70,9 @@ def test_card_shortens_long_grids_and_names_the_null_class():
 
 def test_card_lays_out_the_nested_metrics_of_a_run():
     rows = {"teacher": {"1": {"fid": 3.14159}, "4": {"fid": 2.5, "recall": 1}}, "student": {"4": {"fid": None}}}
-    text = card(RECORD | {"metrics": rows | {"solvers": {"1": {"fid": "heun"}}}}, None, "mine", False)
+    rows |= {"solvers": {"1": {"fid": "heun"}}, "about": {"samples": 4000, "reference": 360}}
+    text = card(RECORD | {"metrics": rows}, None, "mine", False)
+    assert "\n4,000 samples per row, against 360 reference samples.\n" in text
     for line in (
         "| model | evaluations | fid | recall |",
         "| teacher | 1 | 3.142 |  |",

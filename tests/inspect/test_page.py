@@ -23,7 +23,7 @@ SCORES = {
     "student": {"2": {"energy": 0.01, "nll_gap": 0.2}},
     "solvers": {},
     "every_solver": {},
-    "floor": {"energy": 0.001},
+    "reference_vs_holdout": {"energy": 0.001},
     "about": {"samples": 4000, "step": 40, "machine": "a machine", "date": "2026-11-20"},
 }
 

@@ -33,7 +33,7 @@ def test_the_distance_is_that_of_known_gaussians():
     assert tests.score(many / 2, {}, quick=True)["latent_fd"] == pytest.approx(half, rel=0.05)
     full = LatentSuite(normal(200)).score(normal(200, seed=1), {})
     assert full["std"] == pytest.approx(1, abs=0.05) and abs(full["mean"]) < 0.05 and abs(full["latent_mmd"]) < 1
-    assert LatentSuite(normal(200), held_out=normal(200, seed=2)).floor()["latent_fd"] < 1
+    assert LatentSuite(normal(200), held_out=normal(200, seed=2)).reference_vs_holdout()["latent_fd"] < 1
 
 
 def test_a_reference_that_is_made_is_made_once_and_kept(tmp_path):

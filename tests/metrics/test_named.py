@@ -223,7 +223,7 @@ def test_a_run_measures_what_it_names_in_that_order(sets):
         and scores["precision"] == measure(OURS, *sets)["precision"]
     )
     assert list(tests.score(sets[0], {}, quick=True)) == ["kd_own", "fd", "ink_score"]
-    assert tests.floor() == {"fd": pytest.approx(distances.frechet(*sets)), "kd_own": scores["kd_own"]}
+    assert tests.reference_vs_holdout() == {"fd": pytest.approx(distances.frechet(*sets)), "kd_own": scores["kd_own"]}
 
 
 def test_latents_are_decoded_for_networks_and_pictures_alone(sets, tmp_path):
@@ -258,7 +258,7 @@ def test_text_runs_on_latents_are_looked_at_decoded_and_with_their_captions(tmp_
     assert found["fd_own"] == pytest.approx(own["fd_own"], rel=1e-4)
     plain = LatentSuite(real).score(x, {}, quick=True)
     assert plain == {name: found[name] for name in ("latent_fd", "mean", "std")}
-    both = LatentSuite(lambda: real, metrics=asked, look=decode, held_out=x, allow=("looks",)).floor()
+    both = LatentSuite(lambda: real, metrics=asked, look=decode, held_out=x, allow=("looks",)).reference_vs_holdout()
     assert both == {"latent_fd": plain["latent_fd"], "fd_own": pytest.approx(found["fd_own"])}
     with pytest.raises(BadInput, match="eval.metrics: mmd of latents is latent_fd and latent_mmd"):
         LatentSuite(real, metrics=["mmd"], look=decode)
@@ -279,7 +279,7 @@ def test_the_covariance_of_large_samples_is_not_rooted():
     large = torch.randn(6, 3, 40, 40)
     tests = suite.ImageSuite(large)
     assert tests.names == ["accuracy", "mmd", "precision", "recall"] and tests.headline == "mmd"
-    assert list(tests.score(large, {}, quick=True)) == ["mmd"] and tests.floor() == {}
+    assert list(tests.score(large, {}, quick=True)) == ["mmd"] and tests.reference_vs_holdout() == {}
     with pytest.raises(BadInput, match="eval.metrics: samples of 4,800 values are too many for fd"):
         suite.ImageSuite(large, metrics=["fd"])
 

@@ -12,7 +12,7 @@ from distill.metrics import distances, features, named, suite
 from distill.metrics.shares import ALONE, SampleShares, current_shares
 
 SHRINK = {"_target_": "looks.Shrink"}
-ASKED = {
+NETWORKS = {
     "fd": {},
     "recall": {},
     "fd_own": {"features": SHRINK},
@@ -80,12 +80,12 @@ def test_two_ranks_measure_what_one_measures(tmp_path):
     label = torch.arange(91) % 3
 
     def score(ranks, rows):
-        tests = suite.ImageSuite(y, torch.arange(60) % 3, x[:40], metrics=ASKED | {"accuracy": {}}, allow=("looks",))
-        return tests.score(x[rows], {"label": label[rows]}, ranks=ranks), tests.floor(ranks)
+        tests = suite.ImageSuite(y, torch.arange(60) % 3, x[:40], metrics=NETWORKS | {"accuracy": {}}, allow=("looks",))
+        return tests.score(x[rows], {"label": label[rows]}, ranks=ranks), tests.reference_vs_holdout(ranks)
 
     one = score(ALONE, slice(None))
     first, second = two.ranks(lambda rank: score(current_shares(), current_shares().share(91)))
-    assert first == second and list(first[0]) == [*ASKED, "accuracy"]
+    assert first == second and list(first[0]) == [*NETWORKS, "accuracy"]
     for ours, theirs in zip(first, one):
         assert ours == {name: pytest.approx(value, rel=1e-6) for name, value in theirs.items()}
     assert one[0]["fd"] == distances.frechet(x, y)  # all samples, not a rank's
@@ -118,7 +118,7 @@ def test_a_samplers_nan_on_one_rank_ends_both(tmp_path):
         return seen.score(lambda: features.batches(x), ranks=current_shares())
 
     folder = looks.dinov2(tmp_path / "dino")
-    assert two.ranks(work) == ["BadInput: samples hold NaN or infinite values; look at the sampler that made them."] * 2
+    assert two.ranks(work) == ["BadInput: samples hold NaN or infinite values; check the sampler that made them."] * 2
 
 
 def test_latents_of_two_ranks_are_told_their_own_captions():

@@ -61,9 +61,9 @@ def test_quick_leaves_out_what_needs_all_pairs(images):
     assert full["fd"] == quick["fd"] and images.headline in quick
 
 
-def test_the_floor_is_between_the_two_real_splits(images):
-    assert 0 < images.floor()["fd"] < 0.1
-    assert suite.ImageSuite(images.x).floor() == {}
+def test_reference_vs_holdout_is_between_the_two_real_splits(images):
+    assert 0 < images.reference_vs_holdout()["fd"] < 0.1
+    assert suite.ImageSuite(images.x).reference_vs_holdout() == {}
     unlabelled = suite.ImageSuite(images.x).score(images.x, {"label": images.label}, quick=True)
     assert set(unlabelled) == {"fd"}
 
@@ -74,12 +74,12 @@ def test_what_a_method_ranks_by_is_scored_too(images):
     assert found["reward"] == pytest.approx(float(images.x.mean()) + 0.25 + 0.5, abs=1e-5)
 
 
-def test_exact_samples_of_a_toy_score_at_the_floor():
+def test_exact_samples_of_a_toy_score_as_other_samples_of_its_law():
     law = GaussianMixture.ring(**RING)
     tests = suite.ToySuite(law)
     x, _ = law.sample(3000, generator=torch.Generator().manual_seed(7))
     scores = tests.score(x, {})
-    assert abs(scores["energy"]) < 0.005 and abs(tests.floor()["energy"]) < 0.005
+    assert abs(scores["energy"]) < 0.005 and abs(tests.reference_vs_holdout()["energy"]) < 0.005
     assert abs(scores["nll_gap"]) < 0.1 and scores["mode_kl"] < 0.01
     assert set(tests.score(x, {}, quick=True)) == {"energy"} and tests.headline == "energy"
     assert suite.ToySuite(law).score(x, {}, quick=True) == tests.score(

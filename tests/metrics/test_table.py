@@ -145,8 +145,8 @@ def test_metrics_json_comes_back_equal_with_nan_as_null(run, tmp_path):
     assert back["every_solver"]["4"]["heun/uniform"]["fd"] is None
     assert table.rows(back) == table.rows(run) and back["solvers"] == run["solvers"]
     assert table.markdown(back) == table.markdown(run) and show(back, 80) == show(run, 80)
-    odd = table.write({"student": {}, "floor": [math.inf, 1.0, "x"]}, tmp_path / "odd.json")
-    assert table.read(odd)["floor"] == [None, 1.0, "x"]
+    odd = table.write({"student": {}, "extra": [math.inf, 1.0, "x"]}, tmp_path / "odd.json")
+    assert table.read(odd)["extra"] == [None, 1.0, "x"]
     assert table.markdown({"student": {"4": {"fd": None}}}).splitlines()[2] == "| student | – |"
 
 
@@ -171,3 +171,16 @@ def test_read_refuses_what_is_no_metrics_file(tmp_path):
             path.write_text(text)
         with pytest.raises(BadInput, match="metrics.json"):
             table.read(path)
+
+
+def test_tables_state_the_number_of_samples(run):
+    """On the console, in Markdown, and for an evaluation of an older version without the reference's size."""
+    about = {"samples": 4000, "reference": 360}
+    assert "4,000 samples per row, against 360 reference samples." in show(run | {"about": about}, 200)
+    assert "4,000 samples per row.\n" in table.markdown(run | {"about": {"samples": 4000}})
+    assert "samples per row" not in show(run, 200) + table.markdown(run)
+
+
+def test_the_old_name_of_the_distance_of_two_splits_is_read(run, tmp_path):
+    table.write(run | {"floor": {"fd": 0.1}}, tmp_path / "metrics.json")
+    assert table.read(tmp_path / "metrics.json")["reference_vs_holdout"] == {"fd": 0.1}

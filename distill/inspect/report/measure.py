@@ -111,6 +111,7 @@ def _stock(evaluation: Evaluation, nfes: Sequence[int]) -> list[Point]:
     for name in diffusers.stock_solvers(teacher.schedule):
         costs = {diffusers.calls_used(name, teacher.schedule, int(nfe // price)) for nfe in nfes if nfe >= price} - {0}
         for calls in sorted(costs if name in ("DDIM", "Flow Euler") else costs - {1}):  # at one all are DDIM
+            evaluation.progress(f"stock {name}, {round(calls * price)} evaluations")
             x, seconds = evaluation.time(_stock_sampler(teacher, name, calls, device))
             if torch.isfinite(x).all():
                 scores = evaluation.score(x, quick=True)

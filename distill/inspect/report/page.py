@@ -108,7 +108,7 @@ def html(runs: Sequence[RunSummary]) -> str:
         ids=list(figures),
         tiles=tables.tiles(runs[0]) if len(runs) == 1 else [],
         compared=tables.compared(runs),
-        results=[(r, tables.results(r), tables.floor(r)) for r in runs],
+        results=[(r, tables.results(r), tables.reference_vs_holdout(r)) for r in runs],
         costs=tables.costs(runs),
         settings=tables.settings(runs),
         environment=tables.environment(runs),

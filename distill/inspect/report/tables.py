@@ -1,4 +1,4 @@
-"""The page's tables as rows of text: what was measured, what it cost, with which settings, on what."""
+"""Tables of the report as rows of text: results, cost, settings, hardware."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from distill import config
+from distill.files import sample_counts
 from distill.inspect.report.charts import TITLES, metrics_of
 from distill.inspect.report.gather import RunSummary, finite
 from distill.metrics import table
@@ -14,7 +15,7 @@ Rows = list[list[str]]
 
 
 class Tile(NamedTuple):
-    """A figure in large type, what it is, and what it stands beside."""
+    """A headline number with its label and the value it is compared with."""
 
     value: str
     what: str
@@ -22,7 +23,7 @@ class Tile(NamedTuple):
 
 
 def number(value: Any) -> str:
-    """Three significant digits; an en dash for what is not there."""
+    """Three significant digits; an en dash for a missing value."""
     if not finite(value):
         return "–"
     if abs(value) >= 1e5:
@@ -50,7 +51,7 @@ def size(value: float | None) -> str:
 
 
 def tiles(run: RunSummary) -> list[Tile]:
-    """The few numbers that say how the run went."""
+    """The headline numbers of a run."""
     metric = next(iter(metrics_of([run])), None)
     if metric is None:
         return []
@@ -84,7 +85,7 @@ def _stock(run: RunSummary) -> list[dict[str, Any]]:
 
 
 def results(run: RunSummary) -> list[dict[str, Any]]:
-    """A table a metric: rows student, teacher and the solvers without training, columns evaluations; the best marked."""
+    """One table per metric: rows student, teacher and training-free solvers, columns evaluations; the best is marked."""
     seconds_of = {(p["who"], p["nfe"]): p["seconds"] for p in run.measured.get("points", [])}
     return [pivot for name in metrics_of([run]) if (pivot := _pivot(run, name, seconds_of))["rows"]]
 
@@ -115,9 +116,9 @@ def _pivot(run: RunSummary, metric: str, seconds_of: dict[tuple[str, int], float
     return {"metric": metric, "head": _head(metric), "nfes": nfes, "rows": rows}
 
 
-def floor(run: RunSummary) -> str:
-    """What two real splits have between them."""
-    distances = ((run.metrics or {}).get("floor") or {}).items()
+def reference_vs_holdout(run: RunSummary) -> str:
+    """The distances between the two real splits."""
+    distances = ((run.metrics or {}).get("reference_vs_holdout") or {}).items()
     return ", ".join(f"{TITLES.get(k, k)} {number(v)}" for k, v in distances if finite(v))
 
 
@@ -139,7 +140,7 @@ def compared(runs: Sequence[RunSummary]) -> dict[str, Any] | None:
 
 
 def notes(runs: Sequence[RunSummary]) -> list[str]:
-    """A note a run, named where there are several."""
+    """One note per run, with its name if there are several."""
     return [note(run) if len(runs) == 1 else f"{run.name}: {note(run)}" for run in runs]
 
 
@@ -147,8 +148,8 @@ def note(run: RunSummary) -> str:
     """Samples, timing and checkpoint behind the numbers."""
     about, parts = (run.metrics or {}).get("about", {}), []
     if not run.metrics:
-        return "Nothing is measured yet; make the page without --quick."
-    parts.append(f"{about['samples']:,} samples a row, all from the same noise" if "samples" in about else "")
+        return "Nothing is measured yet; run `distill report` without --quick."
+    parts.append(sample_counts(about).removesuffix("."))
     parts.append(
         f"seconds on {run.measured['machine']}, the least of three timings" if run.measured.get("machine") else ""
     )
@@ -160,7 +161,7 @@ def note(run: RunSummary) -> str:
 
 
 def costs(runs: Sequence[RunSummary]) -> Rows:
-    """A line a fact, a column a run."""
+    """Cost of training: one row per quantity, one column per run."""
     facts = {
         "Training time": lambda r: seconds(r.seconds),
         "Steps": lambda r: f"{r.step:,} of {r.cfg.train.steps:,}",
@@ -175,7 +176,7 @@ def costs(runs: Sequence[RunSummary]) -> Rows:
 
 
 def settings(runs: Sequence[RunSummary]) -> Rows:
-    """What a reader asks first of a config; the whole of it follows on the page."""
+    """The main settings; the page shows the whole config below."""
     facts = {
         "Method": lambda r: r.method,
         "Student": lambda r: f"{r.steps} evaluations",
@@ -195,7 +196,7 @@ def settings(runs: Sequence[RunSummary]) -> Rows:
 
 
 def environment(runs: Sequence[RunSummary]) -> Rows:
-    """On what it ran."""
+    """Hardware and versions."""
     facts = {
         "Device": lambda r: r.cost.get("device", "–"),
         "Measured on": lambda r: (r.metrics or {}).get("about", {}).get("machine", "–"),
@@ -209,7 +210,7 @@ def environment(runs: Sequence[RunSummary]) -> Rows:
 
 
 def _by(facts: dict[str, Any], runs: Sequence[RunSummary]) -> Rows:
-    return [[name, *(say(run) for run in runs)] for name, say in facts.items()]
+    return [[name, *(fact(run) for run in runs)] for name, fact in facts.items()]
 
 
 def _target(node: Any) -> str:
@@ -224,5 +225,5 @@ def _role(run: RunSummary, role: str) -> str:
 
 
 def _tail(path: Any) -> str:
-    """The end of a path, which says which; the rest says only where it lay."""
+    """The last two parts of a path."""
     return "/".join(str(path).split("/")[-2:]) if path else ""

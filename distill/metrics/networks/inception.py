@@ -1,9 +1,9 @@
-r"""The Inception network of FID: a tower of 2015 whose pooled 2,048 features the Fréchet and kernel distances compare.
+r"""The Inception network of FID (2015), whose pooled 2,048 features are compared by Fréchet and kernel distances.
 
-The graph is that of TensorFlow's `classify_image` (Szegedy et al. 2015, https://arxiv.org/abs/1512.00567), which differs
-from the one that classifies today: average pools leave out their padding, the last block pools by maximum, the batch
-norm's eps is 0.001, and there are 1,008 classes. Weights are read from a file; names in it are torchvision's, with those
-of pytorch-fid and torch-fidelity equal.
+The graph is that of TensorFlow's `classify_image` (Szegedy et al. 2015, https://arxiv.org/abs/1512.00567). It differs
+from torchvision's Inception v3: average pools exclude the padding, the last block has a max pool, the eps of batch norm
+is 0.001, and there are 1,008 classes. Weights are read from a file with torchvision's names, which pytorch-fid and
+torch-fidelity use too.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class InceptionNetwork(nn.Module):
             block = InceptionBlock(width, tuple(b.format(setting) for b in branches))
             self.add_module(name, block)
             width = block.width
-        self.fc = nn.Linear(width, 1008)  # FID does not look at it; it is in the file
+        self.fc = nn.Linear(width, 1008)  # unused by FID, but in the file
 
     def forward(self, images: Tensor) -> Tensor:
         x = (resize(images.float()) - 128) / 128
@@ -164,7 +164,7 @@ def resize(x: Tensor, side: int = SIDE) -> Tensor:
 def load(path: str | Path) -> nn.Module:
     """The network with the weights of a file: .safetensors, .pth (read as weights only), or a TorchScript .pt.
 
-    A TorchScript is that of NVIDIA's StyleGAN: called with uint8 images and `return_features=True`, it resizes by itself.
+    The TorchScript is that of NVIDIA's StyleGAN: it is called with uint8 images and `return_features=True`, and resizes.
 
     Raises:
         BadInput: no such file, or one that holds no FID Inception.

@@ -1,8 +1,8 @@
-"""Networks that look at images for a metric: pixels (B, C, H, W) in [-1, 1], any size, to features (B, d).
+"""Feature networks of metrics: pixels (B, C, H, W) in [-1, 1], any size, to features (B, d).
 
-Each has the preprocessing of the metric that made it a standard. Pixels become bytes first, as in a saved image, so that
-a folder of PNGs and the tensors it was written from have the same features. Weights come from a local folder or file, or
-by their id on the hub.
+Each has the preprocessing of the metric that it is known for. Pixels are converted to bytes first, as in a saved image,
+so that a folder of PNGs and the tensors it was written from have the same features. Weights are read from a local
+folder or file, or from the hub by id.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WEIGHTS = (
 
 
 def cache() -> Path:
-    """Folder of what is computed once for all runs: `$DISTILL_CACHE`, else ~/.cache/distill."""
+    """Folder of cached features and weights: `$DISTILL_CACHE`, else ~/.cache/distill."""
     return Path(os.environ.get("DISTILL_CACHE") or Path.home() / ".cache" / "distill").expanduser()
 
 
@@ -41,7 +41,7 @@ def to_bytes(x: Tensor) -> Tensor:
     if x.ndim != 4 or x.shape[1] not in (1, 3):
         raise BadInput(f"samples are {tuple(x.shape[1:])}, not images (1 or 3, H, W); decode latents by eval.decode.")
     if not torch.isfinite(x).all():
-        raise BadInput("samples hold NaN or infinite values; look at the sampler that made them.")
+        raise BadInput("samples hold NaN or infinite values; check the sampler that made them.")
     x = ((x.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return x if x.shape[1] == 3 else x.expand(-1, 3, -1, -1)
 
@@ -56,7 +56,7 @@ def digest(module: nn.Module, *settings: Any) -> str:
 
 
 class FeatureNetwork:
-    """A network and its preprocessing; `model` moves to where `to` says, `key` names weights and preprocessing."""
+    """A network and its preprocessing; `to` moves `model`, `key` identifies weights and preprocessing."""
 
     model: nn.Module
     settings: tuple = ()
@@ -82,9 +82,9 @@ class InceptionFeatures(FeatureNetwork):
 
     Args:
         weights: a file; without it, one of the known names in the cache folder. "owner/name/file" is one on the hub.
-        resize: "tf1", what FID has always done (bilinear without antialiasing, in the network's own graph), or "clean",
-            PIL's antialiased bicubic in float (Parmar et al. 2022, https://arxiv.org/abs/2104.11222). Numbers of the two
-            do not compare.
+        resize: "tf1", as in the original FID (bilinear without antialiasing, in the network's own graph), or "clean",
+            PIL's antialiased bicubic in float (Parmar et al. 2022, https://arxiv.org/abs/2104.11222). Values of the two
+            are not comparable.
     """
 
     def __init__(self, weights: str | None = None, resize: str = "tf1"):
@@ -102,7 +102,7 @@ class InceptionFeatures(FeatureNetwork):
             known = [cache() / name for name in WEIGHTS if (cache() / name).is_file()]
             if not known:
                 raise BadInput(
-                    f"weights: FID's Inception is not at hand; download {SOURCE} and put it into {cache()}, or name "
+                    f"weights: FID's Inception was not found; download {SOURCE} and put it into {cache()}, or name "
                     "the file."
                 )
             return known[0]
@@ -169,7 +169,7 @@ class ClipNetwork(FeatureNetwork):
 
     @property
     def scale(self) -> Tensor:
-        """What CLIP multiplies a cosine with, exp(logit_scale)."""
+        """CLIP's factor on cosines, exp(logit_scale)."""
         return self.model.logit_scale.detach().exp()
 
     @torch.no_grad()
@@ -179,7 +179,7 @@ class ClipNetwork(FeatureNetwork):
 
     @torch.no_grad()
     def text(self, captions: list[str]) -> Tensor:
-        """Longer captions are cut at what the model reads, 77 tokens."""
+        """Captions longer than the model's maximum, 77 tokens, are truncated."""
         length = self.model.config.text_config.max_position_embeddings
         tokens = self.read(captions, padding=True, truncation=True, max_length=length, return_tensors="pt")
         return _unit(
