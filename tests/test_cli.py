@@ -217,7 +217,7 @@ def test_a_damaged_checkpoint_is_refused_with_the_mend(trained, here):
     state.write_bytes(bytes(data))
     before = tiny.files(here)
     for verb in (("sample", "run", "a.png"), ("eval", "run"), ("export", "run", "student")):
-        refuses(distill(*verb), "step-00000004 cannot be read", "remove it to go on from step-00000002")
+        refuses(distill(*verb), "step-00000004 cannot be read", "remove it to continue from step-00000002")
     assert tiny.files(here) == before
 
 

@@ -119,7 +119,7 @@ def test_more_steps_go_on_and_no_more_steps_change_nothing(tmp_path, capsys):
     before = tiny.files(tmp_path / "run")
     experiment = tiny.train(tmp_path / "run", "train.steps=2", "optim.student.decay=constant", resume=True)
     assert experiment.method.step == 2 and tiny.files(tmp_path / "run") == before
-    assert "raise train.steps to go on" in " ".join(capsys.readouterr().out.split())
+    assert "raise train.steps to continue" in " ".join(capsys.readouterr().out.split())
     tiny.train(tmp_path / "run", "train.steps=4", "optim.student.decay=constant", resume=True)
     tiny.train(tmp_path / "four", "train.steps=4", "optim.student.decay=constant")
     assert tiny.same(newest(tmp_path / "run")["networks"], newest(tmp_path / "four")["networks"])
@@ -145,7 +145,7 @@ def test_a_damaged_newest_checkpoint_stops_a_resume_with_the_mend(tmp_path):
     data = bytearray(state.read_bytes())
     data[len(data) // 2] ^= 0xFF
     state.write_bytes(bytes(data))
-    with pytest.raises(BadInput, match="step-00000004 cannot be read .* remove it to go on from step-00000002"):
+    with pytest.raises(BadInput, match="step-00000004 cannot be read .* remove it to continue from step-00000002"):
         tiny.train(folder, "train.save_every=2", "train.steps=4", resume=True)
     state.write_bytes(bytes(data[:-1]))  # torn: passed over
     assert open_run(folder).method.step == 2

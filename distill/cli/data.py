@@ -26,7 +26,7 @@ def data() -> None:
 @data.command("digits")
 @click.argument("out", type=click.Path(path_type=Path))
 def data_digits(out: Path) -> None:
-    """scikit-learn's 1,797 handwritten digits (8x8, ten classes), train and held-out split, to OUT.
+    """Write scikit-learn's 1,797 handwritten digits (8x8, ten classes) to OUT, as train and test split.
 
     \b
     Example:
@@ -43,7 +43,7 @@ def data_digits(out: Path) -> None:
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--size", type=int, help="Resize the short side and crop to SIZE x SIZE.")
 def data_images(src: Path, out: Path, size: int | None) -> None:
-    """A folder of images (class from the sub-folder, caption from a .txt beside) to shards in OUT.
+    """Write a folder of images to shards in OUT; classes are sub-folders, captions .txt files beside the images.
 
     \b
     Example:
@@ -63,7 +63,7 @@ def data_images(src: Path, out: Path, size: int | None) -> None:
 )
 @click.option("--range", "low_high", type=float, nargs=2, default=None, help="LOW HIGH: values that map to -1 and 1.")
 def data_npz(src: Path, out: Path, channels: str | None, low_high: tuple[float, float] | None) -> None:
-    """Arrays `x` and `y` of an .npz file to shards in OUT.
+    """Write the arrays `x` and `y` of an .npz file to shards in OUT.
 
     \b
     Example:
@@ -80,7 +80,7 @@ def data_npz(src: Path, out: Path, channels: str | None, low_high: tuple[float, 
 @click.argument("src", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 def data_idx(src: Path, out: Path) -> None:
-    """A folder of MNIST-format idx files (.gz too) to shards in OUT.
+    """Write a folder of MNIST-format idx files (also .gz) to shards in OUT.
 
     \b
     Example:
@@ -101,10 +101,10 @@ def data_idx(src: Path, out: Path) -> None:
     "--processes", type=click.IntRange(1), default=1, show_default=True, help="Processes that share the work."
 )
 def data_pairs(config_file: Path, out: Path, count: int, seed: int, processes: int) -> None:
-    """Pairs of noise and the teacher's ODE solution to shards in OUT, with the solver and guidance of CONFIG's method.
+    """Write pairs of noise and the teacher's ODE solution to OUT, with the solver and guidance of CONFIG's method.
 
-    Reflow stores the two ends of each path, Knowledge the path at the times of its grid. Ranks of torchrun or srun share
-    the work.
+    Reflow stores the ends of each path, Knowledge the path at the times of its grid. Under torchrun or srun the ranks
+    share the work.
 
     \b
     Example:
@@ -125,7 +125,7 @@ def data_pairs(config_file: Path, out: Path, count: int, seed: int, processes: i
 
 
 def solve_pairs(cfg: Any, out: Path, count: int, seed: int = 0, allow: tuple[str, ...] = ()) -> None:
-    """Write `count` pairs to OUT, solved as the config's method would in its training loop; ranks share the work."""
+    """Write `count` pairs to OUT, solved as by the config's method during training; ranks share the work."""
     import torch
 
     from distill.data import pairs
@@ -177,14 +177,14 @@ _ENCODE_OPTIONS = (
         type=click.Choice(["float16", "float32"]),
         default="float16",
         show_default=True,
-        help="Of stored numbers.",
+        help="Of the stored latents and embeddings.",
     ),
     click.option(
         "--precision",
         type=click.Choice(["float32", "bfloat16"]),
         default="float32",
         show_default=True,
-        help="Of the encoders' weights.",
+        help="Of the encoders' weights during encoding.",
     ),
     click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Samples encoded at once."),
     click.option("--length", type=click.IntRange(1), help="Tokens of a prompt; the pipeline's own by default."),
@@ -202,7 +202,7 @@ _ENCODE_OPTIONS = (
 
 
 def _encode_options(command):
-    """Options that `encode` and `prompts` share."""
+    """The options common to `encode` and `prompts`."""
     for option in reversed(_ENCODE_OPTIONS):
         command = option(command)
     return command
@@ -229,7 +229,7 @@ def _encode(src, out, pipeline, workers, size, frames, per_shard, test, seed, bu
 @click.option("--caption", help="For samples without a .txt; {class} is the name of their folder, '' the empty prompt.")
 @click.option("--skip-bad", is_flag=True, help="Leave out what cannot be read, and list it in OUT/skipped.txt.")
 def data_encode(src: Path, out: Path, **options) -> None:
-    """Images, video or sound in SRC, with captions, to shards of latents and text embeddings in OUT.
+    """Encode images, video or sound in SRC, with captions, to shards of latents and text embeddings in OUT.
 
     SRC is a folder of images, of .npy arrays (video uint8 (F, H, W, 3), sound float (C, L)), or of image shards. A caption is
     the .txt of the same name beside a file. If the command is interrupted, repeat it to continue. Under torchrun or srun
@@ -250,7 +250,7 @@ def data_encode(src: Path, out: Path, **options) -> None:
 @click.argument("out", type=click.Path(path_type=Path))
 @_encode_options
 def data_prompts(src: Path, out: Path, **options) -> None:
-    """Prompts in FILE (.txt one a line; .tsv, .csv with a column Prompt) to shards of text embeddings in OUT.
+    """Encode the prompts in FILE (.txt: one per line; .tsv, .csv: column Prompt) to shards of text embeddings in OUT.
 
     For methods that need no images. --size is that of the samples that the method will generate.
 

@@ -1,4 +1,4 @@
-"""The group of all verbs: options that all share, and how bad input is shown."""
+"""The click group of all verbs: common options, and the display of errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _stock_showwarning = warnings.showwarning
 
 
 def _show_warning(message, category, filename, *rest) -> None:
-    """Print a warning of distill as one sentence, without the line of code that raised it."""
+    """Print a warning of distill as one sentence, without its source line."""
     if Path(__file__).parents[1] in Path(filename).parents:
         click.echo(f"distill: {message}", err=True)
     else:
@@ -41,14 +41,14 @@ def _allow_option() -> click.Option:
 
 
 class Verb(click.Command):
-    """A verb, which takes --allow too."""
+    """A verb with the option --allow."""
 
     def __init__(self, *args, params: list[click.Parameter] | None = None, **kwargs):
         super().__init__(*args, params=[*(params or ()), _allow_option()], **kwargs)
 
 
 class Verbs(click.Group):
-    """A group that shows bad input as one sentence (exit code 2) unless --debug is given."""
+    """Prints BadInput as one sentence and exits with code 2; --debug shows the traceback."""
 
     command_class = Verb
     group_class = type

@@ -75,7 +75,7 @@ def score_images(given: tuple[str, ...], names: str | None) -> None:
 @main.command()
 @click.argument("run_folders", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True)
-@click.option("--quick", is_flag=True, help="Measure nothing: show what the run folders hold.")
+@click.option("--quick", is_flag=True, help="Measure nothing: show what was measured before.")
 @click.option(
     "--evaluations", help="Numbers of evaluations of stock solvers, as 2,4,8; those of eval.evaluations by default."
 )
@@ -83,7 +83,7 @@ def score_images(given: tuple[str, ...], names: str | None) -> None:
 def report(run_folders: tuple[Path, ...], out: Path, quick: bool, evaluations: str | None, samples: int | None) -> None:
     """Write one self-contained page on RUN, or on several runs: samples, quality against cost, curves, cost.
 
-    What is not measured yet is measured first and kept in RUN, in metrics.json and report.json.
+    Missing measurements are made first and saved in RUN, as metrics.json and report.json.
 
     \b
     Example:
@@ -128,8 +128,13 @@ def export(run_folder: Path, out: Path, kind: str, licence: str | None) -> None:
 
 @main.command()
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--steps", type=click.IntRange(1), default=None, help="Another number than it is made for; only printed.")
-@click.option("--base", default="", help="Where the base of a LoRA or a single file is now, if it was moved.")
+@click.option(
+    "--steps",
+    type=click.IntRange(1),
+    default=None,
+    help="Another number of steps than that of training: the difference is printed, not judged.",
+)
+@click.option("--base", default="", help="Path of the base of a LoRA or a single file, if it was moved.")
 def verify(out: Path, steps: int | None, base: str) -> None:
     """Sample from the export OUT in a process without distill and compare with the trainer's own samples.
 

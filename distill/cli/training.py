@@ -75,9 +75,10 @@ def train(configs: tuple[str, ...], runs: Path, resume: bool, resume_if_exists: 
 @click.argument("configs", nargs=-1, required=True, metavar="CONFIG... [KEY=VALUE...]")
 @click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Parent folder.")
 def check(configs: tuple[str, ...], runs: Path) -> None:
-    """Check the run that CONFIGs describe before it starts: conventions, data, signs, learning rates, disk.
+    """Check the run that CONFIGs describe: conventions, data, signs of gradients, learning rates, disk space.
 
-    Nothing is written. One line a finding: ok, skipped, WARN (suspicious) or FAIL (certainly wrong, with the mend).
+    Nothing is written. Prints one line per finding: ok, skipped, WARN (suspicious) or FAIL (certainly wrong, with the
+    remedy).
 
     \b
     Example:
@@ -156,7 +157,7 @@ def plan(
 def bench(configs: tuple[str, ...], steps: int, layout: str | None, peak: float | None, out: Path | None) -> None:
     """Time a training step by role and phase, beside the forward and backward passes of the same networks alone.
 
-    Nothing of the run is kept. The recipes bench/* have real sizes with random weights: unet-2b (SDXL's), dit-2b, dit-12b.
+    Nothing is saved. The recipes bench/* have real sizes with random weights: unet-2b (SDXL's), dit-2b, dit-12b.
 
     \b
     Example:
@@ -207,7 +208,8 @@ def bench(configs: tuple[str, ...], steps: int, layout: str | None, peak: float 
 def compare(configs: tuple[str, ...], out: Path, seconds: float, record: bool) -> None:
     """Train every CONFIG for the same time and print one table; rows already in OUT are kept.
 
-    With RUN RECIPE: list where the run is outside the recipe's reference curves and metrics (exit code 1 if it is).
+    With RUN RECIPE: list where the run is outside the recipe's reference curves and metrics; exit code 1 if there is
+    any.
 
     \b
     Example:

@@ -33,7 +33,7 @@ _VARIABLE = re.compile(r"\$\{oc\.env:(\w+)\}")
 
 
 def read(path: str | Path, above: tuple[Path, ...] = ()) -> DictConfig:
-    """One YAML file; its `base:` (one path or a list, relative to the file, or shipped recipes) is merged under it."""
+    """A YAML file merged over its `base:`, one path or a list of them (relative to the file, or shipped recipes)."""
     path = recipes.find(path)
     if path.resolve() in above:
         raise BadInput(f"Config file {path} is its own base, by way of {above[-1]}; take one of the `base:` lines out.")
@@ -91,20 +91,20 @@ def load(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> DictConf
 
 def _twin(node: DictConfig) -> DictConfig:
     twin = node.pop("tiny", None)
-    if not twin and node.get("model") != "tiny":  # a saved config has it merged already
+    if not twin and node.get("model") != "tiny":  # a saved config is merged already
         raise BadInput(
             "model=tiny: the config has no section 'tiny', which holds its small networks and data; copy the one of "
             "configs/sd15/base.yaml."
         )
-    name = f"{node.get('name', 'run')}-tiny"  # an own name, so that the tiny run does not resume the full one
+    name = f"{node.get('name', 'run')}-tiny"  # a separate name, so that the tiny run does not resume the full one
     return merge(OmegaConf.create({"name": name}), twin) if twin else OmegaConf.create({})
 
 
 def override(item: str) -> DictConfig:
-    """The mapping that `key=value` stands for.
+    """The mapping of a `key=value` override.
 
-    An override is the user's own word: `${oc.env:NAME}` in it is replaced as a shell would, for launchers that have no
-    shell. In config files it is refused.
+    Overrides come from the user, so `${oc.env:NAME}` in them is replaced by the environment variable, for launchers
+    without a shell. Config files may come from others, so it is refused there.
     """
     key, equals, _ = item.partition("=")
     if not equals or not all(key.split(".")):
@@ -126,7 +126,7 @@ def _variable(name: str, key: str) -> str:
 
 
 def _check_resolvers(node: Any, where: str) -> None:
-    """Refuse every `${resolver:...}` but those of `RESOLVERS`, wherever it stands in a value, nested ones too."""
+    """Refuse every `${resolver:...}` except those of `RESOLVERS`, anywhere in a value, also nested."""
     if isinstance(node, dict):
         for key, value in node.items():
             _check_resolvers(value, f"{where}: {key}" if ": " not in where else f"{where}.{key}")
@@ -140,7 +140,7 @@ def _check_resolvers(node: Any, where: str) -> None:
                 f"{where} uses '${{{name.strip()}:...}}', which configs may not: write the value itself, or refer to a "
                 "key by ${key}; secrets belong in environment variables, not in configs."
             )
-        node = node.replace(innermost[0], "_")  # what is around it is checked next
+        node = node.replace(innermost[0], "_")  # the enclosing one is checked next
 
 
 def checked(node: DictConfig) -> DictConfig:
@@ -183,7 +183,7 @@ def _check_values(full: DictConfig) -> None:
 
 
 def _matching(full: DictConfig, pattern: str) -> list[tuple[str, Any]]:
-    """(key, value) for a key in which `*` stands for every name."""
+    """(key, value) of all keys that match a pattern in which `*` is any name."""
     head, star, tail = pattern.partition(".*.")
     if not star:
         return [(pattern, OmegaConf.select(full, pattern))]
@@ -221,7 +221,7 @@ def _check_kind(value: Any, hint: Any, key: str, default: Any = ()) -> None:
 
 
 def save(node: DictConfig, path: str | Path) -> None:
-    """Write the resolved config as YAML: all of it, or nothing."""
+    """Write the resolved config as YAML, atomically."""
     write_text(path, OmegaConf.to_yaml(node))
 
 

@@ -16,18 +16,18 @@ from distill.config import plugins
 from distill.config.schema import MOVED_MODULES, TARGET
 from distill.errors import BadInput, suggest
 
-# Modules of distill that hold parts of a run. A config comes from strangers: nothing else of distill may be named.
+# Modules of distill that a config may name. Configs may come from others, so everything else of distill is refused.
 PARTS = ("noise", "times", "denoise", "tangent", "solvers", "losses", "models", "data", "methods", "metrics")
 
 
 @typing.runtime_checkable
 class _Source(typing.Protocol):
-    """What a config may name in `distill.data`: a source of batches, never a writer."""
+    """Whether a config may name an object of `distill.data`: data sources only, never writers."""
 
     def loader(self, rank: int = 0, world: int = 1, start: int = 0) -> Iterator[dict]: ...
 
 
-# Of these modules a config may name only classes of this kind: they also hold functions that write and delete files.
+# Of these modules a config may name only classes of this kind, since they also have functions that write or delete files.
 KINDS = {
     "data": (_Source, "a data source"),
     "metrics": (Callable, "a reward or a feature network"),
@@ -43,8 +43,8 @@ def resolve(dotted: str, allow: tuple[str, ...] = (), where: str = TARGET) -> An
         where: the config key, for messages.
 
     Raises:
-        BadInput: the path is private, does not exist, or names no part of a run. What a module imports from elsewhere
-            counts as what it is: `distill.noise.torch.load` is refused as `torch.load` is.
+        BadInput: the path is private, does not exist, or names no part of a run. An imported object is judged by the
+            module that defines it: `distill.noise.torch.load` is refused as `torch.load` is.
     """
     if not isinstance(dotted, str):
         raise BadInput(f"{where}: {dotted!r} is no dotted path; write one such as distill.methods.TDM.")
@@ -69,7 +69,7 @@ def _unwrapped(target: Any) -> Any:
 
 
 def _check_name(dotted: str, allow: tuple[str, ...], where: str) -> None:
-    """Refuse by name alone, before anything is imported."""
+    """Checks by name, before anything is imported."""
     parts = dotted.split(".")
     if not all(part.isidentifier() for part in parts) or len(parts) < 2:
         raise BadInput(f"{where}: '{dotted}' is no dotted path; write one such as distill.methods.TDM.")
@@ -88,7 +88,7 @@ def _check_name(dotted: str, allow: tuple[str, ...], where: str) -> None:
 
 
 def _check_definition(dotted: str, target: Any, allow: tuple[str, ...], where: str) -> None:
-    """Refuse what is defined outside the parts of a run, wherever it was imported to."""
+    """Refuse objects whose defining module is not a part of a run."""
     module = (getattr(target, "__module__", None) or "builtins").split(".")
     if module[0] != "distill":
         if not plugins.may_name(module[0], allow):
@@ -186,14 +186,14 @@ def build(node: Any, allow: tuple[str, ...] = (), where: str = "", **given: Any)
 
 
 def _call(target: Any, arguments: dict[str, Any], given: dict[str, Any], where: str) -> Any:
-    """Build the object. A BadInput that it raises gets the config key in front, unless it names one already."""
+    """Build the object; a BadInput that it raises is prefixed with the config key, unless it names one already."""
     try:
         return target(**arguments, **given)
     except BadInput as error:
         if not where or str(error).startswith((f"{where}.", f"{where}:", *(f"{g}." for g in given))):
             raise
         raise BadInput(f"{where}: {error}") from error
-    except (TypeError, ValueError, AttributeError) as error:  # of a type that the annotation leaves open
+    except (TypeError, ValueError, AttributeError) as error:  # a wrong type that the annotation does not exclude
         name = getattr(target, "__qualname__", str(target))
         text = " ".join(str(error).split())
         raise BadInput(f"{where}: {name} refuses {', '.join(arguments)}: {text} (--debug shows where).") from error

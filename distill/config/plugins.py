@@ -53,14 +53,14 @@ def _targets(node: Any) -> Iterator[Any]:
 
 
 def record(cfg: Mapping[str, Any], allow: Sequence[str] = ()) -> list[str]:
-    """What a run's saved config notes under `allow`: packages allowed on the command line, and plugins that it names."""
+    """The value of `allow` in a run's saved config: packages allowed on the command line, and plugins that it names."""
     return sorted({*allow, *named(cfg)})
 
 
 def confirm(cfg: Mapping[str, Any], allow: Sequence[str], where: str | Path) -> None:
-    """Check that every package that a run's config names is an installed plugin or is allowed again.
+    """Check that every package named in a run's config is an installed plugin or is allowed again.
 
-    A run folder may come from a stranger: what its config notes under `allow` grants nothing.
+    A run folder may come from somebody else, so the `allow` in its config grants nothing.
 
     Raises:
         BadInput: a package is neither; names the option.

@@ -14,7 +14,7 @@ if not RECIPES.is_dir():  # a clone, or an editable install of one
 
 
 def names() -> list[str]:
-    """All recipes by name, such as `toy/tdm`; files that others only build on are left out."""
+    """Names of all recipes, such as `toy/tdm`, without files that are only a `base:` of others."""
     paths = (path.relative_to(RECIPES).with_suffix("") for path in sorted(RECIPES.glob("*/*.yaml")))
     return [str(path) for path in paths if path.name != "base"]
 
@@ -48,7 +48,7 @@ def find(path: str | Path) -> Path:
 
 
 def text(name: str) -> str:
-    """A recipe as a file for any folder: a `base:` beside it is named as the shipped recipe that it is."""
+    """The text of a recipe for any folder: a relative `base:` is replaced by the name of the shipped recipe."""
     file = find(name)
     text_lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     for i, line in enumerate(text_lines):
@@ -60,7 +60,7 @@ def text(name: str) -> str:
 
 
 def beside(file: Path, base: str) -> Path:
-    """The base of a config file: relative to that file; where there is none, the shipped recipe of that name."""
+    """The base of a config file: a path relative to that file, else the shipped recipe of that name."""
     path = file.parent / base
     return path if path.is_file() else _shipped(base) or path
 
@@ -74,7 +74,7 @@ def _shipped(path: str | Path) -> Path | None:
 
 
 def checkpoint(path: str | Path) -> Path:
-    """`path`; where nothing is there and the package ships a checkpoint of that name, that one's folder."""
+    """`path`; if it does not exist and the package has a checkpoint of that name, the folder of that checkpoint."""
     name = str(path).removeprefix("checkpoints/")
     shipped = CHECKPOINTS / name
     if not Path(path).exists() and not Path(path).is_absolute() and name and shipped.is_dir():

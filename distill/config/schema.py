@@ -41,7 +41,7 @@ class Train:
 
 @dataclasses.dataclass
 class Engine:
-    """Devices, precision, and how networks are placed on processes; docs/strategies.md says which to choose."""
+    """Devices, precision, and the distribution of networks over processes; docs/strategies.md compares the strategies."""
 
     strategy: str = "auto"  # auto (ddp where there are several processes), ddp, fsdp, zero1, zero2, zero3
     accelerator: str = "auto"  # auto, cpu, cuda, mps

@@ -29,12 +29,12 @@ SORTED = 0.5  # sortedness of the stored labels from which on a stream's batches
 
 @dataclass
 class SplitReport:
-    """What one split holds.
+    """Statistics and findings of one split.
 
     Attributes:
-        path, info, count: the split, its facts, and its number of samples.
-        lines: findings without judgement.
-        errors, warnings: sentences.
+        path, info, count: the split, its `Info`, and its number of samples.
+        lines: statistics, as sentences.
+        errors, warnings: findings, as sentences.
     """
 
     path: str
@@ -148,7 +148,7 @@ def _check_null(path: Path, report: SplitReport) -> None:
             "there is no null condition beside the index; guidance then needs the teacher's own (null: '')"
         )
         return
-    framed = info.encoder.get("framed", "").split()  # the null condition keeps the first frame
+    framed = info.encoder.get("framed", "").split()  # the first frame stays in the null condition
     for name, member in info.members.items():
         if name in framed:
             continue
@@ -200,7 +200,7 @@ def _check_scale(report: SplitReport, moments: _Moments, encoded: bool) -> None:
             f"{text}: the latents lack the autoencoder's scale and shift, x = (a - shift) scale; apply them"
         )
     else:
-        report.warnings.append(f"{text}: look at the data" + (", its autoencoder and its values' range" if far else ""))
+        report.warnings.append(f"{text}: check the data" + (", its autoencoder and its values' range" if far else ""))
 
 
 class _Labels:

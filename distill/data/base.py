@@ -68,7 +68,7 @@ class Dataset(ResumableIteration):
     default_limit: ClassVar[int] = 10_000  # samples of `all()` where a pass has no end
 
     def loader(self, rank: int = 0, world: int = 1, start: int = 0) -> Iterator[Batch]:
-        """Endless full batches of `rank` out of `world` ranks, beginning with batch `start`.
+        """An infinite iterator over full batches of `rank` out of `world` ranks, starting at batch `start`.
 
         Batch n of a rank is a function of the dataset's seed, `rank`, `world` and n.
         """

@@ -1,8 +1,8 @@
-"""`distill data encode` and `distill data prompts`: data through a pipeline's autoencoder and text encoders, once.
+"""`distill data encode` and `distill data prompts`: stores the outputs of a pipeline's autoencoder and text encoders.
 
 OUT/SPLIT holds shards of latents `x`, conditions by the names of the network's arguments (`text`, `pooled`, ...), captions,
-and the null condition beside each index. Latents are scaled as the network trains on them. Several processes share the
-shards. After a kill the same command continues.
+and the null condition beside each index. Latents are scaled as in the network's training. Several processes share the
+shards. After an interruption the same command continues.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _KINDS = {2: "sound (C, L)", 3: "images", 4: "video (F, H, W, 3)"}  # by number 
 
 @dataclass
 class EncodeConfig:
-    """The arguments of one encoding; the same for all its processes.
+    """The arguments of an encoding, equal on all processes.
 
     Attributes:
         src: folder of the data, or file of prompts.
@@ -143,7 +143,7 @@ class Encoder:
             self.geometry.size(shape[-2:])
         try:
             x = self.latent.encode(torch.stack([item.pixels for item in items])).float().cpu()
-        except RuntimeError as error:  # such as another number of channels
+        except RuntimeError as error:  # for example a wrong number of channels
             reason = str(error).splitlines()[0]
             raise BadInput(
                 f"the autoencoder of {self.config.pipeline} refuses samples of shape {shape}, {items[0].key} the "
@@ -215,7 +215,7 @@ def encode(config: EncodeConfig, workers: int = 1, progress: Progress = print) -
     """Encode this process's share of the shards, with `workers` processes. Under torchrun or srun each rank has a share.
 
     Returns:
-        What was written, by folder; None if other processes are still writing, or if OUT was complete already.
+        Info by folder; None if other processes are still writing, or if OUT was complete already.
 
     Raises:
         BadInput: source, pipeline or OUT cannot be used, or a worker was killed.

@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class ResumableIteration:
-    """Iteration over a dataset's batches that goes on where it stopped: `iter`, `len`, `state_dict`, `load_state_dict`.
+    """Resumable iteration over a dataset's batches: `iter`, `len`, `state_dict`, `load_state_dict`.
 
-    A dataset whose `info.count` is known has that many samples an epoch, shared by the ranks; one of draws without end has
-    no length. Batches go on over epochs: their order depends on the seed, rank, number of ranks and position alone.
+    A dataset with a known `info.count` has epochs of that many samples, shared by the ranks; one that draws samples has
+    no length. The order of the batches depends only on the seed, rank, number of ranks and position.
     """
 
     position: int = 0  # batches that training has consumed
@@ -38,7 +38,7 @@ class ResumableIteration:
         return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a position."""
+        """Continue from a position."""
         self.position = state["position"]
 
 

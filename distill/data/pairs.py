@@ -1,7 +1,7 @@
-"""Stored pairs of noise and the sample that a teacher's ODE maps it to, or the whole path between them.
+"""Stored pairs of noise and the teacher's ODE solution from it, or whole ODE paths.
 
-On disk a path is one array (n, ...), from x at t = 0 to z at t = 1; a pair has n = 2. The `source` of the index names the
-teacher by a fingerprint of its weights, and the times. https://arxiv.org/abs/2209.03003, https://arxiv.org/abs/2101.02388
+On disk a path is one array (n, ...), from x at t = 0 to z at t = 1; a pair has n = 2. The `source` of the index holds a
+fingerprint of the teacher's weights, and the times. https://arxiv.org/abs/2209.03003, https://arxiv.org/abs/2101.02388
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def write(
         barrier: waits for all ranks.
 
     Returns:
-        What was written, on rank 0; None on the others.
+        The Info of the written split on rank 0; None on other ranks.
 
     Raises:
         BadInput: OUT exists or cannot be written, `count` is below 1, or a path is not finite.
@@ -69,7 +69,7 @@ def write(
     if count < 1:
         raise BadInput(f"{count} pairs: give 1 or more.")
     out = Path(out).expanduser()
-    refuse_existing(out)  # before hours of solving
+    refuse_existing(out)  # checked before hours of solving
     scratch = out.parent / f".{out.name}.solving"
     if rank == 0:
         shutil.rmtree(scratch, ignore_errors=True)  # left by a killed process
@@ -85,7 +85,7 @@ def write(
             cond = {"label": torch.randint(classes, (len(z),), generator=random)} if classes else {}
             solved = path(z.to(device), {key: value.to(device) for key, value in cond.items()}).float().cpu()
             if not torch.isfinite(solved).all():
-                raise BadInput(f"The teacher's ODE left the finite numbers in pairs {i} to {i + len(z) - 1}: {about}.")
+                raise BadInput(f"The teacher's ODE solution is not finite in pairs {i} to {i + len(z) - 1}: {about}.")
             paths[i : i + len(z)], label[i : i + len(z)] = solved.numpy(), cond.get("label", 0)
         paths.flush()
         label.flush()
@@ -102,7 +102,7 @@ def write(
 
 
 def _shared_array(file: Path, rank: int, dtype: type, shape: tuple[int, ...], barrier: Callable[[], None]) -> np.memmap:
-    """An array on disk that all ranks write to; rank 0 creates it."""
+    """A memory-mapped array that all ranks write to; rank 0 creates it."""
     if rank == 0:
         np.lib.format.open_memmap(file, "w+", dtype, shape).flush()
     barrier()

@@ -1,10 +1,10 @@
 """Shards from digits, image folders, .npz and idx files: OUT/train and OUT/test, each with an index.json.
 
-OUT is written completely or not at all; an existing OUT is never touched. The same source and seed give the same bytes.
-Samples are stored in a random order, so each shard is a fair sample of its split. A sample's key is its position in its
-split of the source. Values are stored without loss, arrays as .npy, images as .png.
+OUT is written completely or not at all; an existing OUT is refused. The same source and seed give the same bytes. Samples
+are stored in a random order. A sample's key is its position in its split of the source. Values are stored losslessly,
+arrays as .npy, images as .png.
 
-All functions return what they wrote, by split, and share these arguments:
+All functions return the Info of each split, and share these arguments:
 
     test: share of the test split, the same of every class; for sources without splits
     seed: of the test split and of the stored order
@@ -173,7 +173,7 @@ def _idx_split(src: Path, prefix: str) -> Split:
 
 
 def index_of(path: str | os.PathLike) -> Info:
-    """Write an index.json for a folder of foreign tar files, which are otherwise read at every start.
+    """Write an index.json for a folder of tar files from elsewhere, which are otherwise read completely at every start.
 
     Raises:
         BadInput: there is an index already, a shard is damaged, or none is readable.

@@ -13,7 +13,7 @@ from distill.data.base import Batch, Dataset, Distribution, ExactLaw, without
 from distill.data.info import Info, Member
 from distill.errors import BadInput
 
-_FIXED = 2**32 - 1  # a rank that no run has; key of the draws of `all`
+_FIXED = 2**32 - 1  # a rank that no run has; seeds the draws of `all`
 
 
 class Drawn(Dataset):
@@ -152,7 +152,7 @@ def generator(*key: int) -> torch.Generator:
 
 
 class ShapeData(Dataset):
-    """Batches of the right shapes, for data that is not here.
+    """Random batches of given shapes, in place of data that does not exist yet.
 
     Args:
         shape, classes: of the samples; classes 0 gives no labels.

@@ -45,7 +45,7 @@ def concatenate(a: Pairs, b: Pairs, share: float) -> Pairs:
 
 
 def merge_adapters(into: LoRAAdapter, other: LoRAAdapter, share: float) -> None:
-    """Make `into` the interpolation of itself and another adapter of the same base.
+    """Set `into` to the interpolation of itself and another adapter of the same base.
 
     Raises:
         BadInput: for adapters of different bases, or on different layers.

@@ -82,8 +82,8 @@ def _licence(record: dict) -> str:
     link = record.get("licence_link")
     if name == "other" and not link:
         return (
-            "Not stated: the model that this one was made from names no licence. Find out which holds before you publish "
-            "these weights, and state it as `license` at the head of this page."
+            "Not stated: the base model names no licence. Find its licence before you publish these weights, and state it "
+            "as `license` in the front matter of this page."
         )
     return f"{name}" + (f", see {link}" if link else "") + "."
 
@@ -120,7 +120,7 @@ def picture(samples: Tensor) -> Image.Image:
 
 
 def _metrics(metrics: dict) -> str:
-    """A table: one line a metric or, for the nested dict of metrics.json, one a model and number of evaluations."""
+    """A table with one row per metric or, for the nested dict of metrics.json, per model and number of evaluations."""
     if not metrics:
         return ""
     models = {key: metrics[key] for key in ("teacher", "training_free", "student") if key in metrics}

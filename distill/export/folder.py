@@ -27,7 +27,7 @@ from distill.solvers import DDIM, Renoise, solve
 from distill.times import Grid
 
 SAMPLERS = {"ode": DDIM(), "renoise": Renoise()}
-REFERENCES = 4  # how many samples `verify` repeats
+REFERENCES = 4  # number of reference samples
 
 
 def write(request: ExportRequest) -> dict:
@@ -71,10 +71,10 @@ def stock_network(student: Denoiser, grid: Grid, sampler: str, w: float | None):
 
 
 def stock_scheduler(student: Denoiser, grid: Grid, sampler: str, first: list | None = None):
-    """The stock scheduler that samples on the student's grid as the student does; one of `first` if its table is the same.
+    """The stock scheduler that samples on the student's grid as the student does; one of `first` if its table is equal.
 
     Raises:
-        BadInput: there is none; the message shows the times that the stock scheduler would serve.
+        BadInput: there is none; the message shows the times that the stock scheduler would use.
     """
     from distill.models.diffusers import PREDICTIONS, schedule_of, scheduler_of
 
@@ -103,7 +103,7 @@ def stock_scheduler(student: Denoiser, grid: Grid, sampler: str, first: list | N
 
 
 def _serving(grid: Grid, candidates: list):
-    """The first of the candidates that serves the grid; else BadInput with the first one's reason."""
+    """The first of the candidates that samples on the grid; else BadInput with the first one's reason."""
     from distill.models.diffusers import grid_of
 
     reasons = []

@@ -36,7 +36,7 @@ class Licence:
 
     @property
     def known(self) -> bool:
-        """Whether somebody has stated it."""
+        """Whether a licence was stated."""
         return self.name != UNKNOWN or bool(self.title or self.link)
 
     def record(self) -> dict[str, str]:

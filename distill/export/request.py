@@ -1,4 +1,4 @@
-"""What every writer of an export is given."""
+"""The input of every export writer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ExportRequest:
         adapter: the `distill.models.lora.LoRAAdapter` that was merged into its base to make that network; None if none was.
         grid: the times it was trained on.
         sampler: "ode" or "renoise".
-        w: the guidance that it imitates; None if it has none.
+        w: the guidance scale that the student was trained to reproduce; None without guidance.
         staging: the folder to write into.
         name: of the folder that it becomes.
     """

@@ -21,7 +21,7 @@ from distill.noise import RectifiedFlow
 from distill.times import Grid
 
 KINDS = {"ode": "FlowMatchEulerDiscreteScheduler", "renoise": "FlowMatchLCMScheduler"}
-CLOSE = 1e-6  # between sigmas of float32
+CLOSE = 1e-6  # tolerance between float32 sigmas
 
 
 def flow_scheduler(student: Denoiser, grid: Grid, sampler: str, even: bool, listed: bool) -> tuple[Any, dict]:

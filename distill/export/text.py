@@ -1,10 +1,10 @@
 r"""Pipeline folders of text-conditioned students: the teacher's folder with another network and another scheduler.
 
 The number of steps and the guidance of a stock call are defaults in Python code, which no file of a folder can change.
-Everything else is in the folder: the scheduler serves the student's times, with its shift; a U-Net of Stable
-Diffusion declares guidance as an input (`time_cond_proj_dim`, through weights that are zero), which turns
-classifier-free guidance off; and four steps of LCM under Stable Diffusion 1 or 2 are `LatentConsistencyModelPipeline`,
-whose defaults they are. What is left is the record's "call": `pipe(prompt, **call)`.
+Everything else is in the folder: the scheduler has the student's times and shift; a U-Net of Stable Diffusion declares
+guidance as an input (`time_cond_proj_dim`, with zero weights), which turns classifier-free guidance off; and four LCM
+steps under Stable Diffusion 1 or 2 are the defaults of `LatentConsistencyModelPipeline`. The remaining arguments are in
+the record's "call": `pipe(prompt, **call)`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def write(request: ExportRequest) -> dict:
         disable_guidance(model)
         scheduler.register_to_config(
             steps_offset=1
-        )  # not read under trailing spacing, but asked for by the stock class
+        )  # unused with trailing spacing, but a required argument of the stock class
     lcm = index["_class_name"] == "StableDiffusionPipeline" and type(scheduler).__name__ == "LCMScheduler"
     if lcm and request.grid.steps == 4 and not call:
         index["_class_name"] = "LatentConsistencyModelPipeline"

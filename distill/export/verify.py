@@ -47,7 +47,7 @@ def verify(out: str | Path, steps: int | None = None, base: str | Path = "") -> 
 
 
 def compare(folders: list[str | Path], steps: list[int] | None = None, base: str | Path = "") -> list[float | str]:
-    """For each folder the difference that `verify` judges, or why there is none; all in one new process."""
+    """For each folder the difference, or why it cannot be computed; all in one new process."""
     steps = steps or [_steps(Path(folder)) for folder in folders]
     command = [sys.executable, "-c", STOCK, json.dumps(steps), str(base), *(str(Path(f).resolve()) for f in folders)]
     offline = {"HF_HUB_OFFLINE": "1"} if all(Path(_base(Path(f)) or ".").exists() for f in folders) else {}

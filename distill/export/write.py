@@ -36,7 +36,7 @@ def export(
     w: float | None = None,
     licence: str | None = None,
 ) -> Path:
-    """Write `student` for others: all of it, or nothing.
+    """Write `student` in a form that others load, atomically.
 
     Args:
         student: a Denoiser around a network of `distill.models.diffusers`, or an adapter on one.
@@ -46,7 +46,7 @@ def export(
         kind: "pipeline", "lora", "single-file" or "onnx".
         method, recipe, metrics: for the model card; recipe is the run's configuration (mapping or YAML text).
         samples: (B, C, H, W) in [-1, 1] for the picture on the card; a text-conditioned student draws its own.
-        w: the guidance that the student imitates, for the card; folded into a student that has it as an input.
+        w: the guidance scale of the student, for the card; folded into the weights of a student with an input w.
         licence: of the weights, as the hub names it; by default that of the pipeline the network was loaded from, and
             "other" where none is known.
 

@@ -1,1 +1,1 @@
-"""Look at runs: checks, plan, report, bench, comparisons."""
+"""Tools around runs: checks, plan, report, bench, comparisons."""

@@ -1,11 +1,10 @@
-"""What a training step costs, where the time goes, and what the same networks cost alone.
+"""Time of a training step by role and phase, compared with that of the same network calls alone.
 
     ratio = median(step) / median(floor)
 
-The floor of a step is made of that step's own calls, repeated right after it in the same process: each network's
-forward on the same inputs in the same grad mode, one backward a turn, one optimiser step a turn. A step costs more by
-its noise levels, losses, clipping, averages, loader and log. Where roles are spread over ranks, their collectives
-belong to both.
+The floor of a step repeats its network calls right after it in the same process: each network's forward pass on the same
+inputs in the same grad mode, one backward pass per turn, one optimizer step per turn. The difference is the cost of
+noise levels, losses, clipping, averages, data loading and logging. Collectives of sharded roles are in both.
 """
 
 from __future__ import annotations
@@ -38,16 +37,16 @@ PHASES = ("data", "draw", "forward", "backward", "optimiser", "average")
 def bench(
     cfg: DictConfig, steps: int = 30, warm: int = 5, allow: tuple[str, ...] = (), peak: float | None = None
 ) -> dict[str, Any]:
-    """Train `warm` + 2 `steps` steps, the first `steps` against their floor, the others with each phase timed.
+    """Train `warm` + 2 `steps` steps: the first `steps` are compared with their floor, the others timed by phase.
 
     Args:
-        peak: TFLOP a second that the device could do; by default what its maker states for bf16 and fp16.
+        peak: peak TFLOP/s of the device; by default the maker's number for bf16 and fp16.
 
     Returns:
-        milliseconds a step (`step`), of its floor (`floor`), their `ratio`, `samples_per_second` of this process,
-        `peak_gib` of memory (of the accelerator, or resident in a process on CPUs), `tflop` of a step, `share` of the
-        peak, none where that is not known, `resident`, network -> bytes of weights and of optimiser state that this
-        process keeps, and `phases`, role -> phase -> milliseconds a step; what belongs to no role is under "all".
+        `step` and `floor` in milliseconds, their `ratio`, `samples_per_second` of this process, `peak_gib` of memory (of
+        the accelerator, or resident on CPUs), `tflop` per step, `share` of the peak (None if unknown), `resident`,
+        network -> bytes of weights and of optimizer state on this process, and `phases`, role -> phase -> milliseconds
+        per step; time of no role is under "all".
 
     Raises:
         BadInput: `engine.devices` is more than one and no launcher started the processes.
@@ -82,7 +81,7 @@ def bench(
 
 
 def known_peak(device: torch.device, precision: str) -> float | None:
-    """What the maker of this accelerator states, TFLOP a second; none on CPUs, for unknown ones and in float32."""
+    """Peak TFLOP/s of this accelerator according to its maker; None on CPUs, unknown devices and in float32."""
     if device.type != "cuda" or precision == "32":
         return None
     known = card_of_device(torch.cuda.get_device_name(device))
@@ -90,7 +89,7 @@ def known_peak(device: torch.device, precision: str) -> float | None:
 
 
 class StepProfiler(lightning.Callback):
-    """Times steps, repeats their bare work, then times their phases."""
+    """Times steps, repeats their network calls alone, then times their phases."""
 
     def __init__(self, method: Any, warm: int, steps: int):
         self.method, self.warm, self.count = method, warm, steps
@@ -135,7 +134,7 @@ class StepProfiler(lightning.Callback):
         self.began = self.now()
 
     def floor(self) -> float:
-        """Seconds of the last step's bare calls, backwards and optimiser steps."""
+        """Seconds of the last step's forward calls, backward passes and optimizer steps alone."""
         calls, self.recording = list(self.calls), False
         turns = list(dict.fromkeys(role for role, *_ in calls))
         began = self.now()
@@ -160,7 +159,7 @@ class StepProfiler(lightning.Callback):
         return time.perf_counter()
 
     def peak(self) -> float:
-        """Most memory so far, GiB."""
+        """Peak memory so far, GiB."""
         if self.method.device.type == "cuda":
             return torch.cuda.max_memory_allocated() / 2**30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -185,7 +184,7 @@ class StepProfiler(lightning.Callback):
             self.phases[role][name] += self.now() - began
 
     def wrap_loader(self, loader: Any) -> Any:
-        """The same batches, with the wait for each under "data"."""
+        """The same batches; the time waiting for each counts as "data"."""
 
         def timed(*args, **kw):
             batches = iter(loader(*args, **kw))
@@ -244,12 +243,12 @@ def _detached(tensor: Tensor) -> Tensor:
 
 
 def _inside_transform(value: Any) -> bool:
-    """Whether a tensor belongs to torch.func, where its value cannot be kept."""
+    """Whether a tensor is a torch.func wrapper, whose value cannot be stored."""
     return isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)
 
 
 def markdown(name: str, measured: dict[str, Any]) -> str:
-    """Three tables: the step beside its floor, bytes of each network, and the phases by role."""
+    """Three tables: the step and its floor, bytes per network, and phases by role."""
     share = "" if measured["share"] is None else f", {measured['share']:.1%} of the peak"
     step = [
         ["step", f"{measured['step']:.2f}"],

@@ -1,4 +1,4 @@
-"""Many recipes, one budget, one table: each method gets the same processor seconds, seeds and measurements."""
+"""`distill compare`: trains several recipes for equal processor time and measures them in one table."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def compare(
 ) -> str:
     """Train every recipe for `seconds` of processor time, measure it, and write `out/table.md` from all rows there.
 
-    The time of a step is measured first (processor time of all threads, which a busy machine does not stretch as it
-    stretches the clock), then the number of steps is chosen, so that learning rates decay as they would by hand. A
-    recipe whose row is there is not run again; several processes may share `out`, each with recipes of its own.
+    The time per step is measured first, as processor time of all threads, which depends less on other load than
+    wall-clock time; it determines the number of steps, so that learning-rate schedules are complete. Recipes with a row
+    in `out` are not run again; several processes may share `out` with different recipes.
 
     Returns:
         the table in markdown.
 
     Raises:
-        BadInput: no recipe, two of one name, or a row there that was made with another budget or recipe.
+        BadInput: no recipe, two with the same name, or an existing row with another budget or recipe.
     """
     out, cfgs = Path(out), {}
     for path in recipes:
@@ -62,7 +62,7 @@ def compare(
 
 
 def measure_recipe(cfg: DictConfig, out: Path, seconds: float, allow: tuple[str, ...]) -> dict[str, Any]:
-    """Train and measure one recipe, or read what was measured."""
+    """The row of one recipe: trained and measured, or read from its file."""
     file, recipe = out / ROWS / f"{cfg.name}.json", config.fingerprint(cfg)
     if file.exists():
         row = read_json(file, "remove it, and the recipe is measured again")
@@ -97,7 +97,7 @@ def measure_recipe(cfg: DictConfig, out: Path, seconds: float, allow: tuple[str,
 
 
 def seconds_a_step(experiment: Experiment, cfg: DictConfig, warm: int = 4, steps: int = 12) -> float:
-    """Processor seconds of a training step: the mean of `steps` after `warm` ones."""
+    """Processor seconds per training step: the mean over `steps` steps after `warm` ones."""
     clock = _Clock()
     fit(experiment.method, experiment.data, warm + steps, [clock], engine=cfg.engine)
     return (clock.ticks[-1] - clock.ticks[warm - 1]) / steps
@@ -112,7 +112,7 @@ class _Clock(lightning.Callback):
 
 
 def markdown(out: Path) -> str:
-    """The table of all rows in `out`: a line for each recipe, best at the most evaluations first."""
+    """The table of all rows in `out`, one per recipe, sorted by the first metric at the most evaluations."""
     rows = {file.stem: read_json(file) for file in sorted((out / ROWS).glob("*.json"))}
     last = str(NFES[-1])
     metrics = list(dict.fromkeys(m for row in rows.values() for m in row["student"][last]))

@@ -1,15 +1,17 @@
 r"""Reference curves of a recipe: the range of each curve and metric over several seeds, and where a run falls outside.
 
-A curve is read in windows of a twentieth of the run, by the median of the rows in each. Over the recorded seeds
+A curve is the median of its rows in each of 20 windows of the run. Over the recorded seeds
 
-    range = mean +- max(REACH s, margin)      s = the larger of the window's own and the curve's pooled deviation
+    range = mean +- max(REACH s, margin)      s = the larger of the window's and the curve's pooled standard deviation
 
-For losses and gradient norms in logarithms, where all are positive, with REACH 4 and a margin of 10 %; for validation and
-the metrics of the finished run as they are, relative deviations pooled, with REACH 8 and 25 % of the mean, because a metric
-has no windows to pool over. Shares of samples (accuracy, precision, recall) have a margin of 25 % of what they are from 0
-or 1, distances to a toy's law not less than two draws of it have between them. Of metrics only the worse side counts.
-Three seeds say little of a tail, so the ranges are wide, and one window in ten (one at least) may lie outside, as in every
-second run of a fourth seed. They detect runs that went wrong, not differences of a few per cent.
+Losses and gradient norms: in logarithms if all values are positive, REACH 4, margin 10 %. Validation metrics and metrics
+of the finished run: relative deviations pooled, REACH 8, margin 25 % of the mean, because a metric has no windows to pool
+over. Shares of samples (accuracy, precision, recall): margin 25 % of their distance from 0 or 1. Distances to the
+distribution of a toy: margin at least the distance of two draws of it. For metrics only the worse side counts.
+
+Three seeds do not determine a tail, so the ranges are wide, and one window in ten (at least one) may be outside; without
+this tolerance every second run with a fourth seed would be outside. The ranges detect failed runs, not differences of a
+few per cent.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ Curve = dict[int, float]  # last step of a window -> median
 
 @dataclass(frozen=True)
 class Departure:
-    """Where a run is outside a range first, and how often."""
+    """The first place where a run is outside a range, and the number of windows outside."""
 
     name: str
     step: int | None  # None: a metric of the finished run
@@ -68,7 +70,7 @@ def curves_path(recipe: Path) -> Path:
 
 
 def read_reference(recipe: Path) -> dict[str, Any] | None:
-    """A recipe's reference curves, None where none were recorded.
+    """A recipe's reference curves; None if none were recorded.
 
     Raises:
         BadInput: the file is damaged, or the recipe has changed since.
@@ -86,12 +88,12 @@ def read_reference(recipe: Path) -> dict[str, Any] | None:
 
 
 def recipe_fingerprint(cfg: Any) -> str:
-    """Names what decides a recipe's curves: roles, method, data, optimisers, steps; no path, name or seed."""
+    """A digest of the settings that determine a recipe's curves: roles, method, data, optimizers, steps."""
     return config.fingerprint(OmegaConf.create(_deciding(cfg)))
 
 
 def _deciding(cfg: Any) -> dict[str, Any]:
-    """The settings that decide a recipe's curves, by dotted key."""
+    """The settings that determine a recipe's curves, by dotted key; without paths, names and seeds."""
     whole = OmegaConf.to_container(cfg)
     default = vars(Optim())  # left out, so that a key that optimisers gain later changes no recipe
     optim = {}
@@ -111,7 +113,7 @@ def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, node
 
 
-# -- what a run shows ----------------------------------------------------------------------------------------------
+# -- curves of a run -----------------------------------------------------------------------------------------------
 
 
 def window_medians(rows: Sequence[Mapping[str, float]], steps: int) -> dict[str, Curve]:
@@ -158,7 +160,7 @@ def record_curves(folders: Sequence[Path], recipe: Path, allow: tuple[str, ...] 
             )
         suite = experiment.suite()
         floor = suite.floor() if suite.oracle is not None else {}  # two small splits of real data may lie far apart
-        names = {suite.headline, *cfg.expect, *table.HIGHER}  # what a run looks like besides is for its alarms
+        names = {suite.headline, *cfg.expect, *table.HIGHER}  # the collapse indicators are left to the alarms
         medians.append(_chosen(window_medians(read_metrics(folder), cfg.train.steps), names))
         metrics.append({k: v for k, v in final_metrics(experiment, folder).items() if k in names})
     shared = [k for k in metrics[0] if all(k in m for m in metrics)]

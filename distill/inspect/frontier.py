@@ -54,7 +54,7 @@ def interpolate_runs(
 
 
 def interpolate_exports(a: Path, b: Path, out: Path, shares: Sequence[float]) -> bool:
-    """Interpolate two exported folders, or two LoRA files, into `out`, and verify it where possible; False for runs.
+    """Interpolate two exported folders, or two LoRA files, into `out`; exports are verified. False for two runs.
 
     Raises:
         BadInput: `out` exists, not one share is given, or the two do not fit each other.
@@ -80,7 +80,7 @@ def interpolate_exports(a: Path, b: Path, out: Path, shares: Sequence[float]) ->
 
 
 def _interpolation(first: Denoiser, second: Denoiser) -> Callable[[float], None]:
-    """A function of the share that sets `first` to (1 - share) first + share second, of adapters by their products."""
+    """A function that sets `first` to (1 - share) first + share second; for adapters the products B A are interpolated."""
     if isinstance(first.net, LoRAAdapter):
         from distill.export import blend
 

@@ -1,4 +1,4 @@
-"""What a finished run gives: samples, measurements, exports."""
+"""Results of a run: samples, measurements, exports."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PIXEL_CHANNELS = (1, 3)  # of samples that are images themselves; others are lat
 
 
 class Run:
-    """A run folder: its config, its averaged student, and what can be made of them.
+    """A run folder: its config, its averaged student, and methods to sample, measure and export.
 
     Args:
         folder: what `distill train` wrote.
@@ -69,7 +69,7 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, Any] | None:
-        """What `evaluate` wrote last; None before that."""
+        """metrics.json as `evaluate` wrote it last; None before that."""
         file = self.folder / METRICS
         if not file.exists():
             return None

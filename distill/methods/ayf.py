@@ -8,7 +8,7 @@ velocity in the chart y, r of straight paths (for rectified flow y = x and r = t
     g = (v - F) - rho (r_t - r_s) dF/dr,     dF/dr along (v, dt/dr, ds/dr = 0)
     L = |F - sg(F + g / (|g| + c))|^2
 
-rho climbs from 0 to rho_max < 1, which leaves a little of the pull of F towards v. s = 0 is a continuous-time
+rho increases from 0 to rho_max < 1, so that a share 1 - rho_max of the regression of F on v remains. s = 0 is a continuous-time
 consistency model, s = t flow matching.
 """
 
@@ -64,10 +64,10 @@ class AYF(Method):
             self.frozen = ("teacher",)
         super().__init__(roles, **base)
         net = network_of(self.student)
-        self.tells = net.guided
+        self.takes_w = net.guided
         if not net.flow_map:
             raise BadInput("roles.student: a flow map needs a network with an input s; set flow_map: true.")
-        if guidance_range is not None and not self.tells:
+        if guidance_range is not None and not self.takes_w:
             raise BadInput("method.guidance_range: the student has no guidance input; set guided: true.")
         self.distance, self.share_max, self.share_steps = distance or LogitNormal(-0.6, 1.6), share_max, share_steps
         self.strength = None if guidance_range is None else Uniform(*guidance_range)
@@ -85,7 +85,7 @@ class AYF(Method):
         s = (1 - d) * torch.rand_like(d)
         t = s + d
         w = self.guidance if self.strength is None else self.strength.draw(n, device=x.device, dtype=t.dtype)
-        student_cond = cond | ({"w": torch.as_tensor(w).to(t).expand(n)} if self.tells else {})
+        student_cond = cond | ({"w": torch.as_tensor(w).to(t).expand(n)} if self.takes_w else {})
         x_t = schedule.add_noise(x, t, z)
         rewind = ReplayRNG(x.device)
         u_of = lambda x_t, t, s: predicted_flow(self.student, x_t, t, s=s, **student_cond)

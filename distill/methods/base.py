@@ -24,7 +24,7 @@ class Method(TurnModule):
 
         for role, loss in turns(step):  only `role` requires gradient;  loss(*shared).backward();  step that role
 
-    `placement` says where networks live and how optimizers step; the Trainer's strategy chooses it.
+    `placement` holds the networks on their devices and steps the optimizers; the Trainer's strategy determines it.
 
     Args:
         roles: name -> Denoiser (or another module, for heads). A string names the role to copy; a trainable role that is
@@ -33,8 +33,8 @@ class Method(TurnModule):
         guidance: teacher's w in `uncond + w (cond - uncond)`; w = 1 is the conditional model.
         optim: role -> Optim.
         ema: decay of the averaged student that samples, validates and is exported; ramps up as (1 + n)/(10 + n).
-        averages: further averaged copies, name -> (role, decay), such as a consistency target; decay 0 copies each step,
-            decay none never: the method updates that copy itself.
+        averages: further averaged copies, name -> (role, decay), such as a consistency target. Decay 0 copies at each
+            step; None never, for copies that the method updates itself.
         warm_start: steps in which trainable denoisers first regress on the teacher's E[x | x_t]; for students whose
             network is not a copy of the teacher's.
 
@@ -82,7 +82,7 @@ class Method(TurnModule):
         self._start_averages({"ema": ("student", ema)} | (averages or {}))
         self._take_optim(optim)
 
-    # -- what a method writes ------------------------------------------------------------------------------------
+    # -- overridable ---------------------------------------------------------------------------------------------
 
     def start(self, role: str, roles: dict[str, Any]) -> nn.Module:
         """A trainable role that the config does not give: a copy of the teacher."""
@@ -127,7 +127,7 @@ class Method(TurnModule):
         return x_t, torch.full((len(z),), times[-1], dtype=dtype, device=z.device)
 
     def reward_of(self, x: Tensor, data: Tensor | None, cond: dict[str, Tensor]) -> Tensor:
-        """`metric` of samples x, one or several in a row a condition, (B,); it is told the data's captions too."""
+        """The reward `metric` (B,) of samples x, one or several consecutive ones per condition; it gets the captions too."""
         captions = self.captions or ()
         captions_of = {"caption": [c for c in captions for _ in range(len(x) // len(captions))]} if captions else {}
         return self.metric(x, data=data, **cond, **captions_of)

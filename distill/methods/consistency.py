@@ -35,7 +35,7 @@ class Consistency(Method):
         target_ema: decay of the target network; 0 is the student itself without gradient (the rule of LCM-LoRA).
         huber: constant of the per-element pseudo-Huber; none for the squared distance.
         guidance_range: draw w per sample from [low, high] instead of the fixed `guidance`; a student whose network
-            has a guidance input is told w.
+            has a guidance input gets w.
         base: arguments of Method.
 
     Raises:

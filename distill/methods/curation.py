@@ -24,7 +24,7 @@ from distill.times import Uniform
 
 
 class Curation(Method):
-    """For students that are diffusion models: a denoising loss would undo a one-step map.
+    """For students that are diffusion models; a denoising loss would destroy a one-step map.
 
     Args:
         metric: called `metric(x, data=, **cond) -> (B,)`, higher is better; not differentiated.

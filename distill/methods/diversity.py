@@ -23,7 +23,7 @@ from distill.solvers import DDIM, solve
 
 
 class DiversityRewarded(Method):
-    """The guided teacher in one evaluation, kept diverse; needs conditions, no data.
+    """Distils the guided teacher into one evaluation per step, with a reward for diversity; needs conditions, no data.
 
     Args:
         reward: b, weight of the diversity of a pair.

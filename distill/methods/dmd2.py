@@ -25,10 +25,10 @@ from distill.times import Grid, Uniform
 
 
 class DMD2(Method):
-    """Several critic turns to one of the student; data-free unless it has a head. A `flow_map` critic is told t as its s.
+    """Several critic turns to one of the student; data-free unless it has a head. A `flow_map` critic gets t as its s.
 
     Args:
-        student_every: critic turns for one of the student; the critic must lead.
+        student_every: critic turns for one of the student; the critic has to be updated more often.
         divergence: name in `losses.matching.DIVERGENCES`; any but reverse_kl has a head estimate the density ratio.
         adversarial: weight a of the student's GAN loss; 0 leaves it out.
         critic_adversarial: weight b of the head's loss for the critic whose features it reads.

@@ -5,7 +5,8 @@ The student learns the guided teacher's ODE trajectory at the times of its grid 
     x_{t_K} = z,  x_{t_{k-1}} = ODE(D_w; x_{t_k}, t_k -> t_{k-1})           stored, or solved for here
     L = 1/K sum_k |ddim(G; x_{t_k}, t_k -> t_{k-1}) - x_{t_{k-1}}|^2
 
-K = 1 is the paper's |G(z, 1) - x|^2 on pairs. Every step is told its own start, so errors do not add up in training.
+K = 1 is the paper's |G(z, 1) - x|^2 on pairs. Every step starts from the stored path, so errors do not accumulate in
+training.
 """
 
 from __future__ import annotations

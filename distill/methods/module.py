@@ -27,10 +27,10 @@ STATE = "distill"  # the key of a Lightning checkpoint under which a method keep
 
 
 class TurnModule(lightning.LightningModule):
-    r"""Trains several networks in turns: one `training_step` is one pass of `turns`, whatever steps in it.
+    r"""Trains several networks in turns: one `training_step` is one pass of `turns`, with any number of optimizer steps.
 
     Optimization is manual: each role has its own optimizer, and `trainer.global_step` counts passes. A subclass names its
-    roles and yields `(role, loss)` from `turns`; `placement` says where networks live and how optimizers step.
+    roles and yields `(role, loss)` from `turns`; `placement` holds the networks on devices and steps the optimizers.
     """
 
     ema: nn.Module
@@ -53,7 +53,7 @@ class TurnModule(lightning.LightningModule):
         self._prepared = self._logging = False
         self._resumed: dict[str, Any] | None = None
 
-    # -- what a method provides ------------------------------------------------------------------------------------
+    # -- provided by a method --------------------------------------------------------------------------------------
 
     def turns(self, step: int) -> Iterator[Turn]:
         """Yield `(role, loss)` in the order of the paper's algorithm box."""
@@ -64,14 +64,14 @@ class TurnModule(lightning.LightningModule):
         raise NotImplementedError
 
     def draw(self, x: Tensor | None, z: Tensor, cond: dict[str, Tensor]) -> tuple:
-        """What all turns of one step share, without gradient; its items are the losses' arguments.
+        """The arguments of the losses, computed without gradient and shared by all turns of a step.
 
-        Called for each micro-batch, so what one turn leaves for a later one belongs into a dictionary among them.
+        Called for each micro-batch. A turn passes values to a later one in a dictionary among them.
         """
         return x, z, cond
 
     def schedule_step(self) -> tuple[int, int]:
-        """(step, of how many) for learning rates and averages; a method that starts anew midway counts from there."""
+        """(step, total) for learning rates and averages; methods in rounds count from the start of the round."""
         return self.step, self.total_steps
 
     @property
@@ -176,11 +176,11 @@ class TurnModule(lightning.LightningModule):
                 self.placement.average(name, source, weight, stepped)
 
     def copy_weights(self, name: str, source: str) -> None:
-        """Copy one network's weights into another of its shape, for a method that starts anew midway."""
+        """Copy one network's weights into another of its shape, for methods in rounds."""
         self.placement.copy(name, source)
 
     def reset_optimizer(self, role: str) -> None:
-        """Drop the moments of a role's optimizer, for a method that starts anew midway."""
+        """Reset the state of a role's optimizer, for methods in rounds."""
         self.placement.reset_optimizer(role)
 
     def train(self, mode: bool = True) -> TurnModule:
@@ -226,7 +226,7 @@ class TurnModule(lightning.LightningModule):
         return Placement(accumulate, scale)
 
     def on_fit_start(self) -> None:
-        """Take the number of steps from the Trainer, and go on from a checkpoint."""
+        """Take the number of steps from the Trainer, and continue from a checkpoint."""
         trainer: lightning.Trainer = self.trainer
         if trainer.max_steps > 0:
             self.total_steps = trainer.max_steps
@@ -242,7 +242,7 @@ class TurnModule(lightning.LightningModule):
             self._resumed = None
 
     def _report_to_trainer(self, batch: dict[str, Any]) -> None:
-        """Count this pass as one step of the Trainer, whatever optimizers stepped, and log its scalars."""
+        """Count this pass as one step of the Trainer, and log its scalars."""
         loop = self.trainer.fit_loop.epoch_loop.manual_optimization
         for (
             optimizer
@@ -264,7 +264,7 @@ class TurnModule(lightning.LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in weights.items() if not k.startswith(frozen)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the frozen networks' own weights beside the loaded ones, and take up counters and generators.
+        """Add the weights of the frozen networks to the loaded ones, and restore counters and generators.
 
         Raises:
             BadInput: the checkpoint was not written by a method.
@@ -280,9 +280,9 @@ class TurnModule(lightning.LightningModule):
     # -- state -----------------------------------------------------------------------------------------------------
 
     def snapshot(self) -> dict[str, Any]:
-        """All that a run needs to go on bit for bit, whole on rank 0; frozen roles are read again from their source.
+        """The state from which a run continues bit for bit, complete on rank 0; without frozen roles.
 
-        All ranks call it together; the state has the same form under every placement.
+        A collective: all ranks call it. The state has the same form under every placement.
         """
         placement, named = self.placement, (*self.trainable, *self._averages)
         random = {"cpu": placement.gather(torch.get_rng_state()), "shared": self.shared.get_state()}
@@ -300,7 +300,7 @@ class TurnModule(lightning.LightningModule):
     def restore(self, state: dict[str, Any], weights_only: bool = False) -> None:
         """Undo `snapshot`. Optimizers must exist unless `weights_only`, which takes the state's own tensors.
 
-        On another number of ranks all is exact but the ranks' own draws of noise, which start anew from rank and step.
+        On another number of ranks all is exact but the ranks' own draws of noise, which are seeded by rank and step.
         """
         load = self.placement.load_weights if not weights_only else self._take
         for name, weights in state.get("networks", {}).items():
@@ -341,7 +341,7 @@ class TurnModule(lightning.LightningModule):
 
 
 def _do_nothing() -> None:
-    """In place of Lightning's hooks around an optimizer's step, which would count it."""
+    """Replaces Lightning's hooks around an optimizer's step, which would count it."""
 
 
 def _callbacks(trainer: Any) -> list[lightning.Callback]:

@@ -36,7 +36,7 @@ class PCM(Method):
         target_ema: decay of the target network; 0 is the student itself without gradient.
         huber: constant of the per-element pseudo-Huber; none for the squared distance.
         guidance_range: draw w per sample from [low, high] instead of the fixed `guidance`; a student whose network
-            has a guidance input is told w. With guidance 1 and no range the student can be guided when it samples.
+            has a guidance input gets w. With guidance 1 and no range the student can be guided when it samples.
         base: arguments of Method; `grid` gives the phases.
 
     Raises:

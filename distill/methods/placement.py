@@ -1,4 +1,4 @@
-"""Where networks live and how optimizers step: the placement interface, one process, and data parallel replicas.
+"""Placement of networks on devices and steps of their optimizers: interface, single process, and data parallel.
 
 `distill.training.placement` adds shards (FSDP2) and engines (DeepSpeed). Method files use none of them directly.
 """

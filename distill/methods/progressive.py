@@ -1,7 +1,7 @@
 r"""Progressive distillation (Salimans and Ho, 2022), https://arxiv.org/abs/2202.00512.
 
-A ladder of rungs N = M/2, M/4, ..., K: on each, one DDIM step of the student is two of its teacher; then the averaged
-student is the next one's teacher, and averages, moments and learning rate start anew:
+Rounds, called rungs, with N = M/2, M/4, ..., K steps: in each, one DDIM step of the student is trained to equal two of
+its teacher. The averaged student is the teacher of the next round, which restarts averages, moments and learning rate:
 
     t = i/N,  m = (i - 1/2)/N,  s = (i - 1)/N,  i ~ U{1..N},  x_t = alpha_t x + sigma_t z
     x_m = ddim(D; x_t, t -> m),  x_s = ddim(D; x_m, m -> s)
@@ -31,14 +31,14 @@ DISTANCES = {"mse": mse, "mae": mae}
 
 
 class Progressive(Method):
-    """The whole ladder in one run.
+    """All rounds in one run.
 
     Args:
         teacher_steps: M, the teacher's steps; M/K is a power of two.
         rung_steps: training steps a rung, the last keeps what is left; none divides train.steps equally.
         weight: see `distill.losses.snr`.
         distance: `mse` or `mae`, over where the batch's `mask` is 1, if it has one.
-        guidance_range: draw w per sample from [low, high]; a student whose network has an input w is told it.
+        guidance_range: draw w per sample from [low, high]; a student whose network has an input w gets it.
         stochastic: jumps of twice the length, for the sampler `Overshoot` (derived; the paper leaves the details out).
         base: arguments of Method; `grid` is K, uniform.
 
@@ -60,8 +60,8 @@ class Progressive(Method):
     ):
         super().__init__(roles, averages={"promoted": ("student", None)}, **base)
         self.ladder = halving_steps(teacher_steps, self.grid)
-        self.tells = network_of(self.student).guided
-        if guidance_range is not None and not self.tells:
+        self.takes_w = network_of(self.student).guided
+        if guidance_range is not None and not self.takes_w:
             raise BadInput("method.guidance_range: the student has no guidance input; set guided: true.")
         if distance not in DISTANCES:
             raise BadInput(f"method.distance: '{distance}' is none of {', '.join(DISTANCES)}.")
@@ -96,12 +96,12 @@ class Progressive(Method):
         i = torch.randint(1, steps + 1, (n,), device=x.device).to(at_least_float32(x).dtype)
         t, m, s = (((i - c * self.stride).clamp(min=0)) / steps for c in (0, 0.5, 1))
         w = self.guidance if self.strength is None else self.strength.draw(n, device=x.device, dtype=t.dtype)
-        student_cond = cond | ({"w": torch.as_tensor(w).to(t).expand(n)} if self.tells else {})
+        student_cond = cond | ({"w": torch.as_tensor(w).to(t).expand(n)} if self.takes_w else {})
         x_t = schedule.add_noise(x, t, z)
         with torch.no_grad():
-            teacher, asked = (self.promoted, student_cond) if self.rung else (self.guided, cond | {"w": w})
-            x_m = DDIM()(teacher, x_t, t, m, **asked)
-            x_s = DDIM()(teacher, x_m, m, s, **asked)
+            teacher, conditions = (self.promoted, student_cond) if self.rung else (self.guided, cond | {"w": w})
+            x_m = DDIM()(teacher, x_t, t, m, **conditions)
+            x_s = DDIM()(teacher, x_m, m, s, **conditions)
             target = DDIM().invert(schedule, x_s, x_t, t, s)
         weight = snr.weight(self.weight, schedule.log_snr(t))
         return self.distance(self.student(x_t, t, **student_cond), target, weight, mask=cond.get("mask"))

@@ -31,7 +31,7 @@ from distill.times import LogNormalSigma
 class SCM(Method):
     """Distillation with a teacher among the roles (sCD), training on data without one (sCT).
 
-    The student may have any schedule and prediction. Its loss does not show progress: watch `tangent`, the norm of g.
+    The student may have any schedule and prediction. Its loss does not show progress; `tangent`, the norm of g, does.
 
     Args:
         sigma_data: sd, the data's standard deviation.

@@ -170,7 +170,7 @@ def linear_layers(file: Path, width: int) -> list[tuple[Tensor, Tensor]]:
         layers = [(state[k].float(), state[k.removesuffix("weight") + "bias"].float()) for k in names]
         sizes = [width, *(len(weight) for weight, _ in layers)]
         if sizes[-1] != 1 or any(weight.shape[1] != size for size, (weight, _) in zip(sizes, layers)):
-            raise ValueError(f"its layers do not lead from {width} numbers to one")
+            raise ValueError(f"its layers do not map {width} numbers to one")
     except Exception as error:  # torch's and safetensors' own come in several classes
         raise BadInput(f"head: {file} is no chain of linear layers ({str(error).splitlines()[0][:200]}).") from error
     return layers

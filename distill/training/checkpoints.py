@@ -100,7 +100,7 @@ def _finite(state: dict[str, Any]) -> None:
             if not torch.isfinite(value).all():
                 raise BadInput(
                     f"{name}.{key} holds NaN or infinity at step {state['step']}, so no checkpoint is written; "
-                    f"lower its lr or clip under optim, and go on from the one before with --resume."
+                    f"lower its lr or clip under optim, and continue from the one before with --resume."
                 )
 
 
@@ -226,7 +226,7 @@ def load(path: str | Path, mapped: bool = False) -> dict[str, Any]:
 def mend(path: Path) -> str:
     """The remedy for a damaged checkpoint, as text."""
     older = [p for p in complete(path.parent) if p.name < path.name and intact(p)]
-    return f"remove it to go on from {older[-1].name}" if older else "there is no older one, so start the run anew"
+    return f"remove it to continue from {older[-1].name}" if older else "there is no older one, so start a new run"
 
 
 def intact(path: Path) -> bool:

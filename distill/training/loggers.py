@@ -18,8 +18,8 @@ class WandbLogger:
     """A Weights & Biases run; offline without an API key, and it never prompts.
 
     `log` is the config's section. `log.wandb`: auto (WANDB_MODE if set, else online when there is a key), online, offline.
-    The run id is kept in `folder/wandb_id`, and every process announces that it may resume that run, so that `wandb sync`
-    joins the offline parts of a restarted run.
+    The run id is kept in `folder/wandb_id` and runs are opened with `resume="allow"`, so that `wandb sync` joins the
+    offline parts of a restarted run.
 
     Raises:
         BadInput: online without a key, or wandb refuses to start.
@@ -69,7 +69,7 @@ class WandbLogger:
         self.run.alert(title=alarm.kind, text=alarm.message, level=self.wandb.AlertLevel.WARN, wait_duration=0)
 
     def chart(self, name: str, steps: list[int], series: dict[str, list[float]]) -> None:
-        """Several curves over one axis: the student's and the teacher baseline."""
+        """Chart of several curves over the same steps: the student's and the teacher baseline."""
         table = self.wandb.plot.line_series(steps, list(series.values()), keys=list(series), title=name, xname="step")
         self.run.log({f"charts/{name}": table}, step=steps[-1])
 
@@ -87,7 +87,7 @@ class WandbLogger:
 
 
 def has_api_key() -> bool:
-    """Whether wandb would find a key without asking: in the environment or the netrc file."""
+    """Whether wandb has an API key, in the environment or the netrc file."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0]
@@ -100,8 +100,8 @@ def has_api_key() -> bool:
 class TensorBoardLogger:
     """TensorBoard event files in `folder/tensorboard`; the page is `tensorboard --logdir` of it.
 
-    Every metric has a chart with the teacher baseline on the Custom Scalars page. `until`: events of later steps, done in
-    vain by a process that died, are hidden by TensorBoard.
+    Every metric has a chart with the teacher baseline on the Custom Scalars page. `until`: TensorBoard hides events of
+    later steps, which a killed process left.
 
     Raises:
         BadInput: the package is not installed.
@@ -152,9 +152,9 @@ class TensorBoardLogger:
 def open_loggers(
     opened: list[Any], folder: Path, log: Any, name: str, config: dict[str, Any], until: int, files: list[Path] = ()
 ) -> None:
-    """Add to `opened` what the config's `log` asks for, one by one, so that those before a failing one can be closed.
+    """Append the loggers of the config's `log` section to `opened`, so that the caller can close them after an error.
 
-    `until`: the step from which the run goes on; `files`: what else a dashboard should keep, such as the code's state.
+    `until`: the step from which the run continues; `files`: further files to upload, such as the uncommitted changes.
     """
     opened += [MetricsFile(folder / "metrics.csv", until), AlarmFile(folder / "alarms.jsonl", until)]
     if "tensorboard" in log.to:
@@ -164,7 +164,7 @@ def open_loggers(
 
 
 def log_export(folder: Path, log: Any, name: str, path: Path) -> bool:
-    """Upload an export as an artifact of the run in `folder`, if the run's config asks for it; returns whether it did."""
+    """Upload an export as an artifact of the run in `folder` if `log.artifacts` is set; returns whether it did."""
     if not log.artifacts or "wandb" not in log.to or log.wandb == "disabled":
         return False
     logger = WandbLogger(folder, log, name, {})

@@ -1,9 +1,9 @@
 r"""Diagnostics of critic and discriminator at validation: critic lag, critic excess, head accuracy.
 
-critic_lag     [E_F(x) / E_D(x)] / [E_F(x') / E_D(x')],  E_F(x) = mean|F(x_u) - x|^2, x of the live student, x' of its
-               average, D the teacher: 1 where the critic fits the student as well as its average, more where it lags
-critic_excess  E_F(x) / E_D(x): a critic that has learned the student's law is at most 1, up to what its network can
-head_accuracy  share of right guesses on as many data as samples, at one noise level each; 1/2 at the optimum
+critic_lag     [E_F(x) / E_D(x)] / [E_F(x') / E_D(x')] with E_F(x) = mean|F(x_u) - x|^2, x samples of the trained
+               student, x' of its average, D the teacher: 1 if the critic fits both equally well, above 1 if it lags
+critic_excess  E_F(x) / E_D(x): at most 1 if the critic has learned the student's distribution
+head_accuracy  share of correct decisions on equally many data and student samples; 1/2 at the optimum
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ MOST = 256  # samples a probe takes
 
 @torch.no_grad()
 def probes(method: Any, z: Tensor, x: Tensor, cond: Mapping[str, Tensor], real: Any, seed: int = 0) -> dict[str, float]:
-    """The numbers above that the method has, from noises z, its samples x and conditions; all ranks of a sharded one call.
+    """The diagnostics that apply to the method, from noises z, its samples x and conditions; all ranks call it if sharded.
 
     Args:
-        real: has samples `x` and perhaps their `label`, for the head.
-        seed: of the draws; those of training are left as they are.
+        real: has samples `x` and possibly `label`, for the head.
+        seed: of the random numbers; the generators of training are not changed.
     """
     device, found = next(method.student.parameters()).device, {}
     z, x, cond = (_on(device, v) for v in (z, x, cond))
@@ -54,7 +54,7 @@ def _on(device: torch.device, value: Any) -> Any:
 
 
 def _excess(method: Any, x: Tensor, cond: Mapping[str, Tensor]) -> float:
-    """The critic's error on noised x over the teacher's, the same noises at each call."""
+    """The critic's error on noised x over the teacher's, with the same noise at each call."""
     generator, schedule = torch.Generator().manual_seed(0), method.critic.schedule
     u = torch.linspace(0.05, 0.95, len(x))[torch.randperm(len(x), generator=generator)].to(x.device)
     noise = torch.randn(x.shape, generator=generator).to(x)
@@ -78,7 +78,7 @@ def _accuracy(method: Any, x: Tensor, cond: Mapping[str, Tensor], real: Any) -> 
 
 @contextmanager
 def _aside(method: Any, device: torch.device, seed: int) -> Iterator[None]:
-    """Evaluation mode and draws of their own; after it all is as before."""
+    """Eval mode and separate random numbers within the context; restores modes and generators."""
     modes = {m: m.training for m in method.modules()}
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -22,7 +22,7 @@ def state() -> tuple[dict[str, Any], str]:
         digest.update(str(path.relative_to(PACKAGE)).encode() + b"\0" + path.read_bytes())
     inside = (
         _git("ls-files", "--error-unmatch", str(PACKAGE / "__init__.py")) is not None
-    )  # not an environment in some repository
+    )  # not a virtual environment inside some repository
     commit, diff = (_git("rev-parse", "HEAD"), _git("diff", "HEAD", "--", str(PACKAGE))) if inside else (None, None)
     about = {
         "version": __version__,
@@ -42,7 +42,7 @@ def _git(*words: str) -> str | None:
 
 
 def record_provenance(folder: Path, step: int) -> tuple[dict[str, Any], list[Path]]:
-    """Keep the state in `code.json`, one entry a state that the run goes on with, and its diff in `code-STEP.diff`.
+    """Append the state of the code to `code.json`, if it has changed, and write its diff to `code-STEP.diff`.
 
     Returns the state and the files.
     """

@@ -1,6 +1,6 @@
 """The run folder's own logs: rows in `metrics.csv`, alarms in `alarms.jsonl`.
 
-A logger has `write(row, step)` and what it can of `back(step)`, `picture(name, path, step, caption)`, `alarm(alarm)`,
+A logger has `write(row, step)`, and optionally `back(step)`, `picture(name, path, step, caption)`, `alarm(alarm)`,
 `chart(name, steps, series)`, `table(name, columns, rows)`, `close()`.
 """
 
@@ -17,9 +17,9 @@ from distill.files import read_csv, write_csv, write_text
 
 
 class MetricsFile:
-    """`metrics.csv`: rows with their step, appended; a new column rewrites the file with the union of columns.
+    """`metrics.csv`: rows are appended; a row with a new column rewrites the file with all columns.
 
-    `until`: the step from which a run goes on; rows of later steps, done in vain by a process that died, are dropped.
+    `until`: the step from which a run continues; rows of later steps, which a killed process left, are dropped.
     """
 
     def __init__(self, path: str | Path, until: int = -1):
@@ -54,7 +54,7 @@ class MetricsFile:
 
 
 class AlarmFile:
-    """`alarms.jsonl`: one object an alarm, appended; absent while there was none. `until` as in MetricsFile."""
+    """`alarms.jsonl`: one JSON object per alarm, appended; created at the first alarm. `until` as in MetricsFile."""
 
     def __init__(self, path: str | Path, until: int = -1):
         self.path = Path(path)
@@ -67,7 +67,7 @@ class AlarmFile:
             write_text(self.path, "".join(kept))
 
     def write(self, row: dict[str, Any], step: int) -> None:
-        """Rows are the CSV's."""
+        """Ignored: rows are in metrics.csv."""
 
     def alarm(self, alarm: Any) -> None:
         with open(self.path, "a") as file:
@@ -77,12 +77,12 @@ class AlarmFile:
 def _step(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except ValueError:  # the process died while it wrote this line
+    except ValueError:  # incomplete: the process was killed while it wrote this line
         return math.inf
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """Rows of a run's `metrics.csv` as numbers, `step` among them, without empty cells; none where there is no file.
+    """Rows of a run's `metrics.csv` as numbers, including `step`, without empty cells; no rows if there is no file.
 
     Raises:
         BadInput: a cell is not a number.
@@ -99,7 +99,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def history(folder: Path, until: float = math.inf) -> list[dict[str, float]]:
-    """The validations in a run's `metrics.csv`, step by step: what each measured, without the prefix `validation/`."""
+    """The validations in a run's `metrics.csv` in order of steps, with names without the prefix `validation/`."""
     found = []
     for row in read_metrics(folder):
         values = {k.removeprefix("validation/"): v for k, v in row.items() if k.startswith("validation/")}

@@ -14,18 +14,19 @@ from distill.training.run_folder import is_rank_zero, record_latest
 
 
 class Rollback(lightning.Callback):
-    """Checks `method.nonfinite`; at its limit all steps since the last clean checkpoint are undone.
+    """Restores the last clean checkpoint when `method.nonfinite` reaches its limit.
 
-    Weights, moments, averages and counters go back; the data and the random draws do not, so that the steps that are done
-    anew are others. On an accelerator it looks every `method.nonfinite.limit` steps, for looking waits for it.
+    Weights, moments, averages and counters are restored; the position in the data and the random generators are not, so
+    that the repeated steps see other batches. On an accelerator the counters are read every `method.nonfinite.limit`
+    steps only, since reading them synchronises.
 
     Args:
         folder: of the checkpoints.
-        saves: what writes them.
-        undone: called with the step that the run went back to, on the rank that writes.
+        saves: the CheckpointCallback.
+        undone: called with the restored step, on the rank that writes.
 
     Raises:
-        BadInput: there is none to go back to, or the run went back before.
+        BadInput: there is no checkpoint to restore, or one was restored before.
     """
 
     def __init__(self, folder: Path, saves: CheckpointCallback, undone: Callable[[int], None] = lambda step: None):
@@ -45,22 +46,18 @@ class Rollback(lightning.Callback):
             self.saves.writer.wait()
         good = method.placement.gather(self.good())[0] if is_rank_zero() or method.placement.world > 1 else None
         if good is None or method.extra_batches:
-            why = (
-                "again, after the run had gone back once"
-                if method.extra_batches
-                else "and no checkpoint was written before"
-            )
+            why = "again, after one rollback" if method.extra_batches else "and no checkpoint was written before"
             raise BadInput(
                 f"{cause}, {why}; lower optim.{role}.lr or optim.{role}.clip, or look for bad samples in the data."
             )
         now = method.step
         self.back(method, self.folder / good)
-        trainer.fit_loop.epoch_loop.max_steps += now - method.step  # global_step goes on counting passes
+        trainer.fit_loop.epoch_loop.max_steps += now - method.step  # global_step keeps counting passes
         if is_rank_zero():
-            console.print(f"{cause}; going on from step {method.step} with other data.", highlight=False)
+            console.print(f"{cause}; continuing from step {method.step} with other data.", highlight=False)
 
     def good(self) -> str | None:
-        """The newest checkpoint that is as it was written, and was not written between skips."""
+        """The newest intact checkpoint that was not written between skipped turns."""
         found = reversed(checkpoints.complete(self.folder))
         return next((p.name for p in found if checkpoints.manifest(p).get("clean") and checkpoints.intact(p)), None)
 

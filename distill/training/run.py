@@ -36,25 +36,25 @@ from distill.training.validation import STOPPED, Validation, best, plateau
 def train(
     cfg: DictConfig, folder: Path, resume: bool = False, allow: tuple[str, ...] = (), check: Any = None
 ) -> Experiment:
-    """Train into `folder`; an existing run is resumed if asked, refused otherwise. `check(experiment, folder)` may
-    refuse a new one.
+    """Train into `folder`. An existing run is refused without `resume`; `check(experiment, folder)` may refuse a new one.
 
-    `experiment.method.step` tells how many steps are done, `experiment.preempted` whether it wants to be started again.
-    Nothing is written before everything is built, and a new run that fails before its first step leaves no folder.
+    Of the result, `experiment.method.step` is the number of steps done, and `experiment.preempted` is true if the run
+    should be started again. Nothing is written before all objects are built, and a new run that fails before its first
+    step leaves no folder.
     """
     folder, cfg.allow = Path(folder), config.record(cfg, allow)
     launch.join_processes(cfg.engine)
     callbacks.console.quiet = not run_folder.is_rank_zero()
     with Signals() as signals:
         state, before = run_folder.open_run_folder(folder, resume)
-        dry_run = check and state is None  # it trains a step, so every network needs weights of its own
+        dry_run = check and state is None  # it computes a step, so every network needs its own weights
         with nullcontext() if dry_run or cfg.engine.strategy not in ("fsdp", "zero3") else share_weights():
             experiment = build_experiment(cfg, allow)
         if resume:
             run_folder.check_same_recipe(cfg, run_folder.read_config(folder))
         if state and state["step"] >= cfg.train.steps:
             _restore(experiment, state, folder)
-            callbacks.console.print(f"{folder} has its {state['step']} steps already; raise train.steps to go on.")
+            callbacks.console.print(f"{folder} has its {state['step']} steps already; raise train.steps to continue.")
             return experiment
         tests = experiment.suite(folder)
         if dry_run:
@@ -116,7 +116,7 @@ def _build_callbacks(
         CostRecorder(folder / "cost.json"),
         Rollback(folder / CHECKPOINTS, saves, undone),
         validation,
-        saves,  # last: a process killed after it has lost no row of the step
+        saves,  # last, so that a checkpoint implies that all rows of its step are written
     ]
 
 

@@ -30,7 +30,7 @@ INEXACT = {
 
 
 def is_rank_zero() -> bool:
-    """Whether this process is rank 0, which writes the run's files; before torch.distributed starts, by the environment."""
+    """Whether this process is rank 0, which writes the run's files; from the environment before torch.distributed starts."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
@@ -45,8 +45,8 @@ def open_run_folder(folder: Path, resume: bool) -> tuple[dict[str, Any] | None, 
     """The state to resume from and its manifest; None and an empty manifest to start at step 0.
 
     Raises:
-        BadInput: a taken folder without `resume`; with it, no run there, or one whose newest checkpoint is damaged or
-            whose checkpoints are gone.
+        BadInput: without `resume`, the folder exists; with it, there is no run, its newest checkpoint is damaged, or its
+            checkpoints are missing.
     """
     if not is_rank_zero():  # rank 0 may have written the config already, but no checkpoint: that takes all ranks
         return _newest(folder) if resume else (None, {})
@@ -67,22 +67,22 @@ def _newest(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     last, found = recorded_latest(folder), sorted((folder / CHECKPOINTS).glob("step-*"))
     if not found and last:
         raise BadInput(
-            f"{folder} had checkpoint {last} and has none now; bring it back into {folder / CHECKPOINTS}, or start anew "
+            f"{folder} had checkpoint {last} and has none now; restore it to {folder / CHECKPOINTS}, or start a new run "
             "under another name=..."
         )
     if not found:
         console.print(f"{folder} was stopped before its first checkpoint; starting at step 0.", highlight=False)
         return None, {}
     if found[-1] not in checkpoints.complete(folder / CHECKPOINTS):
-        raise BadInput(f"Checkpoint {found[-1]} is not whole; {checkpoints.mend(found[-1])}.")
+        raise BadInput(f"Checkpoint {found[-1]} is not complete; {checkpoints.mend(found[-1])}.")
     state = checkpoints.load(found[-1])
     if last and last > found[-1].name:
-        console.print(f"Checkpoint {last} is gone; going on from {found[-1].name}.", highlight=False)
+        console.print(f"Checkpoint {last} is missing; continuing from {found[-1].name}.", highlight=False)
     return state, checkpoints.manifest(found[-1])
 
 
 def record_latest(path: Path) -> None:
-    """Record the newest checkpoint in the run folder, so that a lost one is never taken for a run without any."""
+    """Record the newest checkpoint's name in the run folder, to detect that checkpoints were deleted."""
     write_text(path.parents[1] / NEWEST, path.name)
 
 
@@ -92,7 +92,7 @@ def recorded_latest(folder: Path) -> str:
 
 
 def manifest_facts(cfg: Any, data: Any, folder: Path) -> dict[str, Any]:
-    """What a checkpoint's manifest records besides its files."""
+    """Entries of a checkpoint's manifest besides its files."""
     streamed = {} if data.cached else {"workers": data.workers, "window": data.window}
     identity = folder / "wandb_id"
     return {
@@ -108,7 +108,7 @@ def manifest_facts(cfg: Any, data: Any, folder: Path) -> dict[str, Any]:
 
 
 class ResumeNotice(lightning.Callback):
-    """Prints, at the start of a resumed run, what will differ from an uninterrupted one."""
+    """Prints at the start of a resumed run in what it will differ from an uninterrupted one."""
 
     def __init__(self, manifest_facts: Callable[[], Mapping[str, Any]], before: Mapping[str, Any]):
         self.facts, self.before = manifest_facts, before
@@ -119,9 +119,9 @@ class ResumeNotice(lightning.Callback):
 
 
 def resume_notices(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
-    """What a resumed run does not share with an uninterrupted one, as sentences; both are values of `manifest_facts`.
+    """Differences of a resumed run from an uninterrupted one, as sentences; both arguments are from `manifest_facts`.
 
-    Weights, moments, averages and counters are the same under every change.
+    Weights, moments, averages and counters never differ.
     """
     notices = []
     for name, what in INEXACT.items():
@@ -149,9 +149,9 @@ def read_config(folder: Path) -> Any:
 
 @contextmanager
 def prepare_run_folder(folder: Path, cfg: Any, method: Any) -> Iterator[list[Any]]:
-    """`folder` with the run's config; yields a list for its loggers and closes them. Only rank 0 writes.
+    """Create `folder` with the run's config; yields a list for its loggers and closes them. Only rank 0 writes.
 
-    A new run that fails before its first step leaves no trace, so that the same command can be given again.
+    A new run that fails before its first step removes its files, so that the same command can be repeated.
     """
     new, loggers = not (folder / CONFIG).exists(), []
     if not is_rank_zero():

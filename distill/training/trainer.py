@@ -53,7 +53,7 @@ def fit(
         engine: the config's section: strategy, accelerator, precision and the rest; none for its defaults.
 
     Raises:
-        BadInput: this machine lacks the accelerator, or that the precision; settings that do not go together.
+        BadInput: the accelerator or its precision is not available, or settings exclude each other.
         KeyboardInterrupt: the run was interrupted a second time, or before its first step.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -64,7 +64,7 @@ def fit(
     trainer = _trainer(engine, method.placement, steps, callbacks)
     try:
         trainer.fit(method, train_dataloaders=Batches(data, method, steps))
-    except SystemExit as error:  # lightning's answer to KeyboardInterrupt, with exit code 1
+    except SystemExit as error:  # Lightning turns KeyboardInterrupt into this, with exit code 1
         raise KeyboardInterrupt from error
 
 
@@ -101,7 +101,7 @@ def _trainer(engine: Any, placement: Placement, steps: int, callbacks: list[ligh
             accelerator=engine.accelerator,
             devices=1 if alone else local_world,
             precision={"16": "16-mixed", "bf16": "bf16-mixed"}.get(engine.precision, engine.precision),
-            max_epochs=2,  # the second does the steps that a rollback has undone in the first
+            max_epochs=2,  # the second epoch repeats the steps that a rollback has undone
             max_steps=steps,
             callbacks=callbacks,
             logger=False,

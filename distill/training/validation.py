@@ -26,18 +26,18 @@ STOPPED = "stopped.txt"
 class Validation(PeriodicCallback):
     """Validates every `train.validate_every` steps, at the start, and at the end of a run that was not interrupted.
 
-    Rank 0 measures and decides; other ranks take part in sharded forward passes and receive its alarms and decision to
-    stop. Earlier validations are read from `metrics.csv`, so a resumed run decides as an uninterrupted one.
+    Rank 0 measures and decides; other ranks take part in sharded forward passes and receive its alarms and its decision
+    to stop. Earlier validations are read from `metrics.csv`, so that a resumed run decides as an uninterrupted one.
 
     Args:
         cfg: the run's config.
-        folder: the run's.
-        tests: what to measure, of `distill.metrics.suite`.
+        folder: the run folder.
+        tests: the metrics, a `distill.metrics.suite.Suite`.
         fixed: noises and conditions of every validation.
-        record: where it is written.
-        writer: writer of checkpoints, which receives each score if the best are kept; None on ranks that write nothing.
+        record: the MetricLogger.
+        writer: the checkpoint Writer, which receives the scores; None on ranks that write nothing.
         name: of the teacher baseline; see `baseline.fingerprint`.
-        rows: samples made in one call.
+        rows: samples per call.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Validation(PeriodicCallback):
             partial(draw_samples, batch=rows),
         )
         self.baseline: baseline.Scores | None = None
-        self.fresh: baseline.Scores | None = None  # measured here, and kept once the run has made a step
+        self.fresh: baseline.Scores | None = None  # measured by this process; saved after the run's first step
         self.alarms: list[Alarm] = []
         self.stopped, self.past, self.monitor = "", [], None
 
@@ -81,7 +81,7 @@ class Validation(PeriodicCallback):
             self.summary(method)
 
     def reload_history(self) -> None:
-        """What `metrics.csv` has of earlier validations: after a restart, and after steps were undone."""
+        """Read earlier validations from `metrics.csv`, after a restart or a rollback."""
         self.past = history(self.folder) if is_rank_zero() else []
 
     def validate(self, method: Any) -> None:
@@ -113,7 +113,7 @@ class Validation(PeriodicCallback):
             console.print(f"Stopping at step {method.step}: {self.stopped}", highlight=False)
 
     def alarm(self, alarm: Alarm) -> None:
-        """On the console, in `alarms.jsonl` and on the dashboards."""
+        """Report an alarm on the console, in `alarms.jsonl` and on the dashboards."""
         self.alarms.append(alarm)
         if is_rank_zero():
             console.print(f"ALARM at step {alarm.step}, {alarm.kind}: {alarm.message}", highlight=False)
@@ -122,7 +122,7 @@ class Validation(PeriodicCallback):
     # -- the teacher -------------------------------------------------------------------------------------------------
 
     def teacher(self, method: Any) -> baseline.Scores:
-        """Its scores: saved ones, else measured now; rank 0 decides which."""
+        """The teacher baseline: read from its file on rank 0, else measured."""
         found = method.placement.gather(baseline.read_baseline(self.path) if is_rank_zero() else None)[0]
         if found is None and (is_rank_zero() or method.placement.sharded):
             most = max(self.cfg.eval.evaluations)
@@ -134,7 +134,7 @@ class Validation(PeriodicCallback):
 
     @property
     def reference(self) -> dict[str, float]:
-        """What the student is compared with: the teacher at the most steps, else the data."""
+        """The values that alarms compare with: the teacher at the most evaluations, else the data."""
         return list(self.baseline.values())[-1] if self.baseline else {}
 
     # -- the student -------------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ class Validation(PeriodicCallback):
                 self.record.log_event("chart", name, [r["step"] for r in rows], student | flat)
 
     def summary(self, method: Any) -> None:
-        """At the end: every chart, and a table of the last student, the best one, and the teacher."""
+        """At the end: all charts, and a table of the last student, the best one, and the teacher."""
         last = self.past[-1] if self.past else {}
         names = [k for k in last if k != "step"]
         self.chart(names)
@@ -202,9 +202,9 @@ def best(cfg: Any, tests: Any) -> str:
 
 
 def plateau(past: list[dict[str, float]], best: str, train: Any) -> str:
-    """Why a run with these validations should stop; empty: it should not, or `train.patience` is 0.
+    """Why a run with these validations should stop; empty if it should not or `train.patience` is 0.
 
-    That is when the last `patience` of them have not improved on the best before by more than `min_delta`.
+    It stops if none of the last `patience` validations improved on the best before them by more than `min_delta`.
     """
     if not train.patience:
         return ""

@@ -156,7 +156,7 @@ def test_a_damaged_newest_one_is_refused_with_the_newest_good_one(tmp_path):
     paths = [checkpoints.save(tmp_path, state(step), keep=0) for step in (1, 2, 3)]
     for path in paths[1:]:
         flip(path / "state.pt")
-    with pytest.raises(BadInput, match=r"step-00000003 cannot be read .*; remove it to go on from step-00000001\."):
+    with pytest.raises(BadInput, match=r"step-00000003 cannot be read .*; remove it to continue from step-00000001\."):
         checkpoints.load(checkpoints.latest(tmp_path))
     assert len(names(tmp_path)) == 3
     flip(paths[0] / "state.pt")

@@ -296,10 +296,10 @@ def test_checkpoints_that_are_gone_are_never_taken_for_a_run_without_any(tmp_pat
     tiny.train(folder, *keys)
     shutil.rmtree(folder / "checkpoints" / "step-00000004")
     tiny.train(folder, *keys, resume=True)
-    assert "step-00000004 is gone; going on from step-00000002" in " ".join(capsys.readouterr().out.split())
+    assert "step-00000004 is missing; continuing from step-00000002" in " ".join(capsys.readouterr().out.split())
     shutil.rmtree(folder / "checkpoints")
     before = tiny.files(folder)
-    with pytest.raises(BadInput, match="had checkpoint step-00000004 and has none now; bring it back"):
+    with pytest.raises(BadInput, match="had checkpoint step-00000004 and has none now; restore it"):
         tiny.train(folder, *keys, resume=True)
     assert tiny.files(folder) == before
 
@@ -309,7 +309,7 @@ def test_a_torn_newest_checkpoint_stops_a_resume_with_the_newest_good_one(tmp_pa
     tiny.train(folder, *keys)
     for step in (4, 6):
         (folder / "checkpoints" / f"step-0000000{step}" / "manifest.json").write_text("{")
-    with pytest.raises(BadInput, match="step-00000006 is not whole; remove it to go on from step-00000002"):
+    with pytest.raises(BadInput, match="step-00000006 is not complete; remove it to continue from step-00000002"):
         tiny.train(folder, *keys, resume=True)
 
 

@@ -34,7 +34,7 @@ def test_all_ranks_leave_the_turn_out_and_only_that(strategy, found):
 def test_a_spell_sends_all_ranks_back_once(strategy, found):
     folder, ranks = found
     first, second = (rank["once"] for rank in ranks[strategy])
-    assert "not finite in 3 turns in a row, the last at step 7; going on from step 4 with other data" in first["said"]
+    assert "not finite in 3 turns in a row, the last at step 7; continuing from step 4 with other data" in first["said"]
     assert (first["step"], first["extra_batches"]) == (second["step"], second["extra_batches"]) == (12, 4)
     assert first["nonfinite"] == second["nonfinite"] == {"student": [3, 0]}
     rows = [int(r["step"]) for r in tiny.rows(folder / f"{strategy}-once") if r["student/loss"]]

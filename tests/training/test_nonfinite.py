@@ -108,7 +108,7 @@ def test_too_many_in_a_row_go_back_once_and_on_with_other_data(tmp_path, monkeyp
     made = tiny.train(tmp_path / "run", *keys)
     conditions = " ".join(capsys.readouterr().out.split())
     assert "The student's loss or gradient was not finite in 3 turns in a row, the last at step 7" in conditions
-    assert "going on from step 4 with other data" in conditions
+    assert "continuing from step 4 with other data" in conditions
     assert made.method.step == 12 and made.method.extra_batches == 4  # batches 4 to 7 are lost
     assert made.method.trainer.global_step == 16, "global_step counts passes done, undone ones too"
     assert [int(s) for s in column(tmp_path / "run", "step")] == [0, *range(1, 13), 12]

@@ -62,7 +62,7 @@ class Shards(Dataset):
 
     - A split of up to `cache_mb` is decoded once and drawn by random permutations: in one pass of all ranks together each
       sample comes once. No workers are started.
-    - A larger split is streamed. Each worker of each rank is a lane. A lane reads all shards, in an order drawn anew for
+    - A larger split is streamed. Each worker of each rank is a lane. A lane reads all shards, in a new random order in
       every pass and from its own starting position, so that the lanes together read the split once before any sample
       comes again, except within one window. Samples are shuffled within `window`. Resuming reads at most one shard and one
       window.

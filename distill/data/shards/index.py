@@ -36,9 +36,9 @@ class ShardSet:
 
     Attributes:
         tars: shards with at least one readable sample.
-        info: what they hold together.
-        errors: damage seen without decoding samples.
-        stated: samples that should be there.
+        info: facts about all of them.
+        errors: damage that is found without decoding samples.
+        stated: number of samples according to the indexes.
     """
 
     tars: list[Tar]
@@ -49,7 +49,7 @@ class ShardSet:
 
 @dataclass
 class _Survey:
-    """What is collected on the way to a `ShardSet`; `infos` by the index or shard that states them."""
+    """The parts of a `ShardSet` while it is collected; `infos` are keyed by the index or shard they come from."""
 
     tars: list[Tar] = field(default_factory=list)
     infos: dict[str, Info] = field(default_factory=dict)
@@ -197,7 +197,7 @@ def _class_of(raw: dict) -> int:
 
 
 def _merge(infos: dict[str, Info]) -> Info:
-    """What all state. The number of classes of shards without index is the largest label of any, plus one."""
+    """The common Info. The number of classes of shards without index is the largest label plus one."""
     (first, info), *others = infos.items()
     for name, other in others:
         differs = {
@@ -228,7 +228,7 @@ def _is_foreign(info: Info) -> bool:
 
 
 def _same_classes(a: Info, b: Info) -> bool:
-    """Equal where an index states it; a shard without index gives a lower bound only."""
+    """Whether numbers of classes agree: equal for indexes; a shard without index gives a lower bound."""
     if _is_foreign(a) and _is_foreign(b):
         return bool(a.classes) == bool(b.classes)
     low, high = sorted((a, b), key=_is_foreign, reverse=True)

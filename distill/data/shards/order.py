@@ -1,4 +1,4 @@
-"""Order of samples: pure functions of integers, so that any step can be reached without the steps before it."""
+"""Order of samples as pure functions of integers, so that any step is computed without the steps before it."""
 
 from __future__ import annotations
 
@@ -26,10 +26,7 @@ def permutation(count: int, *key: int) -> np.ndarray:
 
 
 def positions(first: int, n: int, count: int, seed: int, shuffle: bool = True) -> np.ndarray:
-    """Samples `first` to `first + n` of an endless sequence of passes over 0..count-1; int64 (n,).
-
-    Each pass is shuffled anew.
-    """
+    """Samples `first` to `first + n` of an infinite sequence of passes over 0..count-1, each shuffled; int64 (n,)."""
     passes, position = np.divmod(np.arange(first, first + n), count)
     if shuffle:
         for number in np.unique(passes):
@@ -44,7 +41,7 @@ def batch(step: int, rank: int, world: int, size: int, count: int, seed: int, sh
 
 
 def lane(step: int, lanes: int) -> tuple[int, int]:
-    """(lane, batch of that lane) at a rank's step, when its lanes take turns."""
+    """(lane, batch of that lane) at a rank's step; lanes alternate."""
     return step % lanes, step // lanes
 
 

@@ -1,8 +1,8 @@
-"""Shards that several processes write in several runs, and that become one folder when all are there.
+"""Resumable writing of shards by several processes, which become one folder when all are complete.
 
 The unfinished folder is `.OUT.unfinished` beside OUT. A shard is written under a temporary name, locked meanwhile, and
-renamed when it is complete; it counts once its record is there. The process that finishes the last shard writes the indexes
-and renames the folder, so a process may be killed at any time: the same command continues with the missing shards.
+renamed when it is complete; it counts once its record exists. The process that finishes the last shard writes the indexes
+and renames the folder. After a kill at any time the same command continues with the missing shards.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Batches from shards that are too large for memory, from any step on, with or without worker processes."""
+"""Streamed batches from shards that do not fit in memory, from any step on, with or without worker processes."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ class Lane:
 
 
 class Lanes(IterableDataset):
-    """The lanes of one rank, one per worker. The first worker has the lane whose turn it is at step `start`."""
+    """The lanes of one rank, one per worker. Worker 0 has the lane of step `start`."""
 
     def __init__(self, stream: Stream, rank: int, world: int, start: int):
         self.stream, self.rank, self.world, self.start = stream, rank, world, start
@@ -145,7 +145,7 @@ class Lanes(IterableDataset):
 
 
 def loader(stream: Stream, rank: int, world: int, workers: int, start: int) -> Iterator:
-    """(batch, errors) of a rank from step `start` on; workers take turns in a fixed order."""
+    """(batch, errors) of a rank from step `start` on; workers alternate in a fixed order."""
     import torch
 
     lanes = Lanes(stream, rank, world, start)

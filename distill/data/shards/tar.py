@@ -47,7 +47,7 @@ def samples(path: str) -> Iterator[dict]:
 
 
 def _check_end(file: BinaryIO) -> list[str]:
-    """Damage that Python's tar reader ignores: a damaged header in the middle, a cut between two members."""
+    """Raise for damage that Python's tar reader ignores: a damaged header in the middle, a cut between two members."""
     while rest := file.read(_BUFFER):
         if rest.strip(b"\0"):
             return ["a damaged header hides the rest of the shard"]

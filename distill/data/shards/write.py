@@ -28,7 +28,7 @@ _CODECS = {"npy": array.encode, "png": image.encode}
 
 @dataclass(frozen=True)
 class Skipped:
-    """A sample that is not stored, and why."""
+    """A sample that is not stored, with the reason."""
 
     key: str
     reason: str
@@ -66,7 +66,7 @@ class Split:
 
 @dataclass
 class ShardRecord:
-    """What a shard holds.
+    """Statistics of one shard.
 
     Attributes:
         count, bytes: number of samples, size of the file.
@@ -226,7 +226,7 @@ def write_splits(
     seed: int = 0,
     per_shard: int = SHARD_SAMPLES,
 ) -> dict[str, Info]:
-    """Write every split to OUT/SPLIT, in a random order that depends on `seed`: all of it, or nothing.
+    """Write every split to OUT/SPLIT, in a random order that depends on `seed`; atomically.
 
     Args:
         out: the folder to create.

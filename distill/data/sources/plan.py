@@ -254,7 +254,7 @@ def _chunks(rows: list[int], size: int) -> Iterator[list[int]]:
 
 
 def read_items(job: ShardJob, names: list[str], settings: SourceSettings) -> Iterator[SourceItem]:
-    """The samples of a job in its order; for one that cannot be read, `error` says why."""
+    """The samples of a job in its order; `error` is set if one cannot be read."""
     if job.prompts:
         yield from (SourceItem(f"{key:09d}", caption=prompt) for key, prompt in zip(job.keys, job.prompts))
     elif job.tar:

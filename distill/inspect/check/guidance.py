@@ -52,7 +52,7 @@ def _conditions(context: CheckContext, role: str, model: Any, used: bool) -> Fin
     net, level = network_of(model), "FAIL" if used else "WARN"
     if used and net.classes and not net.null_class:
         yield Finding.fail(
-            f"roles.{role}: the network has no class for 'no class', which guidance asks for; set guidance: 1, "
+            f"roles.{role}: the network has no class for 'no class', which guidance requires; set guidance: 1, "
             "or null_class: true if its last class is that."
         )
         return

@@ -212,7 +212,7 @@ def _reversed(slope: float | None) -> bool:
 
 @torch.no_grad()
 def _slope(steps: DryRun, role: str, turn: Turn, seed: int) -> float | None:
-    """The loss's slope along its own gradient, over the gradient's norm; none where numbers are too small to tell."""
+    """The loss's slope along its own gradient, over the gradient's norm; None if the numbers are too small to decide."""
     own = dict(getattr(steps.method, role).named_parameters())
     gradients = {n: g for n, g in turn.gradients.items() if g is not None}
     norm = torch.stack([g.float().norm() for g in gradients.values()]).norm().item() if gradients else 0.0
@@ -239,7 +239,7 @@ def _pulls(context: CheckContext, steps: DryRun) -> tuple[dict[str, list[float]]
     nets = [r for r in method.trainable if has_network(getattr(method, r))]
     critics = [r for r in nets if r != "student"]
     if "student" not in nets or "student" not in steps.of or ("head" in method.trainable and not critics):
-        return {}, []  # an adversarial loss alone knows no way back before its head is trained
+        return {}, []  # a purely adversarial loss has no meaningful direction before its head is trained
     pulls: dict[str, list[float]] = {r: [] for r in nets}
     for seed in SEEDS:
         for probed in (["student"], critics):

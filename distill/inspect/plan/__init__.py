@@ -1,4 +1,4 @@
-"""`distill plan`: bytes a rank, operations, hours and disk of a run before it starts."""
+"""`distill plan`: estimates memory per rank, operations, hours and disk space of a run before it starts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PRECISIONS = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}
 
 @dataclass(frozen=True)
 class Machine:
-    """`gpus` accelerators of `memory` bytes, `flops` operations a second at most, of which `utilisation` is reached."""
+    """`gpus` accelerators with `memory` bytes and a peak of `flops` operations per second, used to `utilisation`."""
 
     gpus: int
     memory: float
@@ -56,18 +56,18 @@ def machine_of(
 
 @dataclass
 class Layout:
-    """What one layout of the roles takes: its networks, and steps traced with and without autocast's cache."""
+    """The cost of one layout of the roles: its networks, and steps traced with and without autocast's cache."""
 
     name: str
     experiment: Any
     settings: StrategySettings
-    brief: bool = False  # for memory alone
+    brief: bool = False  # traced for memory only
 
     def __post_init__(self):
         self.networks, self.traces = networks_of(self.experiment.method), {}
 
     def seen(self, spread: bool = False, twice: bool = False) -> Trace:
-        """Steps at the batch size or at twice that; spread weights are cast anew each time (`engine.ranks`)."""
+        """Steps at the batch size or at twice that; sharded weights are cast again each time (`engine.ranks`)."""
         dtype = PRECISIONS[self.experiment.cfg.engine.precision]
         key = spread and dtype is not None, twice
         if key not in self.traces:
@@ -101,7 +101,7 @@ class Layout:
 
 
 def between(one: Trace, two: Trace, batch: int) -> Trace:
-    """What steps of another batch size take, on the line through two."""
+    """The cost of steps at another batch size, linear through two."""
     share = (batch - one.batch) / (two.batch - one.batch)
     line = lambda a, b: max(round(a + share * (b - a)), 0)
     peaks = {
@@ -113,7 +113,7 @@ def between(one: Trace, two: Trace, batch: int) -> Trace:
 
 
 def plan(cfg: Any, machine: Machine, allow: tuple[str, ...] = (), largest: bool = False) -> dict[str, Any]:
-    """What the run that `cfg` describes takes on `machine`.
+    """The cost of the run that `cfg` describes on `machine`.
 
     Returns:
         `rows`, one a strategy and layout, the recommended one first: bytes by kind, `total`, `fits`, `batch` (the largest
@@ -130,7 +130,7 @@ def plan(cfg: Any, machine: Machine, allow: tuple[str, ...] = (), largest: bool 
         _row(layout, strategy, machine, largest) for layout in layouts for strategy in strategies(cfg.engine, machine)
     ]
     rows.sort(key=lambda row: not row["fits"])  # stable: least communication first, the config's own layout first
-    if machine.gpus > 1:  # one device is the plan of who has but one
+    if machine.gpus > 1:  # with one device, plan for one
         rows.sort(key=lambda row: (not row["fits"], row["strategy"] == "single"))
     steps, warm = cfg.train.steps, min(seen.warm_steps, cfg.train.steps)
     flops = (warm * seen.warm_flops + (steps - warm) * seen.flops) / steps
@@ -206,11 +206,11 @@ def _row(layout: Layout, strategy: str, machine: Machine, largest: bool) -> dict
     return row | ({"batch": layout.largest(strategy, machine)} if largest else {})
 
 
-# -- in words ----------------------------------------------------------------------------------------------------
+# -- text --------------------------------------------------------------------------------------------------------
 
 
 def settings_for(strategy: str, gpus: int) -> str:
-    """The overrides that ask for a strategy."""
+    """The overrides that select a strategy."""
     if strategy == "single":
         return "engine.devices=1"
     base, _, offload = strategy.partition("+")
@@ -219,14 +219,14 @@ def settings_for(strategy: str, gpus: int) -> str:
 
 
 def configured(engine: Any, gpus: int) -> str:
-    """The planned strategy that the config's `engine` asks for."""
+    """The name of the planned strategy that the config's `engine` selects."""
     if engine.strategy == "auto":
         return "ddp" if gpus > 1 else "single"
     return "zero3+offload" if engine.strategy == "zero3" and engine.offload_parameters else engine.strategy
 
 
 def strategies(engine: Any, machine: Machine) -> tuple[str, ...]:
-    """Those that make a difference on this machine: one GPU spreads nothing."""
+    """The strategies that differ on this machine: one GPU shards nothing."""
     alone = ("single", "zero3+offload", configured(engine, 1))
     return STRATEGIES if machine.gpus > 1 else tuple(s for s in STRATEGIES if s in alone)
 
@@ -253,7 +253,7 @@ def _rank(row: dict) -> int:
 
 
 def _way_out(cfg: Any, machine: Machine, layouts: list[Layout], allow: tuple[str, ...]) -> str:
-    """What would make a run fit that no strategy fits."""
+    """Settings under which a run fits, if no strategy fits it as configured."""
     tried = strategies(cfg.engine, machine)
     for layout in layouts:
         most = {s: layout.largest(s, machine) for s in tried}
@@ -281,7 +281,7 @@ def _words(layout: Layout, layouts: list[Layout], strategy: str, gpus: int) -> s
 
 
 def _disk(cfg: Any, layout: Layout, notes: list[str]) -> dict[str, float]:
-    """Bytes of the checkpoints that stay and the one being written, and of the data where it is here."""
+    """Bytes of the kept checkpoints and the one being written, and of the data if it exists."""
     train = cfg.train
     saved = [x for x in layout.networks if x.kind != "frozen"]
     one = sum(x.weights + x.buffers + 4 * sum(x.moments) for x in saved)

@@ -53,7 +53,7 @@ def card(name: str) -> Card:
     """The card of this name.
 
     Raises:
-        BadInput: nothing is known of it.
+        BadInput: the card is unknown.
     """
     short = name.lower().replace("rtx", "").replace("nvidia", "").strip(" -_")
     if short not in CARDS:

@@ -1,4 +1,4 @@
-"""What operations allocate and compute, counted as they are dispatched."""
+"""Counts the memory and floating point operations of torch operations as they are dispatched."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 aten = torch.ops.aten
-FORMULAS = flop_registry | {  # the CPU's attention is not among torch's own
+FORMULAS = flop_registry | {  # torch's formulas lack the CPU's attention
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_val=None, **kw: sdpa_flop_count(
         q.shape, k.shape, v.shape
     ),
@@ -27,10 +27,10 @@ FORMULAS = flop_registry | {  # the CPU's attention is not among torch's own
 
 
 class Meter(TorchDispatchMode):
-    """Bytes that are alive, their peaks, and floating point operations, of tensors made while it is on.
+    """Allocated bytes, their peaks, and floating point operations, of tensors created within the context.
 
-    What was made before (weights, batches) is not counted, nor is what a kernel takes for itself while it runs.
-    `peaks[role, place]` is (bytes without gradients, bytes with the role's), by what the caller says is at work.
+    Tensors created before (weights, batches) and temporary memory inside kernels are not counted. `peaks[role, where]` is
+    (bytes without gradients, bytes with the role's), with role and location set by the caller.
     """
 
     _known: dict[tuple, tuple[Any, int]] = {}  # an operation on shapes -> what makes its result, and its operations
@@ -91,7 +91,7 @@ class Meter(TorchDispatchMode):
         peak[1] = max(peak[1], self.live + self.gradients[self.role])
 
     def ignore(self, tensors: Any) -> None:
-        """Count nothing for these: they were there before, or stand for others that are counted."""
+        """Exclude tensors that existed before, or stand for others that are counted."""
         for tensor in tensors:
             self._count_storage(tensor, free=True)
 
@@ -105,7 +105,7 @@ class Meter(TorchDispatchMode):
 
     @contextmanager
     def span(self):
-        """What happens inside, beyond what is alive at its start: yields (peaks by place, [operations])."""
+        """Peaks within the context beyond the bytes alive at its start: yields (peaks by location, [operations])."""
         outer, start, flops = self.peaks, self.live, self.flops
         self.peaks, done = defaultdict(lambda: [0, 0]), [0]
         inner, found = self.peaks, {}
@@ -119,7 +119,7 @@ class Meter(TorchDispatchMode):
                 outer[key] = [max(outer[key][0], without), max(outer[key][1], own)]
 
     def again(self, found: dict[Any, int], flops: int) -> None:
-        """Count a span that was seen before once more."""
+        """Add the counts of a recorded span again."""
         self.flops += flops
         own = self.gradients[self.role]
         for placement, extra in found.items():
@@ -135,7 +135,7 @@ def makes_new(func: Any) -> bool:
 
 
 def signature(func: Any, args: tuple, kwargs: dict) -> tuple | None:
-    """What decides the shapes of an operation's results, of tensors without values; None where more does."""
+    """A key that determines the shapes of an operation's results on meta tensors; None if there is none."""
     if not makes_new(func):
         return None
     found, any_meta = [func], False
@@ -153,7 +153,7 @@ def signature(func: Any, args: tuple, kwargs: dict) -> tuple | None:
 
 
 def maker(out: Any) -> Any:
-    """What makes results like `out`, all of them shapes; None if some are not."""
+    """A function that creates results like `out`, all on the meta device; None if some are not."""
     if isinstance(out, Tensor) and out.is_meta:
         return partial(torch.empty_strided, out.shape, out.stride(), dtype=out.dtype, device="meta")
     if isinstance(out, tuple) and all(v is None or isinstance(v, Tensor) and v.is_meta for v in out):
@@ -210,11 +210,11 @@ WIDER = {
 
 
 class Accelerator(TorchFunctionMode):
-    """Tensors on the meta device compute as a GPU's: its autocast, and its fused attention, which meta has not.
+    """Within this context meta tensors behave as on a GPU: its autocast and its fused attention, which meta lacks.
 
     Args:
         dtype: of autocast; None: float32 throughout.
-        cache: whether autocast keeps the weights that it has cast until the step ends, as torch does by default.
+        cache: whether autocast caches cast weights until the end of the step, as torch does by default.
     """
 
     def __init__(self, dtype: torch.dtype | None = None, cache: bool = True):
@@ -235,11 +235,11 @@ class Accelerator(TorchFunctionMode):
             return self._differentiate(func, *args, **kwargs)
         if func is torch.tensor and torch.device(kwargs.get("device") or "cpu").type == "meta":
             like = func(*args, **kwargs | {"device": "cpu"})
-            return torch.empty(like.shape, dtype=like.dtype, device="meta")  # the other way fails inside of jvp
+            return torch.empty(like.shape, dtype=like.dtype, device="meta")  # the alternative fails within jvp
         return func(*args, **kwargs)
 
     def _differentiate(self, func, *args, **kwargs):
-        """`func` with this mode on, for what is computed again inside of it."""
+        """`func` within this mode, for operations that are recomputed."""
         check, torch.autograd.has_torch_function = torch.autograd.has_torch_function, lambda tensors: False
         try:
             with self:
@@ -267,7 +267,7 @@ class Accelerator(TorchFunctionMode):
 
 
 def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """`scaled_dot_product_attention` by the kernel that a GPU would choose: no N x N matrix is kept."""
+    """`scaled_dot_product_attention` as a GPU's fused kernel, which stores no N x N matrix."""
     cuda = torch.backends.cuda
     plain = not (cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled()) or enable_gqa
     if plain or query.ndim != 4:

@@ -57,7 +57,7 @@ def show(found: dict[str, Any], console: Console | None = None) -> None:
 
 
 def sentences(found: dict[str, Any]) -> list[str]:
-    """What the table does not say."""
+    """The lines below the table."""
     machine, disk = found["machine"], found["disk"]
     networks = ", ".join(f"{k} {_count(v)}" for k, v in found["parameters"].items() if v)
     rate = f"{machine['utilisation']:.0%} of {machine['flops'] / 1e12:.4g} TFLOP/s"

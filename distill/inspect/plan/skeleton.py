@@ -1,4 +1,4 @@
-"""A config's objects without their weights: networks on the meta device, data as shapes where there is none yet."""
+"""A config's objects without weights: networks on the meta device, random data if the data does not exist yet."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from distill.inspect.plan.trace import networks
 from distill.training.experiment import Experiment, build_experiment
 from distill.training.placement.blocks import recompute
 
-LARGE = 2**30  # bytes of weights that are held at most, for networks that cannot be built as shapes
+LARGE = 2**30  # largest size in bytes of a network that is built with weights because it cannot be on the meta device
 
 
 def experiment_of(cfg: Any, allow: tuple[str, ...] = (), real: bool = False) -> tuple[Experiment, list[str]]:
-    """The config's experiment with every network on the meta device, and notes on it.
+    """The config's experiment with every network on the meta device, and notes about it.
 
-    `real` builds them as a run does.
+    Args:
+        real: build the networks with weights, as a run does.
 
     Raises:
-        BadInput: as `build_experiment`; data that is not here for a network whose conditions are tensors.
+        BadInput: as `build_experiment`; missing data for a network with tensor conditions.
     """
     cfg, notes = OmegaConf.create(cfg), []
     path = cfg.data.get("path") if cfg.data else None
     if isinstance(path, str) and not any(c in path for c in "{*?[") and not Path(path).expanduser().exists():
-        notes.append(f"{path} does not exist; samples of the network's shape stand for it.")
+        notes.append(f"{path} does not exist; random samples of the network's shape are used instead.")
         cfg.data = _stand(cfg, allow)
     experiment = build_experiment(cfg, allow, config.build if real else build)
     for role in experiment.method.trainable if cfg.engine.checkpoint_activations else ():
@@ -44,7 +45,7 @@ def experiment_of(cfg: Any, allow: tuple[str, ...] = (), real: bool = False) -> 
 
 
 def build(node: Any, allow: tuple[str, ...] = (), where: str = "", **given: Any) -> Any:
-    """`config.build`, but networks are shapes."""
+    """`config.build` with networks on the meta device."""
     from distill.models.diffusers import folder
 
     with folder.shapes_only():
@@ -76,7 +77,7 @@ def _network(node: dict, allow: tuple[str, ...], where: str) -> nn.Module:
             raise
     except (NotImplementedError, RuntimeError):
         pass
-    return config.build(node, allow, where)  # it needs values while it is built
+    return config.build(node, allow, where)  # its constructor needs values
 
 
 def _stand(cfg: Any, allow: tuple[str, ...]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-r"""Bytes a rank, by strategy: what is stored for each network, and the fullest moment of a step.
+r"""Bytes per rank by strategy: stored tensors of each network, and the peak within a step.
 
-What the engines store was read from running processes, tensor by tensor (`tests/inspect/test_storage.py`):
+The stored tensors were read from running processes (`tests/inspect/test_storage.py`):
 
     single, ddp   weights, gradients from a role's turn to its next, moments
     zero1, zero2  the same weights; moments, a master copy and the reduced gradients in n parts; no gradients of others
@@ -22,7 +22,7 @@ from distill.methods.optim import optimizer_of
 from distill.methods.placement import BUCKET
 
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "fsdp", "zero3", "zero3+offload")  # least communication first
-SPREAD = ("fsdp", "zero3", "zero3+offload")  # those that spread weights
+SPREAD = ("fsdp", "zero3", "zero3+offload")  # those that shard weights
 PRIMES = (7, 5, 3, 11, 13, 17)
 
 
@@ -49,7 +49,7 @@ class NetworkMemory:
         return sum(math.prod(s) for s in self.shapes)
 
     def part(self, strategy: str, n: int) -> int:
-        """Bytes of weights of a rank that holds no less than any other."""
+        """Bytes of weights on the rank with the largest share."""
         if strategy == "fsdp":
             rows = (-(-s[0] // n) / s[0] if s else 1.0 for s in self.shapes)
             return round(sum(size * share for size, share in zip(self.sizes, rows)))
@@ -61,7 +61,7 @@ class NetworkMemory:
 
 
 def networks_of(method: Any) -> list[NetworkMemory]:
-    """Every network of the method, each weight once: what roles share is the first one's."""
+    """Every network of the method, each weight once: shared weights belong to the first role."""
     found, seen = [], set()
     for name in (*method.trainable, *method.frozen, *method._averages):
         module = getattr(method, name)
@@ -95,7 +95,7 @@ def numbers_kept(settings: Any, shape: tuple[int, ...], role: str, _known: dict 
 
 @dataclass
 class StrategySettings:
-    """What of a DeepSpeed config decides memory, with its defaults; numbers, not bytes."""
+    """The settings of a DeepSpeed config that determine memory, with their defaults; numbers of elements."""
 
     reduce_bucket: int = int(5e8)
     prefetch: int = int(5e7)
@@ -114,7 +114,7 @@ class StrategySettings:
 
 @dataclass
 class Load:
-    """Bytes on a rank at the fullest moment of a step, by kind; `host` is the machine's memory for this rank."""
+    """Bytes on a rank at the peak of a step, by kind; `host` is the host memory for this rank."""
 
     weights: int = 0  # of trainable roles
     frozen: int = 0
@@ -122,10 +122,10 @@ class Load:
     moments: int = 0
     masters: int = 0
     gradients: int = 0
-    activations: int = 0  # and all else that a step makes
+    activations: int = 0  # and other intermediate tensors
     temporary: int = 0  # gathered weights, buckets, flat copies
     host: int = 0
-    moment: str = ""  # which that is
+    moment: str = ""  # where the peak is
 
     @property
     def total(self) -> int:
@@ -173,7 +173,7 @@ Moment = tuple[str, int, int, int]  # what, gradients, activations, temporary
 
 
 def _turns(trained, shares, seen: Trace, strategy: str, n: int, settings: StrategySettings) -> list[Moment]:
-    """The fullest moments of forward and backward passes."""
+    """The peaks of forward and backward passes."""
     found: list[Moment] = []
     bucket = 4 * settings.reduce_bucket * (2 if settings.overlap else 1) if strategy in ("zero1", "zero2") else 0
     for role, places in seen.peaks.items():
@@ -193,7 +193,7 @@ def _turns(trained, shares, seen: Trace, strategy: str, n: int, settings: Strate
 
 
 def _steps(trained, shares, strategy: str, n: int, settings: StrategySettings) -> list[Moment]:
-    """Where gradients are reduced and weights updated, when activations are gone."""
+    """The peaks of gradient reduction and weight update, without activations."""
     found: list[Moment] = []
     for role, x in trained.items():
         own, others = shares[role]["gradients"], sum(p["gradients"] for r, p in shares.items() if r != role)
@@ -211,7 +211,7 @@ def _steps(trained, shares, strategy: str, n: int, settings: StrategySettings) -
 
 
 def _gathered(where: Where, trained, seen: Trace, strategy: str, settings: StrategySettings) -> int:
-    """Bytes of whole weights, and of whole gradients on their way out, while a network's unit is at work."""
+    """Bytes of gathered weights, and of gradients before their reduction, while a unit of the network computes."""
     if strategy not in SPREAD or not where.network:
         return 0
     units = seen.units[where.network]

@@ -1,7 +1,7 @@
-"""A method's training steps on shapes: networks are on the meta device, everything else is computed.
+"""Traces training steps of a method with networks on the meta device and everything else computed.
 
-A network's inputs become shapes where they enter it, and its answer becomes random numbers of the right shape, so that
-roll-outs, draws and alternation go their real way while nothing large is ever computed or held.
+The inputs of a network are moved to the meta device, and its output is replaced by random numbers of the right shape, so
+that rollouts, draws and alternation of turns are those of a real run, but nothing large is computed or stored.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from distill.inspect.plan.meter import Accelerator, Meter
 from distill.methods.placement import Placement, batch_size
 from distill.training.placement.blocks import blocks, root
 
-SECONDS = 4.0  # after which no turns are repeated for the average of their random parts
+SECONDS = 4.0  # limit of the time for averaging random numbers of calls
 
 
 @dataclass
 class Trace:
-    """What steps of one batch size were seen to take.
+    """The traced cost of steps at one batch size.
 
     `peaks[role][where] = (bytes without the role's gradients, bytes with them)` beyond weights and gradients of others;
-    role is "" for what all turns share, `where` a network and the number of its unit that was at work, forward or backward.
+    role is "" for the part shared by all turns, `where` a network, the number of its unit, and the direction.
     """
 
     batch: int
-    flops: float = 0.0  # a step, on the average over the pattern of turns
+    flops: float = 0.0  # per step, averaged over the pattern of turns
     warm_flops: float = 0.0  # a step of the warm start
     warm_steps: int = 0
     peaks: dict[str, dict[Any, tuple[int, int]]] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Where:
-    """A network's unit, as FSDP2 cuts it, and the direction; unit -1 is what lies between them."""
+    """A unit of a network, as FSDP2 shards it, and the direction; unit -1 is the rest of the network."""
 
     network: str = ""
     unit: int = -1
@@ -55,7 +55,7 @@ class Where:
 
 
 class TracePlacement(Placement):
-    """Placement that computes gradients without updating weights; they stay for as long as in `Placement`."""
+    """Placement that computes gradients without updating weights; gradients are freed as in `Placement`."""
 
     def __init__(self, meter: Meter, accumulate: int, kept: dict[str, int]):
         super().__init__(accumulate)
@@ -81,7 +81,7 @@ class TracePlacement(Placement):
         return torch.zeros(()), torch.tensor(True)
 
     def average(self, name, source, weight, stepped):
-        """Nothing moves."""
+        """No update."""
 
     copy = reset_optimizer = lambda self, *names: None
 
@@ -89,14 +89,14 @@ class TracePlacement(Placement):
 def trace(
     experiment: Any, batch: int | None = None, dtype: torch.dtype | None = None, cache: bool = True, brief: bool = False
 ) -> Trace:
-    """Run steps of the experiment's method until every kind of turn was seen; `batch` samples a micro-batch.
+    """Run steps of the experiment's method until every kind of turn was traced; `batch` samples per micro-batch.
 
     The experiment's networks are on the meta device (`distill.inspect.plan.skeleton`), or real, for networks that need values.
 
     Args:
         dtype: of autocast.
         cache: see `Accelerator`.
-        brief: run each kind of step once, for memory alone.
+        brief: run each kind of step once, for memory only.
 
     Raises:
         BadInput: a network cannot run on shapes alone.
@@ -146,7 +146,7 @@ def _step(method, meter, parts, step, dtype, cache, found, fixed) -> float:
 
 
 def _pattern(method: Any) -> list[tuple[str, ...]]:
-    """The roles in turn, step by step, over one period (at most 64 steps)."""
+    """The roles with a turn, by step, over one period (at most 64 steps)."""
     before = dict(vars(method))
     seen = [tuple(role for role, _ in method.turns(step)) for step in range(64)]
     vars(method).update(before)
@@ -155,7 +155,7 @@ def _pattern(method: Any) -> list[tuple[str, ...]]:
 
 
 def _average(pattern: list[tuple[str, ...]], run: Any, most: int) -> float:
-    """Mean operations a step: every kind of step is run, and again until its random parts are known to 1 % or time is up."""
+    """Mean operations per step: every kind of step is repeated until its mean is known to 1 %, or the time limit."""
     began, costs, first = time.process_time(), defaultdict(list), {}
     for i, roles in enumerate(pattern):
         first.setdefault(roles, i)
@@ -171,7 +171,7 @@ def _settled(costs: list[float]) -> bool:
 
 
 def enlarged(batch: dict[str, Any], n: int) -> dict[str, Any]:
-    """`batch` with n rows, its own over and over."""
+    """`batch` repeated to n rows."""
     rows = torch.arange(n) % batch_size(batch)
     return {k: v[rows] if isinstance(v, Tensor) else [v[i] for i in rows.tolist()] for k, v in batch.items()}
 
@@ -180,7 +180,7 @@ def enlarged(batch: dict[str, Any], n: int) -> dict[str, Any]:
 
 
 def networks(method: Any) -> dict[str, nn.Module]:
-    """What each role's callers end up calling, where it has weights; one that several roles are is named once."""
+    """The called module of each role with weights; one that several roles share is listed once."""
     found, seen = {}, set()
     for name in (*method.trainable, *method.frozen, *method._averages):
         module = root(getattr(method, name))
@@ -202,7 +202,7 @@ def _tensors(method: Any) -> list[Tensor]:
 
 
 def _install_hooks(method: Any, meter: Meter) -> list[Any]:
-    """Put stand-ins before the networks and hooks on their units; returns what takes them away."""
+    """Replace the networks' forward functions and add hooks to their units; returns the functions that undo it."""
     undo, known = [], {}
     for name, module in networks(method).items():
         for i, unit in enumerate([module, *blocks(module)]):
@@ -232,7 +232,7 @@ def _enter(meter: Meter, name: str, unit: int, module: nn.Module, args: tuple) -
 
 def _leave(meter: Meter, name: str, unit: int, module: nn.Module, args: tuple, out: Any) -> None:
     if _backward():
-        return  # computed again: the unit's own backward pass goes on
+        return  # recomputation within the unit's own backward pass
     meter.placement = Where(name) if unit >= 0 else Where()
     for value in tree_leaves(out):
         if isinstance(value, Tensor) and value.requires_grad and not _inside_transform(value):
@@ -249,7 +249,7 @@ def _inside_transform(value: Tensor) -> bool:
 
 
 def _stand_in(module: nn.Module, meter: Meter, known: dict) -> Any:
-    """Let real tensors in and out of a network of shapes; a call without gradients that was seen before is not repeated."""
+    """Adapts real tensors to a network on the meta device and back; repeated calls without gradients are counted only."""
     inner, own = module.forward, module.__dict__.get("forward")
     body = as_network(module).base
     hooks = lambda: sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in body.modules())
@@ -304,7 +304,7 @@ class ToShape(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        """Nothing is kept."""
+        """Saves nothing."""
 
     @staticmethod
     def backward(ctx, gradient):
@@ -324,7 +324,7 @@ class FromShape(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        """Nothing is kept."""
+        """Saves nothing."""
 
     @staticmethod
     def backward(ctx, gradient):

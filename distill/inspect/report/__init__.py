@@ -1,4 +1,4 @@
-"""One page a run can be shown by: samples, quality against cost, curves, cost, config; offline and self-contained."""
+"""`distill report`: one self-contained offline HTML page with samples, quality against cost, curves, cost and config."""
 
 from distill.inspect.report.page import report
 

@@ -1,4 +1,4 @@
-"""Figures as plotly's JSON: traces and axes; colours are names that the page fills in by its theme."""
+"""Figures as plotly JSON: traces and axes; colours are CSS variable names that the page resolves by its theme."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHAPES = ("circle", "square", "diamond", "triangle-up", "x", "star")
 
 
 def title(metric: str) -> str:
-    """A metric's name for people, with the direction that is better."""
+    """The title of a metric, with its better direction."""
     ends = {" ↑": ", higher is better", " →0": ", best at 0", "": "", " ↓": ", lower is better"}
     return TITLES.get(metric, metric) + ends[table.arrow(metric)]
 
@@ -41,7 +41,7 @@ def metrics_of(runs: Sequence[RunSummary]) -> list[str]:
 
 
 def quality(runs: Sequence[RunSummary], metric: str, cost: str) -> Figure:
-    """A metric against "nfe" or "seconds" of students, teacher and solvers without training; their best as a line."""
+    """A metric against "nfe" or "seconds" of students, teacher and training-free solvers, the best of which form a line."""
     traces, solvers = [], {}
     for point in runs[0].measured.get("points", []):
         if point["kind"] == "stock":
@@ -80,7 +80,7 @@ def quality(runs: Sequence[RunSummary], metric: str, cost: str) -> Figure:
 
 
 def _bound(runs: Sequence[RunSummary], metric: str, solvers: Sequence[Any]) -> Callable[[float], bool]:
-    """Whether a solver is so bad that its axis would hide the rest: ten times the worst of the others or of the median."""
+    """Whether a solver is left out because it would compress the axis: ten times worse than the others or the median."""
     if table.arrow(metric) != " ↓":
         return lambda value: False
     rows = [values.get(metric) for run in runs for row in ("teacher", "student") for values in run.scores(row).values()]
@@ -103,7 +103,7 @@ def _points(run: RunSummary, row: str, metric: str, cost: str) -> list[tuple]:
 
 
 def _front(points: list[tuple], metric: str) -> list[tuple]:
-    """What no cheaper solver betters."""
+    """The points that are better than all cheaper ones."""
     out: list[tuple] = []
     for cost, value, nfe in sorted((f for f in points if finite(f[0]) and finite(f[1])), key=lambda f: (f[0], f[1])):
         if not out or table.better(metric, value, out[-1][1]):
@@ -165,7 +165,7 @@ def validation(runs: Sequence[RunSummary], metric: str) -> Figure:
 
 
 def _teacher(run: RunSummary, metric: str) -> dict[str, float]:
-    """The teacher baseline that the run logged itself, else the one measured for the page, else metrics.json's."""
+    """The teacher baseline: as logged by the run, else as measured for the report, else from metrics.json."""
     logged = {
         name.split("/")[1]: row[name]
         for row in run.rows

@@ -1,4 +1,4 @@
-"""What a page needs beyond metrics.json: stock solvers on the teacher, seconds, the teacher baseline, pictures."""
+"""Measurements of the report beyond metrics.json: stock solvers on the teacher, time, teacher baseline, pictures."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from distill.training import run_folder
 from distill.training.callbacks import console
 from distill.training.experiment import Experiment
 
-COLUMNS = 12  # noises of the pictures, where the number of classes does not say it
+COLUMNS = 12  # samples per picture of data without classes
 POINTS = 1000  # samples of a scatter plot
-FEW_TIMED = 256  # samples of which seconds are taken where nothing is scored
+FEW_TIMED = 256  # samples of a timing without metrics
 
 Point = dict[str, Any]  # who, kind, nfe, seconds, scores
 
@@ -34,15 +34,15 @@ def measure_stock(
     samples: int | None = None,
     stock: bool = True,
 ) -> dict[str, Any]:
-    """Measure what report.json of this checkpoint does not hold yet, and write it there.
+    """Measure what report.json lacks for this checkpoint, and write it there.
 
     Args:
         evaluations: of the stock solvers; those of `eval.evaluations` up to 16, and K, by default.
         samples: of each stock solver; `eval.samples` by default. Seconds are those of the validation's samples.
-        stock: False measures no stock solver and scores nothing, which is most of the work: pictures and seconds only.
+        stock: False measures pictures and time only, without stock solvers and metrics, which take most of the time.
 
     Returns:
-        key: what these depend on; points: `[{who, kind, nfe, seconds, scores}]`, seconds a thousand samples;
+        key: identifies checkpoint and settings; points: `[{who, kind, nfe, seconds, scores}]`, seconds a thousand samples;
         teacher_baseline: metrics of the teacher at K and the most evaluations on the validation's noise;
         pictures: `[{kind, nfe, png}]`.
     """
@@ -89,7 +89,7 @@ def _teacher(
 
 
 def _teacher_samplers(evaluation: Evaluation, nfes: Sequence[int]) -> Iterator[tuple[int, Sampler]]:
-    """The teacher at each number of evaluations that it can be called with."""
+    """The teacher's sampler at each possible number of evaluations."""
     for nfe in nfes if evaluation.teacher is not None else ():
         if sampler := evaluation.teacher_sampler(nfe):
             yield nfe, sampler
@@ -103,7 +103,7 @@ def _student(timed: Evaluation, nfes: Sequence[int]) -> list[Point]:
 
 
 def _stock(evaluation: Evaluation, nfes: Sequence[int]) -> list[Point]:
-    """Every stock solver that serves the teacher's schedule, at its own counted cost, from the noise of all others."""
+    """Every stock solver for the teacher's schedule, at its counted cost, from the same noise."""
     from distill.models import diffusers
 
     teacher, price, points = evaluation.teacher, evaluation.price, []

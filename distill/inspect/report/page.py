@@ -1,4 +1,4 @@
-"""The page: one HTML file with its pictures, its charts and the library that draws them inside."""
+"""The report page: one HTML file that contains its pictures, charts and the charting library."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def report(
 ) -> Path:
     """Write the page of one run, or of several with joint charts, to `out`.
 
-    What a run's folder does not hold is measured first and kept there: metrics.json as by `distill eval`, the rest as
-    report.json. An older page at `out` is replaced, any other file is not.
+    Missing measurements are made first and saved in the run folder: metrics.json as by `distill eval`, the rest as
+    report.json. An older report at `out` is replaced; any other file is refused.
 
     Args:
-        quick: measure nothing; the page has what is there.
+        quick: measure nothing; show what was measured before.
         evaluations, samples: of the stock solvers; those of the run's own `eval` by default.
 
     Raises:
@@ -76,7 +76,7 @@ def _writable(out: Path) -> None:
 
 
 def write(runs: Sequence[RunSummary], out: Path) -> Path:
-    """The page of what the runs hold, whole or not at all."""
+    """Write the page, atomically."""
     write_text(out, html(runs))
     return Path(out)
 
@@ -155,7 +155,7 @@ def _pictures(runs: Sequence[RunSummary]) -> list[dict[str, Any]]:
 
 
 def _stored_pictures(runs: Sequence[RunSummary]) -> list[dict[str, str]]:
-    """Pictures in the folders of runs of which report.json has none, as it is with --quick before anything was measured."""
+    """Pictures in the folders of runs whose report.json has none, as with --quick before any measurement."""
     out = []
     for run in runs:
         for path in run.pictures if not run.measured.get("pictures") else ():

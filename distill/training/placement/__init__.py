@@ -1,1 +1,1 @@
-"""Where networks live and how they step: ddp, FSDP2, DeepSpeed."""
+"""Placements of networks on several processes: ddp, FSDP2, DeepSpeed."""

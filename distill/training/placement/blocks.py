@@ -11,14 +11,14 @@ from distill.denoise import has_network
 
 
 def root(role: nn.Module) -> nn.Module:
-    """What a role's callers end up calling: a Denoiser's network, which `native` calls too, or the role itself."""
+    """The module that a role's forward passes call: a Denoiser's network (`native` calls it too), or the role itself."""
     net = role.net if has_network(role) else None
     inside = net is not None and {id(p) for p in role.parameters()} <= {id(p) for p in net.parameters()}
     return net if inside else role
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
-    """The outermost repeated parts that are called as modules: the items of its ModuleLists."""
+    """The outermost repeated blocks: the items of the network's ModuleLists that are called as modules."""
     found = []
     for child in network.children():
         items = list(child) if isinstance(child, nn.ModuleList) else []
@@ -28,7 +28,7 @@ def blocks(network: nn.Module) -> list[nn.Module]:
 
 
 def recompute(role: nn.Module) -> None:
-    """Keep no activations inside blocks: they are computed again in the backward pass."""
+    """Activation checkpointing: activations inside blocks are recomputed in the backward pass."""
     network = root(role)
     stock = [m for m in network.modules() if hasattr(m, "enable_gradient_checkpointing")]
     for module in stock:

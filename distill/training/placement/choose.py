@@ -20,7 +20,7 @@ def build_placement(engine: Any, world: int) -> Placement:
     """The placement that the config's `engine` section names.
 
     Raises:
-        BadInput: settings that do not go together.
+        BadInput: settings exclude each other.
     """
     kind, scale = engine.strategy, engine.precision == "16"
     if kind not in STRATEGIES:
@@ -66,9 +66,7 @@ def _settings(path: str | None, stage: int) -> dict[str, Any]:
             raise BadInput(f"engine.deepspeed: {path} sets {key}, which {instead} decides; take it out there.")
     given = found.get("zero_optimization", {}).get("stage", stage)
     if given != stage:
-        raise BadInput(
-            f"engine.deepspeed: {path} asks for stage {given}; take engine.strategy=zero{given} or change it."
-        )
+        raise BadInput(f"engine.deepspeed: {path} sets stage {given}; take engine.strategy=zero{given} or change it.")
     return {k: v for k, v in found.items() if v != "auto"}
 
 
@@ -84,7 +82,7 @@ class Processes(DDPStrategy):
 
     def model_to_device(self) -> None:
         self.placement.device = self.root_device
-        if not self.placement.sharded:  # those move role by role, so that no device ever holds all of them whole
+        if not self.placement.sharded:  # sharded roles are moved one by one, so that no device holds all of them whole
             super().model_to_device()
 
     def teardown(self) -> None:

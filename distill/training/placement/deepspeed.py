@@ -1,8 +1,8 @@
 """DeepSpeed ZeRO: one engine per trainable role.
 
-A method asks its placement (`distill.methods.placement.Placement`) for gradients, steps, averages and state, role by role.
-Lightning starts the ranks, moves batches and runs the loop; the method is not wrapped, because roles are called through
-denoisers, hooks and forward-mode derivatives.
+The placement (`distill.methods.placement.Placement`) computes gradients, steps, averages and state by role. Lightning
+starts the ranks, moves batches and runs the loop; the method is not wrapped, because roles are called through denoisers,
+hooks and forward-mode derivatives.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from distill.training.placement.blocks import root
 
 
 class Zero(Replicas):
-    """One DeepSpeed engine a trainable role; in stage 3 one a frozen or averaged network too, without optimiser.
+    """One DeepSpeed engine per trainable role; in stage 3 also one without optimizer per frozen or averaged network.
 
     Args:
         stage: 1 shards the optimiser's state, 2 the gradients too, 3 the weights too.
-        settings: a DeepSpeed config of the user's, under which ours is laid.
+        settings: the user's DeepSpeed config, merged with ours.
         offload_optimizer, offload_parameters: keep them on the CPU.
     """
 
@@ -207,9 +207,10 @@ class Zero(Replicas):
 
 
 def _lenient(offload: Any) -> None:
-    """Let a gradient leave modules that it did not enter by their output.
+    """Allow the backward pass to start inside a module instead of at its output.
 
-    A head that reads a layer's features lets it in there, and deepspeed refuses to release the modules around.
+    A head reads the features of an inner layer, so its gradient enters there; DeepSpeed then refuses to release the
+    enclosing modules.
     """
     before, after = offload.pre_sub_module_backward_function, offload.post_sub_module_backward_function
     finish, entered = offload.release_backward_leftovers, set()

@@ -1,4 +1,4 @@
-"""FSDP2: networks cut to shards along their parameters' first dimension."""
+"""FSDP2: networks sharded along the first dimension of their parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distill.training.placement.blocks import blocks, root
 
 
 class Sharded(Replicas):
-    """FSDP2: every network, frozen and averaged ones too, is cut along its parameters' first dimension.
+    """FSDP2: every network, also frozen and averaged ones, is sharded along the first dimension of its parameters.
 
     Args:
         offload: keep shards, gradients and moments on the CPU.
@@ -63,7 +63,7 @@ class Sharded(Replicas):
         """FSDP2 has averaged them in the backward pass."""
 
     def whole(self, value: Any) -> Any:
-        """A copy of `value` on the CPU of rank 0; other ranks help and keep nothing."""
+        """A full copy of `value` on the CPU of rank 0; a collective, None on other ranks."""
         full = value.full_tensor() if isinstance(value, DTensor) else value
         if self.rank:
             return None
@@ -91,9 +91,10 @@ class Sharded(Replicas):
 
 
 def _wake(unit: nn.Module, layer: nn.Module, args: Any, out: Any) -> None:
-    """Gather a unit's weights before the gradient enters one of its layers.
+    """Gather a unit's weights before the backward pass enters one of its layers.
 
-    FSDP2 does so where it enters the unit's output; a head that reads a layer's features lets it in elsewhere.
+    FSDP2 gathers them when the gradient enters at the unit's output; the gradient of a head that reads a layer's
+    features enters inside the unit.
     """
     for value in (out if isinstance(out, (tuple, list)) else (out,)) if torch.is_grad_enabled() else ():
         if isinstance(value, Tensor) and value.requires_grad:
@@ -101,7 +102,7 @@ def _wake(unit: nn.Module, layer: nn.Module, args: Any, out: Any) -> None:
 
 
 def _open(opened: set[nn.Module], unit: nn.Module, layer: nn.Module, args: Any) -> None:
-    """Gather a unit's weights for one of its layers that is called from outside of it, as DiT's first block's embedding is."""
+    """Gather a unit's weights for a layer that is called from outside the unit, such as the embedding in DiT's first block."""
     if any(isinstance(p, DTensor) for p in layer.parameters(recurse=False)):
         opened.add(layer)
         unit.unshard()
@@ -114,7 +115,7 @@ def _close(opened: set[nn.Module], unit: nn.Module, layer: nn.Module, args: Any,
 
 
 def _like(target: Tensor, whole: Tensor) -> Tensor:
-    """This rank's part of a tensor that every rank has read."""
+    """This rank's shard of a tensor that every rank holds."""
     if not isinstance(target, DTensor):
         return whole
     whole = whole.to(target.to_local().device, target.dtype)
