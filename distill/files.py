@@ -19,7 +19,7 @@ from distill.errors import BadInput
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
     """Open a file beside `path` that replaces it on success; on an error `path` stays as it was."""
     path = Path(path)
-    staging = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    staging = _staging(path)
     encoding, newline = (None, None) if "b" in mode else ("utf-8", "")
     try:
         with open(staging, mode, encoding=encoding, newline=newline) as file:
@@ -39,13 +39,18 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     if path.exists():
         raise BadInput(f"{path} exists already: remove it or name another folder.")
-    staging = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    staging = _staging(path)
     try:
         staging.mkdir(parents=True)
         yield staging
         os.replace(staging, path)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _staging(path: Path) -> Path:
+    """A name beside `path` that no other process uses, on this machine or on another one with the same file system."""
+    return path.with_name(f".{path.name}.writing-{os.uname().nodename}-{os.getpid()}")
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from distill import config
+from distill.config import schema
 from distill.errors import BadInput
 
 HERE = __name__  # the package that the tests allow
@@ -463,6 +464,29 @@ def test_a_path_of_an_older_config_is_refused_with_the_new_one(old, new):
     with pytest.raises(BadInput, match=rf"'{old}' is now {new};"):
         config.resolve(old)
     assert config.resolve(new)
+
+
+def test_every_moved_object_is_found_under_its_new_name():
+    for old, new in schema.MOVED_OBJECTS.items():
+        with pytest.raises(BadInput, match=rf"'{old}' (is now {new};|was removed; leave it out)"):
+            config.resolve(old)
+        assert not new or config.resolve(new)
+
+
+def test_arguments_of_an_older_config_are_refused_with_the_new_ones():
+    tensors = {"_target_": "distill.data.toy.Tensors", "shape": [2], "told": {"text": [4]}}
+    with pytest.raises(BadInput, match="'data.told' of distill.data.toy.Tensors is now conditions; write it so"):
+        config.build(tensors, (), "data")
+    with pytest.raises(BadInput, match="'method.same_noise' of distill.methods.LADD was removed; leave it out"):
+        config.build({"_target_": "distill.methods.LADD", "same_noise": True}, (), "method")
+    for (target, _), new in schema.MOVED_ARGUMENTS.items():
+        assert not new or new in config.signature(config.resolve(target))
+
+
+@pytest.mark.parametrize("value", ["off", "False", "'off'", "disabled"])
+def test_wandb_is_off(value):
+    """Also as YAML's false, which `off` is without quotes."""
+    assert config.load(["toy/tdm"], [f"log.wandb={value}"]).log.wandb == "disabled"
 
 
 @pytest.mark.parametrize("name", ["digits/tdm", "sd15/lcm_lora"])

@@ -159,6 +159,8 @@ def checked(node: DictConfig) -> DictConfig:
             else "give a value of that type"
         )
         raise BadInput(f"{key}: {str(error).splitlines()[0].rstrip('.')}; {mend}.") from None
+    if full.log.wandb.lower() in ("off", "false"):  # YAML reads `off` as false
+        full.log.wandb = "disabled"
     _check_values(full)
     return full
 

@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from distill.config import plugins
-from distill.config.schema import MOVED_MODULES, TARGET
+from distill.config.schema import MOVED_ARGUMENTS, MOVED_MODULES, MOVED_OBJECTS, TARGET
 from distill.errors import BadInput, suggest
 
 # Modules of distill that a config may name. Configs may come from others, so everything else of distill is refused.
@@ -77,6 +77,8 @@ def _check_name(dotted: str, allow: tuple[str, ...], where: str) -> None:
         raise BadInput(f"{where}: '{dotted}' is private; name a public class or function.")
     if not _ours(dotted) and not plugins.may_name(parts[0], allow):
         raise BadInput(f"{where}: '{dotted}' is outside distill; allow its package by name with --allow {parts[0]}.")
+    if dotted in MOVED_OBJECTS:
+        raise BadInput(f"{where}: '{dotted}' {_moved(MOVED_OBJECTS[dotted])}")
     for old, new in MOVED_MODULES.items():
         if dotted.startswith(f"{old}."):
             raise BadInput(f"{where}: '{dotted}' is now {new}{dotted.removeprefix(old)}; write it so.")
@@ -85,6 +87,10 @@ def _check_name(dotted: str, allow: tuple[str, ...], where: str) -> None:
             f"{where}: '{dotted}' is no part of a run; a config may name what is in {', '.join(PARTS)}."
             f"{suggest(parts[1], PARTS)}"
         )
+
+
+def _moved(name: str) -> str:
+    return f"is now {name}; write it so." if name else "was removed; leave it out."
 
 
 def _check_definition(dotted: str, target: Any, allow: tuple[str, ...], where: str) -> None:
@@ -174,6 +180,8 @@ def build(node: Any, allow: tuple[str, ...] = (), where: str = "", **given: Any)
             continue
         if (key not in schema and not open_ended(target)) or key in given:
             known = [k for k in schema if k not in given]
+            if (node[TARGET], key) in MOVED_ARGUMENTS:
+                raise BadInput(f"'{dot}{key}' of {node[TARGET]} {_moved(MOVED_ARGUMENTS[node[TARGET], key])}")
             raise BadInput(
                 f"Unknown key '{dot}{key}' for {node[TARGET]}.{suggest(key, known)} Known keys: {', '.join(known)}."
             )

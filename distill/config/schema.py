@@ -60,7 +60,7 @@ class Log:
     """Dashboards, besides the console and `metrics.csv`."""
 
     to: list[str] = dataclasses.field(default_factory=lambda: ["wandb"])  # wandb, tensorboard, csv (no dashboard)
-    wandb: str = "auto"  # auto (online where a key is found, else offline), online, offline, disabled
+    wandb: str = "auto"  # auto (online if a key is found, else offline), online, offline, disabled or off
     project: str = "distill"  # of wandb
     entity: str | None = None  # user or team of wandb; its default where absent
     group: str | None = None  # runs of one group are shown together
@@ -134,6 +134,20 @@ MOVED_MODULES = {  # where a module of an older config is now; longer names firs
     "distill.grid": "distill.times",
     "distill.data.buckets": "distill.data.shards.buckets",
     "distill.eval": "distill.metrics",
+}
+MOVED_OBJECTS = {  # classes of an older config; empty: removed
+    "distill.denoise.Under": "distill.denoise.Rescheduled",
+    "distill.nets.heads.Judge": "",
+    "distill.nets.heads.Layers": "distill.models.heads.FeatureExtractor",
+    "distill.nets.rewards.Clip": "distill.metrics.rewards.ClipScore",
+    "distill.nets.vision.Clip": "distill.metrics.networks.vision.ClipNetwork",
+    "distill.nets.vision.Inception": "distill.metrics.networks.vision.InceptionFeatures",
+    "distill.solvers.flowmap.Gamma": "distill.solvers.flowmap.GammaSampler",
+    "distill.solvers.stochastic.ReverseSDE": "",
+}
+MOVED_ARGUMENTS = {  # (class, argument) of an older config; empty: removed
+    ("distill.data.toy.Tensors", "told"): "conditions",
+    ("distill.methods.LADD", "same_noise"): "",
 }
 MOVED = {
     "train.skips": "train.nonfinite_limit",

@@ -30,11 +30,9 @@ class MetricsFile:
     def back(self, until: int) -> None:
         """Drop the rows of later steps."""
         if self.path.exists():
-            with open(self.path, newline="") as file:
-                reader = csv.DictReader(file)
-                self.columns = list(reader.fieldnames or [])
-                rows = [r for r in reader if str(r["step"]).isdigit() and int(r["step"]) <= until]
-            self._rewrite(rows)
+            rows = read_csv(self.path)
+            self.columns = list(rows[0]) if rows else []
+            self._rewrite([r for r in rows if str(r["step"]).isdigit() and int(r["step"]) <= until])
 
     def write(self, row: dict[str, Any], step: int) -> None:
         row = {"step": step, **row}

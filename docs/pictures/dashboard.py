@@ -1,6 +1,5 @@
 """The layout of docs/dashboard.md from a run's metrics.csv: python docs/pictures/dashboard.py RUN OUT.png"""
 
-import csv
 import re
 import sys
 from pathlib import Path
@@ -10,19 +9,20 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from distill.training.records import read_metrics
+
 QUALITY = ("fd", "accuracy", "energy", "diversity", "coverage", "beyond", "contrast", "high_frequency")
 TEACHER = {"color": "0.45", "lw": 1}
 
 
-def columns(path: Path) -> dict[str, tuple[list[int], list[float]]]:
-    found: dict[str, tuple[list[int], list[float]]] = {}
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            for name, value in row.items():
-                if value and name != "step":
-                    steps, values = found.setdefault(name, ([], []))
-                    steps.append(int(row["step"]))
-                    values.append(float(value))
+def columns(run: Path) -> dict[str, tuple[list[float], list[float]]]:
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    for row in read_metrics(run):
+        for name, value in row.items():
+            if name != "step":
+                steps, values = found.setdefault(name, ([], []))
+                steps.append(row["step"])
+                values.append(value)
     return found
 
 
@@ -44,7 +44,7 @@ def roles(axis, data, what):
 
 
 def main(run: Path, out: Path) -> None:
-    data = columns(run / "metrics.csv")
+    data = columns(run)
     charts = [(quality, name) for name in QUALITY if f"validation/{name}" in data]
     charts += [(quality, n) for n in ("critic_lag", "head_accuracy") if f"validation/{n}" in data]
     charts += [(roles, what) for what in ("loss", "grad_norm", "update")]

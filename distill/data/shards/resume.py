@@ -33,7 +33,7 @@ from distill.data.shards.write import (
 )
 from distill.data.sources.plan import Plan, ShardJob
 from distill.errors import BadInput
-from distill.files import write_json, write_text
+from distill.files import atomic_write, write_json, write_text
 
 STATE = "state of the source"  # the setting that changes when files of the source are edited, added or removed
 PLAN, SETTINGS, SKIPPED, _RECORDS, _TEMPORARY = "plan.json", "encoding.json", "skipped.txt", "records", "temporary"
@@ -156,12 +156,10 @@ class ResumableFolder:
 
     def save_null(self, null: dict[str, Tensor]) -> None:
         """Store the null condition, which is copied beside every index."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
-        temporary = self.folder / _RECORDS / f"{NULL}.{os.uname().nodename}.{os.getpid()}"
-        with write_errors(self.out):
-            save_file({name: value.contiguous() for name, value in null.items()}, temporary)
-            os.replace(temporary, self.folder / _RECORDS / NULL)
+        with write_errors(self.out), atomic_write(self.folder / _RECORDS / NULL, "wb") as file:
+            file.write(save({name: value.contiguous() for name, value in null.items()}))
 
     # -- all shards ----------------------------------------------------------------------------------------------
 
@@ -209,9 +207,8 @@ class ResumableFolder:
 
     def _finish_folder(self, folder: str, info: Info, records: dict[str, ShardRecord]) -> Info:
         if (null := self.folder / _RECORDS / NULL).is_file():
-            temporary = self.folder / folder / f".{NULL}.{os.getpid()}"
-            shutil.copyfile(null, temporary)
-            os.replace(temporary, self.folder / folder / NULL)
+            with atomic_write(self.folder / folder / NULL, "wb") as file:
+                file.write(null.read_bytes())
         return write_index(self.folder / folder, replace(info, path=str(self.out / folder)), records)
 
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import string
-import tempfile
 from pathlib import Path
 
 import diffusers
@@ -19,6 +17,7 @@ import transformers
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from distill.errors import BadInput, suggest
+from distill.files import atomic_folder
 
 LENGTH = 12  # tokens of a CLIP prompt
 
@@ -40,17 +39,12 @@ def folder(family: str) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "distill" / "tiny"
     out = cache / f"{family}-{hashlib.sha256(version).hexdigest()[:12]}"
     if not out.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=cache, prefix=f".{family}-"))
         try:
-            with torch.random.fork_rng(devices=[]):  # so that draws do not depend on whether the cache was empty
+            with torch.random.fork_rng(devices=[]), atomic_folder(out) as staging:  # draws do not depend on the cache
                 FAMILIES[family]().save_pretrained(staging)
-            os.replace(staging, out)
-        except OSError:
+        except (OSError, BadInput):
             if not out.exists():  # otherwise another process created it first
                 raise
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
     return out
 
 
