@@ -52,7 +52,7 @@ SLOW = {
     "docs/plan.md",
     "docs/recipes.md",
     "docs/report.md",
-    "docs/tutorials/digits.md",
+    "docs/tutorials/first-student.md",
 }
 MARK = re.compile(r"<!-- (?:(sketch)|needs: (accelerator|network|weights)|file: (\S+)) -->")
 SKETCHES = 6  # of all pages together
