@@ -108,10 +108,10 @@ def config_section(name: str, prefix: str, classes: dict, allowed: dict, notes: 
             nested.append((inner, f"{key}.{role}"))
             continue
         limit = allowed.get(re.sub(r"\bROLE\b", "*", key), "")
-        rows.append((f"`{key}`", f"`{kind}`", f"`{default(field.value)}`", limit, meaning(field, notes)))
+        rows.append((f"`{key}`", meaning(field, notes), f"`{default(field.value)}`", limit, f"`{kind}`"))
     yield f"## {prefix.removesuffix('.') or 'Top level'}"
     yield ast.get_docstring(classes[name]) or ""
-    yield table(("key", "type", "default", "allowed", "meaning"), rows)
+    yield table(("key", "meaning", "default", "allowed", "type"), rows)
     for inner, inner_prefix in nested:
         yield from config_section(inner, inner_prefix, classes, allowed, notes)
 
