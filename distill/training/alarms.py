@@ -63,16 +63,16 @@ RULES = (
         "diversity",
         0.5,
         float("inf"),
-        "seeds under one condition differ {:.2g} x as much as the teacher's",
-        "lower optim.student.lr, give the critic more turns (method.student_every), or go back to the best checkpoint",
+        "the diversity of samples with one condition is {:.2g} x the teacher's",
+        "lower optim.student.lr, raise method.student_every (critic turns per student turn), or use the best checkpoint",
     ),
     Rule(
         "mode loss",
         "coverage",
         0.5,
         float("inf"),
-        "samples come near {:.2g} x as much of the data as the teacher's",
-        "a divergence that covers modes (divergence: js or kl), a head, or a smaller guidance brings them back",
+        "the coverage of the data is {:.2g} x the teacher's",
+        "use a mode-covering divergence (method.divergence: js or kl) or a head, or lower guidance",
         least=0.3,
     ),
     Rule(
@@ -80,7 +80,7 @@ RULES = (
         "beyond",
         -float("inf"),
         0.1,
-        "a share of {:.2g} more values than the teacher's lie beyond the data",
+        "the share of values outside the range of the data is {:.2g} above the teacher's",
         "lower guidance or optim.student.lr",
         against="excess",
     ),
@@ -89,8 +89,8 @@ RULES = (
         "contrast",
         0.5,
         1.5,
-        "values spread {:.2g} x as widely as the teacher's",
-        "above 1 lower guidance or optim.student.lr; below it give the critic more turns (method.student_every)",
+        "the contrast is {:.2g} x the teacher's",
+        "above 1 lower guidance or optim.student.lr; below 1 raise method.student_every (critic turns per student turn)",
     ),
     Rule(
         "frequency",
@@ -98,7 +98,8 @@ RULES = (
         0.25,
         4.0,
         "energy at high frequencies is {:.2g} x the teacher's",
-        "below 1 samples blur: more steps or a head; above it they are noisy: lower the head's weight or the learning rate",
+        "below 1 samples are blurred: use more steps or a head; above 1 they are noisy: lower the head's weight or the "
+        "learning rate",
     ),
     Rule(
         "critic lag",
@@ -106,7 +107,7 @@ RULES = (
         -float("inf"),
         1.5,
         "the critic's error on the student is {:.2g} x that on its running average, each over the teacher's",
-        "raise optim.critic.lr or the critic's turns (student_every), or lower optim.student.lr",
+        "raise optim.critic.lr or method.student_every (critic turns per student turn), or lower optim.student.lr",
         against="",
     ),
     Rule(
@@ -163,7 +164,9 @@ class MetricMonitor:
                 self.raised.discard(rule.kind)
             elif rule.kind not in self.raised and (rule.kind in self.healthy or step >= self.half):
                 self.raised.add(rule.kind)
-                before = f" ({self.healthy[rule.kind]})" if rule.kind in self.healthy else ", half way through"
+                before = (
+                    f" ({self.healthy[rule.kind]})" if rule.kind in self.healthy else " in the second half of the run"
+                )
                 found.append(Alarm(step, rule.kind, f"{rule.text.format(value)}{before}; {rule.remedy}."))
         return found
 

@@ -25,7 +25,7 @@ def method(step: int = 0, total: int = 100, **logs):
 def test_the_bar_renders_with_and_without_a_terminal(monkeypatch, terminal):
     out, seconds = io.StringIO(), itertools.count(1000)
     monkeypatch.setattr(callbacks, "console", Console(file=out, force_terminal=terminal, width=120))
-    monkeypatch.setattr(callbacks.time, "monotonic", lambda: next(seconds) / (1 if terminal else 2))
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: next(seconds))
     bar, m = (
         callbacks.ProgressBar(40, every=1),
         method(0, 40, **{"student/loss": 0.25, "critic/loss": 2.0, "student/grad_norm": 9.0}),
