@@ -302,7 +302,7 @@ def test_a_student_that_is_not_the_teacher_at_the_start(shards, tmp_path):
     experiment = digits(shards)
     with torch.no_grad():
         next(experiment.method.student.parameters()).mul_(1.1)
-    caught(experiment, tmp_path, "start", "does not answer as the teacher before its first update")
+    caught(experiment, tmp_path, "start", "differs from the teacher before its first update")
 
 
 def test_new_inputs_that_do_not_start_at_zero(shards, tmp_path):

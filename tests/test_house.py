@@ -45,6 +45,15 @@ RETIRED = {
     "here": "what it is",
     "leads": "is_rank_zero",
     "let_go": "free_except",
+    "said": "message",
+    "asked": "options, metrics",
+    "beat": "interval",
+    "beats": "intervals",
+    "tells": "takes_w",
+    "speaks": "verbose",
+    "promises": "requirements",
+    "astray": "leaked",
+    "front": "tradeoff",
 }
 FOREIGN = {
     ("Path", "home"),

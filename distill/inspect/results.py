@@ -217,7 +217,7 @@ def export_run(
         licence: of the weights, as the hub names it; that of the teacher by default.
 
     Raises:
-        BadInput: `out` exists, or nothing stock serves this student in this kind.
+        BadInput: `out` exists, or no stock class loads this student in this form.
 
     Examples:
         >>> distill.export_run("runs/toy-tdm", "student")

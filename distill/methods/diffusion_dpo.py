@@ -24,7 +24,7 @@ class DiffusionDPO(Method):
     """Finetune on pairs: a batch's `x` over its `loser`, or two samples of the teacher ranked by a metric.
 
     Args:
-        metric: called `metric(x, data=, **cond) -> (B,)`, higher is better; none if the data brings `loser`.
+        metric: called `metric(x, data=, **cond) -> (B,)`, higher is better; none if batches have `loser`.
         beta: strength of the tie to the teacher, for errors averaged over elements.
         pair_steps: DDIM steps that make a pair.
         density, base: law of t; arguments of Method.

@@ -26,7 +26,7 @@ from distill.solvers import solver as solver_of
 
 
 class Knowledge(Method):
-    """The student on paths, which batches bring as `path` (or pairs, `x` and `z`, for K = 1), or which are solved for.
+    """Trains on paths, from batches with `path` (or pairs, `x` and `z`, for K = 1), else solved during training.
 
     Args:
         solver, solver_steps: the teacher's ODE solver and its steps a segment of the grid.

@@ -29,7 +29,7 @@ from distill.times import Grid, Uniform
 
 
 class Reflow(Method):
-    """The student on pairs, which batches bring as `x` and `z`, or which are solved for here.
+    """Trains on pairs, from batches with `x` and `z`, else solved during training.
 
     Args:
         solver, solver_steps: the teacher's ODE solver and its uniform steps, where a batch has no `z`.

@@ -199,7 +199,7 @@ class ImageSet:
     @functools.cached_property
     def key(self) -> str:
         x = self.x.detach().cpu().float().contiguous()
-        owner = getattr(self.decode, "__self__", None)  # a method of those that hold a decoder
+        owner = getattr(self.decode, "__self__", None)  # the object that holds a decoder which is a bound method
         coder = getattr(self.decode, "key", None) or getattr(getattr(owner, "look", None), "key", None)
         total = hashlib.sha256(f"{tuple(x.shape)} {coder}".encode())
         total.update(x.numpy())

@@ -22,8 +22,10 @@ from distill.files import atomic_write, markdown_table, sample_counts
 
 Scores = Mapping[int, Mapping[str, float]]  # {nfe: {metric: value}}
 
-HIGHER = frozenset({"precision", "recall", "accuracy", "reward"})  # of these more is better, and of those that end so:
-SCORES = ("_score", "_reward")  # of all others less
+HIGHER = frozenset(
+    {"precision", "recall", "accuracy", "reward"}
+)  # higher is better for these, and for names with these endings:
+SCORES = ("_score", "_reward")  # lower is better for all others
 SIGNED = frozenset({"nll_gap"})  # best at zero
 UNRANKED = frozenset({"mean", "std"})  # no better and no worse
 ROWS = {"teacher": "teacher", "training_free": "training-free best", "student": "student"}  # key -> title

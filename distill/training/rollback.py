@@ -1,4 +1,4 @@
-"""Goes back to the last good checkpoint when losses stay non-finite; a second time, the run stops with the reason."""
+"""Rollback to the last good checkpoint when losses stay non-finite; the second time the run stops with an error."""
 
 from __future__ import annotations
 

@@ -97,9 +97,9 @@ def test_the_tables_have_every_number_and_mark_the_best(folder):
 
 
 @pytest.mark.parametrize("metric, wanted", [("energy", [(1, 0.5), (3, 0.2)]), ("recall", [(1, 0.6), (2, 0.9)])])
-def test_the_front_is_what_nothing_cheaper_betters(metric, wanted):
+def test_the_best_by_cost_are_better_than_all_cheaper_ones(metric, wanted):
     found = [(2, 0.9, 2), (1, 0.5, 1), (3, 0.2, 3), (4, 0.3, 4), (1, 0.6, 1), (5, None, 5)]
-    assert [item[:2] for item in charts._front(found, metric)] == wanted
+    assert [item[:2] for item in charts._best_by_cost(found, metric)] == wanted
 
 
 def plain(figure):

@@ -80,7 +80,7 @@ class Shards(Dataset):
         labels: False leaves out labels.
 
     Attributes:
-        errors: damage met so far.
+        errors: damage found so far.
 
     Raises:
         BadInput: nothing to read at `path`, shards that do not fit together, damage beyond `budget`, or a bad argument.
@@ -140,7 +140,7 @@ class Shards(Dataset):
         """Endless batches of `rank` out of `world`, from batch `start` on; equal to skipping `start` batches.
 
         Raises:
-            BadInput: damage beyond the budget, when it is met.
+            BadInput: damage beyond the budget, at the batch where it is found.
         """
         if not 0 <= rank < world or start < 0:
             raise BadInput(f"rank={rank}, world={world}, start={start}: rank must be below world, start 0 or more.")

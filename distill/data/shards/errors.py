@@ -34,7 +34,7 @@ class ShardError:
 
 
 class ShardErrors:
-    """Errors met so far in a set of shards; each shard or sample counts once.
+    """Errors found so far in a set of shards; each shard or sample counts once.
 
     Args:
         budget: errors that are skipped before reading fails. An int counts damaged shards and samples; a float below 1

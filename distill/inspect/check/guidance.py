@@ -125,7 +125,7 @@ def starts_equal(context: CheckContext) -> Findings:
     copied = given is None or isinstance(given, str) or _source(given) == _source(context.cfg.roles.get("teacher"))
     yield Finding(
         "FAIL" if copied else "WARN",
-        f"roles.student does not answer as the teacher before its first update (difference {gap:.2g}); "
+        f"roles.student differs from the teacher before its first update (difference {gap:.2g}); "
         + (
             "something changed its weights, or its new inputs w and s do not start at zero."
             if copied

@@ -38,7 +38,7 @@ class Meter(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.live, self.flops = 0, 0
-        self.role, self.placement = "", None  # whose turn it is, what is at work
+        self.role, self.placement = "", None  # role in turn, running network unit
         self.gradients: dict[str, int] = defaultdict(int)
         self.peaks: dict[Any, list[int]] = defaultdict(lambda: [0, 0])
         self._kinds: dict[int, str | None] = {}  # storage -> the role whose gradient it is, None for the rest

@@ -59,7 +59,7 @@ def quality(runs: Sequence[RunSummary], metric: str, cost: str) -> Figure:
     }
     for name, points in solvers.items():
         traces.append(_line(name, points, "solver", width=1, size=5, group="solvers", opacity=0.75))
-    best = _front([item for points in solvers.values() for item in points], metric)
+    best = _best_by_cost([item for points in solvers.values() for item in points], metric)
     if len(solvers) > 1:
         traces.append(_line("best stock solver", best, "solver", dash="dot", width=2, size=0, strong=True))
     for run, colour, shape in zip(runs, COLOURS * len(runs), SHAPES * len(runs)):
@@ -102,7 +102,7 @@ def _points(run: RunSummary, row: str, metric: str, cost: str) -> list[tuple]:
     return [(nfe if cost == "nfe" else seconds.get(nfe), rows[nfe].get(metric), nfe) for nfe in sorted(rows)]
 
 
-def _front(points: list[tuple], metric: str) -> list[tuple]:
+def _best_by_cost(points: list[tuple], metric: str) -> list[tuple]:
     """The points that are better than all cheaper ones."""
     out: list[tuple] = []
     for cost, value, nfe in sorted((f for f in points if finite(f[0]) and finite(f[1])), key=lambda f: (f[0], f[1])):

@@ -174,7 +174,7 @@ class Zero(Replicas):
         from deepspeed.utils import safe_get_full_optimizer_state
 
         base, parameters = self.engines[role].optimizer.optimizer, self.parameters(role)
-        self.module(role).requires_grad_(True)  # deepspeed answers for no others
+        self.module(role).requires_grad_(True)  # DeepSpeed handles no others
         first = base.state.get(self._flat(role)[0], {})
         state: dict[int, dict[str, Any]] = {}
         for i, p in enumerate(parameters) if first else []:

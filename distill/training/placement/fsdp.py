@@ -56,7 +56,7 @@ class Sharded(Replicas):
 
     def backward(self, role: str, loss: Tensor, last: bool = True) -> None:
         super().backward(role, loss, last)
-        for unit in self.units:  # those that only features were read from
+        for unit in self.units:  # units of which only features were read
             unit.reshard()
 
     def reduce(self, role: str) -> None:
