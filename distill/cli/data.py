@@ -23,6 +23,11 @@ def data() -> None:
     """
 
 
+def _print_splits(out: Path, written: dict[str, Any]) -> None:
+    """Print the number of samples of each split."""
+    click.echo(f"{out}: {', '.join(f'{split} {info.count:,}' for split, info in written.items())} samples.")
+
+
 @data.command("digits")
 @click.argument("out", type=click.Path(path_type=Path))
 def data_digits(out: Path) -> None:
@@ -34,8 +39,7 @@ def data_digits(out: Path) -> None:
     """
     from distill.data import prepare
 
-    prepare.digits(out)
-    click.echo(f"{out}: written.")
+    _print_splits(out, prepare.digits(out))
 
 
 @data.command("images")
@@ -51,8 +55,7 @@ def data_images(src: Path, out: Path, size: int | None) -> None:
     """
     from distill.data import prepare
 
-    prepare.images(src, out, size=size)
-    click.echo(f"{out}: written.")
+    _print_splits(out, prepare.images(src, out, size=size))
 
 
 @data.command("npz")
@@ -72,8 +75,7 @@ def data_npz(src: Path, out: Path, channels: str | None, low_high: tuple[float, 
     """
     from distill.data import prepare
 
-    prepare.npz(src, out, channels=channels, range=low_high)
-    click.echo(f"{out}: written.")
+    _print_splits(out, prepare.npz(src, out, channels=channels, range=low_high))
 
 
 @data.command("idx")
@@ -88,8 +90,7 @@ def data_idx(src: Path, out: Path) -> None:
     """
     from distill.data import prepare
 
-    prepare.idx(src, out)
-    click.echo(f"{out}: written.")
+    _print_splits(out, prepare.idx(src, out))
 
 
 @data.command("pairs")
