@@ -466,6 +466,16 @@ def test_a_path_of_an_older_config_is_refused_with_the_new_one(old, new):
     assert config.resolve(new)
 
 
+def test_a_package_in_this_folder_is_named(tmp_path, monkeypatch):
+    """Which `python -m` would find, but the command `distill` does not."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match="'nearby' is not installed; install it, or correct"):
+        config.resolve("nearby.Thing", ("nearby",))
+    (tmp_path / "nearby.py").write_text("")
+    with pytest.raises(BadInput, match="'nearby' is not installed; put PYTHONPATH=. before the command, or install it"):
+        config.resolve("nearby.Thing", ("nearby",))
+
+
 def test_every_moved_object_is_found_under_its_new_name():
     for old, new in schema.MOVED_OBJECTS.items():
         with pytest.raises(BadInput, match=rf"'{old}' (is now {new};|was removed; leave it out)"):

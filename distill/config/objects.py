@@ -8,6 +8,7 @@ import pkgutil
 import types
 import typing
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -130,7 +131,9 @@ def _find(dotted: str, where: str) -> Any:
                 raise BadInput(f"{where}: '{'.'.join(parts[: cut + depth])}' has no '{part}'.{near}")
             found = getattr(found, part)
         return found
-    raise BadInput(f"{where}: the package '{parts[0]}' is not installed; install it, or correct the path '{dotted}'.")
+    local = Path(parts[0]).is_dir() or Path(f"{parts[0]}.py").is_file()
+    mend = "put PYTHONPATH=. before the command, or install it" if local else "install it"
+    raise BadInput(f"{where}: the package '{parts[0]}' is not installed; {mend}, or correct the path '{dotted}'.")
 
 
 def signature(target: Any) -> dict[str, inspect.Parameter]:
