@@ -16,6 +16,7 @@ from distill.denoise import Guided
 from distill.files import write_json
 from distill.metrics.collapse import collapse_indicators
 from distill.metrics.evaluate import ddim_sampler
+from distill.training.callbacks import TimedPrint
 
 Scores = dict[str, dict[str, float]]
 SAMPLED = 256  # values of each tensor that name it
@@ -46,13 +47,15 @@ def measure_baseline(
     Without a teacher, `data`: the indicators of the reference itself that need no second set of samples. `scores=False`
     computes no metric, for ranks that only take part in sharded forward passes.
     """
-    teacher, found = method.role("teacher"), {}
+    teacher, found, progress = method.role("teacher"), {}, TimedPrint("measuring ") if scores else (lambda text: None)
     if teacher is None:
         return {"data": _reference(tests, cond)} if scores and tests.x is not None else {}
     guided = Guided(teacher, method.guidance)
     for steps in sorted({method.grid.steps, most}):
+        progress(f"teacher, {steps} evaluations")
         x = draw(ddim_sampler(guided, steps), z, cond, method.student)
         if scores:
+            progress(f"metrics of the teacher, {steps} evaluations")
             found[f"teacher@{steps}"] = tests.score(x, cond, quick=True) | collapse_indicators(x, cond, tests.x)
     return found
 
