@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import distill
+from distill.training import callbacks
 
 HEAVY = ("torch", "numpy", "lightning", "diffusers", "transformers", "omegaconf", "matplotlib")
 
@@ -23,6 +24,7 @@ def workplace(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("public"))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(callbacks, "PRINT_EVERY", float("inf"))  # a slow machine prints no line of progress
         threads = torch.get_num_threads()
         short = ("train.steps=5", "method.warm_start=0", "eval.evaluations=[2]", "eval.samples=200", "train.threads=1")
         distill.train("toy/tdm", *short, "log.wandb=disabled", runs="runs")
