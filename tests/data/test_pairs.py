@@ -97,7 +97,7 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(folder, tmp_path):
         write(folder, ends, TEACHER, 4, (2,))
     with pytest.raises(BadInput, match="1 or more"):
         write(tmp_path / "none", ends, TEACHER, 0, (2,))
-    with pytest.raises(BadInput, match="finite numbers in pairs 0 to 3"):
+    with pytest.raises(BadInput, match="is not finite in pairs 0 to 3"):
         write(tmp_path / "nan", lambda z, cond: ends(z, cond) / 0, TEACHER, 4, (2,), about="euler")
     assert [p.name for p in tmp_path.iterdir()] == ["pairs"]
 

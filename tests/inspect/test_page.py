@@ -206,7 +206,7 @@ def test_quick_measures_nothing_and_says_so(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(page, "_complete", lambda *a: pytest.fail("measured"))
     (folder / "metrics.json").unlink()
     report([folder], tmp_path / "page.html", quick=True)
-    assert "Nothing is measured yet; make the page without --quick." == tables.note(gather.read(folder))
+    assert "Nothing is measured yet; run `distill report` without --quick." == tables.note(gather.read(folder))
     assert "quality-nfe" not in page._figures([gather.read(folder)])
 
 

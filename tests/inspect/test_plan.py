@@ -176,7 +176,7 @@ def test_a_folder_is_planned_without_its_weights_and_data(tmp_path):
     lines = ["roles.teacher.path=" + str(tmp_path / "teacher"), "data.path=" + str(tmp_path / "nowhere")]
     cfg = config.load([ROOT / "configs" / "digits" / "tdm.yaml"], [*lines, "train.threads=1"])
     found = plan(cfg, machine_of("32", 1))
-    assert "does not exist; samples of the network's shape stand for it" in found["notes"][0]
+    assert "does not exist; random samples of the network's shape are used instead" in found["notes"][0]
     kept = plan(config.load([ROOT / "configs" / "digits" / "tdm.yaml"], ["train.threads=1"]), machine_of("32", 1))
     assert found["parameters"] == kept["parameters"] and found["flops"] == kept["flops"]
 

@@ -163,7 +163,7 @@ def test_too_few_samples_are_said_and_one_is_refused(sets):
         ("fid", "is neither a list of names nor a mapping; write"),
         ({"fid": "weights.pth"}, "eval.metrics.fid: expected settings, got 'weights.pth'"),
         ({"kid": {"weight": "a"}}, "Unknown key 'eval.metrics.kid.weight' .* Did you mean 'weights'"),
-        ({"fid": {}}, "eval.metrics.fid: weights: FID's Inception is not at hand; download"),
+        ({"fid": {}}, "eval.metrics.fid: weights: FID's Inception was not found; download"),
         ({"fid": {"weights": "/nowhere.pth"}}, "/nowhere.pth does not exist"),
         ({"fd_dinov2": {"weights": "/nowhere"}}, "neither a folder here nor"),
         ({"recall": {"weights": "a"}}, "eval.metrics.recall.weights: recall is of the samples themselves"),

@@ -126,7 +126,7 @@ def test_other_files_are_refused(tmp_path, monkeypatch, name, text):
         inception.load(tmp_path / name)
     assert text in str(caught.value)
     monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "empty"))
-    with pytest.raises(BadInput, match="weights: FID's Inception is not at hand; download https"):
+    with pytest.raises(BadInput, match="weights: FID's Inception was not found; download https"):
         InceptionFeatures()
     with pytest.raises(BadInput, match="resize: 'bicubic' must be tf1 or clean"):
         InceptionFeatures(resize="bicubic")

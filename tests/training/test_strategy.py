@@ -138,7 +138,7 @@ def test_forward_mode_is_refused_where_hooks_have_none():
     "content, says",
     [
         ({"fp16": {"enabled": True}}, "sets fp16, which engine.precision decides"),
-        ({"zero_optimization": {"stage": 3}}, "asks for stage 3; take engine.strategy=zero3"),
+        ({"zero_optimization": {"stage": 3}}, "sets stage 3; take engine.strategy=zero3"),
     ],
 )
 def test_a_deepspeed_file_does_not_overrule_the_run(tmp_path, content, says):
