@@ -52,6 +52,8 @@ class Engine:
     offload_parameters: bool = False  # weights in host memory: fsdp, zero3
     checkpoint_activations: bool = False  # recompute activations in the backward pass
     compile: list[str] = dataclasses.field(default_factory=list)  # roles to compile
+    timeout: float = 30.0  # minutes that a process waits for the others within a training step
+    validation_timeout: float = 1440.0  # minutes that it waits for their samples and scores in validation and eval
     deepspeed: str | None = None  # JSON file of DeepSpeed settings; those of distill override it
 
 
@@ -107,6 +109,8 @@ class RunConfig:
 LEAST = {
     "engine.devices": 1,
     "engine.accumulate": 1,
+    "engine.timeout": 0,
+    "engine.validation_timeout": 0,
     "seed": 0,
     "train.steps": 1,
     "train.validate_every": 0,

@@ -62,7 +62,8 @@ def measure(
         folder: the run's, where a reference drawn from the teacher is stored.
     """
     cfg = experiment.cfg
-    evaluation = evaluation_of(experiment, experiment.suite(folder), samples, current_shares())
+    ranks = current_shares(cfg.engine.validation_timeout)
+    evaluation = evaluation_of(experiment, experiment.suite(folder), samples, ranks)
     result, panels = evaluation.run(evaluations or cfg.eval.evaluations, every_solver)
     result["about"] = {
         "config": config.fingerprint(cfg),

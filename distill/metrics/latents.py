@@ -37,7 +37,8 @@ class LatentSuite(Suite):
     unless `quick`.
 
     Args:
-        reference: latents (m, C, ...), or a function that draws them, such as the teacher's sampler.
+        reference: latents (m, C, ...), or a function `reference(ranks)` that draws them, such as the teacher's
+            sampler: all ranks call it and get all of them.
         held_out: latents of another split, for `reference_vs_holdout`.
         keep: file that stores what the function drew.
         key: of the stored reference; with another key it is drawn again.
@@ -51,7 +52,7 @@ class LatentSuite(Suite):
 
     def __init__(
         self,
-        reference: Tensor | Callable[[], Tensor],
+        reference: Tensor | Callable[[SampleShares], Tensor],
         keep: Path | None = None,
         key: str = "",
         decode: Callable[[Tensor], Tensor] | None = None,
@@ -80,13 +81,13 @@ class LatentSuite(Suite):
         self.x = reference if isinstance(reference, Tensor) else None
         self.features: Tensor | None = None if self.x is None else features(self.x)
 
-    def prepare(self) -> None:
-        """Draw or read the reference at the first call; all ranks call it if the teacher is sharded."""
+    def prepare(self, ranks: SampleShares = ALONE) -> None:
+        """Draw or read the reference at the first call; all of `ranks` call it."""
         if self.features is None:
             self.x = self._read()
-            if self.x is None:
-                self.x = self.reference()
-                self._write(self.x)
+            if not all(ranks.counts(int(self.x is not None))):  # the file may be on another machine
+                self.x = self.reference(ranks)
+                ranks.from_first(lambda: self._write(self.x))
             self.features = features(self.x)
 
     def _read(self) -> Tensor | None:
@@ -103,7 +104,7 @@ class LatentSuite(Suite):
     def score(
         self, x: Tensor, cond: dict[str, Any], quick: bool = False, ranks: SampleShares = ALONE
     ) -> dict[str, float]:
-        self.prepare()
+        self.prepare(ranks)
         whole = ranks.gather(x.float())
         out = ranks.from_first(lambda: self._plain(whole, quick))
         return out | self._named(x.cpu().float(), cond, quick, ranks) if self.measures.all else out
@@ -131,7 +132,7 @@ class LatentSuite(Suite):
         """Distances between the reference and the held-out split."""
         if self.held_out is None:
             return {}
-        self.prepare()
+        self.prepare(ranks)
         values = {"latent_fd": distances.frechet(features(self.held_out), self.features)}
         local = self.held_out[ranks.share(len(self.held_out))]
         only = [name for name in self.measures.names if not table.higher(name)]

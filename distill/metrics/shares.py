@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -10,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distill.errors import BadInput
+
+MINUTES = 1440.0  # that ranks wait for each other where no config says it
 
 
 class SampleShares:
@@ -29,6 +33,10 @@ class SampleShares:
         """The rows of all ranks in order of rank, on the CPU of rank 0; None on the others."""
         return x.cpu()
 
+    def gather_to_all(self, x: Tensor) -> Tensor:
+        """The rows of all ranks in order of rank, on the CPU of each."""
+        return x.cpu()
+
     def from_first(self, make: Callable[[], Any]) -> Any:
         """The result of `make` on rank 0, returned on all ranks; its exception is raised on all ranks."""
         return make()
@@ -39,40 +47,80 @@ class SampleShares:
 
 
 class GroupShares(SampleShares):
-    """The ranks of torch's default process group, over its CPU backend."""
+    """All ranks, in a gloo group of their own: one rank may draw and score for long while the others wait.
 
-    def __init__(self):
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+    Args:
+        minutes: that a rank waits for the others.
+
+    Raises:
+        BadInput: from every method, after waiting that long.
+    """
+
+    groups: dict[tuple[int, float], Any] = {}  # by default group and limit: each is made once, by all ranks
+
+    def __init__(self, minutes: float = MINUTES):
+        self.rank, self.world, self.minutes = dist.get_rank(), dist.get_world_size(), minutes
+        key = id(dist.group.WORLD), minutes
+        if key not in self.groups:
+            self.groups[key] = dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes))
+        self.group = self.groups[key]
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if "timed out" not in str(error).lower():
+                raise
+            raise BadInput(
+                f"Rank {self.rank} waited {self.minutes:g} minutes for another rank to draw or score its samples; raise "
+                "engine.validation_timeout, or lower eval.validation_samples."
+            ) from error
+
+    def _objects(self, value: Any) -> list[Any]:
+        found: list[Any] = [None] * self.world
+        with self._waiting():
+            dist.all_gather_object(found, value, group=self.group)
+        return found
 
     def counts(self, n: int) -> list[int]:
-        counts: list[Any] = [None] * self.world
-        dist.all_gather_object(counts, n)
-        return counts
+        return self._objects(n)
 
     def gather(self, x: Tensor) -> Tensor | None:
+        padded, counts = self._padded(x)
+        parts = [torch.empty_like(padded) for _ in counts] if self.rank == 0 else None
+        with self._waiting():
+            dist.gather(padded, parts, group=self.group)
+        return torch.cat([part[:n] for part, n in zip(parts, counts)]) if parts else None
+
+    def gather_to_all(self, x: Tensor) -> Tensor:
+        padded, counts = self._padded(x)
+        parts = [torch.empty_like(padded) for _ in counts]
+        with self._waiting():
+            dist.all_gather(parts, padded, group=self.group)
+        return torch.cat([part[:n] for part, n in zip(parts, counts)])
+
+    def _padded(self, x: Tensor) -> tuple[Tensor, list[int]]:
+        """This rank's rows with zeros up to the most rows of a rank, and the number of rows of every rank."""
         x = x.detach().cpu().contiguous()
-        facts: list[Any] = [None] * self.world
-        dist.all_gather_object(facts, (len(x), tuple(x.shape[1:]), x.dtype))
+        facts = self._objects((len(x), tuple(x.shape[1:]), x.dtype))
         most = max(n for n, *_ in facts)
         row, dtype = next(((row, dtype) for n, row, dtype in facts if n), facts[0][1:])
         padded = torch.zeros(most, *row, dtype=dtype)
         padded[: len(x)] = x
-        parts = [torch.empty_like(padded) for _ in facts] if self.rank == 0 else None
-        dist.gather(padded, parts)
-        return torch.cat([part[:n] for part, (n, *_) in zip(parts, facts)]) if parts else None
+        return padded, [n for n, *_ in facts]
 
     def from_first(self, make: Callable[[], Any]) -> Any:
         result: list[Any] = [None]
         if self.rank == 0:
             result = [_attempt(make)]
-        dist.broadcast_object_list(result)
+        with self._waiting():
+            dist.broadcast_object_list(result, group=self.group)
         return _unpack(result[0])
 
     def on_all(self, make: Callable[[], Any]) -> Any:
         mine = _attempt(make)
-        errors: list[Any] = [None] * self.world
-        dist.all_gather_object(errors, mine[1])
-        if failed := next((e for e in errors if e), None):
+        if failed := next((e for e in self._objects(mine[1]) if e), None):
             raise failed
         return mine[0]
 
@@ -96,6 +144,8 @@ def _unpack(result: tuple[Any, Exception | None]) -> Any:
 ALONE = SampleShares()
 
 
-def current_shares() -> SampleShares:
-    """The ranks of this process: a group where one was started."""
-    return GroupShares() if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else ALONE
+def current_shares(minutes: float = MINUTES) -> SampleShares:
+    """The ranks of this process: a group where one was started; all of them call it. `minutes`: see `GroupShares`."""
+    return (
+        GroupShares(minutes) if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else ALONE
+    )

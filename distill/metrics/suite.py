@@ -34,8 +34,8 @@ class Suite:
     oracle: Any = None
     headline: str
 
-    def prepare(self) -> None:
-        """Compute the reference that `score` compares with, if it was not passed; all ranks call it with a sharded teacher."""
+    def prepare(self, ranks: SampleShares = ALONE) -> None:
+        """Compute the reference that `score` compares with, if it was not passed; all of `ranks` call it."""
 
     def score(
         self, x: Tensor, cond: dict[str, Any], quick: bool = False, ranks: SampleShares = ALONE

@@ -10,7 +10,7 @@ from distill.solvers.base import Solver, ddim
 from distill.solvers.multistep import DPMSolverPP2M
 from distill.solvers.onestep import DDIM, DPMSolverPP, Euler, Heun
 from distill.solvers.overshoot import Overshoot
-from distill.solvers.solve import solve
+from distill.solvers.solve import RowNoise, solve
 from distill.solvers.stochastic import Ancestral, Renoise
 
 SOLVERS: dict[str, Callable[[], Solver]] = {
@@ -47,6 +47,7 @@ __all__ = [
     "Heun",
     "Overshoot",
     "Renoise",
+    "RowNoise",
     "SOLVERS",
     "Solver",
     "ddim",

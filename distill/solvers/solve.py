@@ -14,13 +14,30 @@ from distill.solvers.base import History, Solver
 from distill.times import Grid
 
 
+class RowNoise:
+    """Noise by row number: a row gets the same numbers whatever batch, process or device it is in.
+
+    Args:
+        rows: numbers of the rows of a batch.
+        seed: of all rows.
+    """
+
+    def __init__(self, rows: Sequence[int], seed: int = 0):
+        self.generators = [Generator().manual_seed(seed + 1_000_003 * int(row)) for row in rows]
+
+    def draw(self, x: Tensor) -> Tensor:
+        """N(0, I) of the shape of x (B, ...), B the number of rows."""
+        rows = [torch.randn(x.shape[1:], generator=generator, dtype=x.dtype) for generator in self.generators]
+        return torch.stack(rows).to(x.device)
+
+
 def solve(
     denoiser: Denoiser,
     z: Tensor,
     times: Sequence[float] | Grid,
     solver: Solver,
     *,
-    generator: Generator | None = None,
+    generator: Generator | RowNoise | None = None,
     trajectory: bool = False,
     **cond: Any,
 ) -> Tensor:
@@ -66,6 +83,8 @@ def solve(
     return torch.stack(states) if trajectory else x_t
 
 
-def _noise(x: Tensor, generator: Generator | None) -> Tensor:
+def _noise(x: Tensor, generator: Generator | RowNoise | None) -> Tensor:
+    if isinstance(generator, RowNoise):
+        return generator.draw(x)
     device = generator.device if generator is not None else x.device
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)

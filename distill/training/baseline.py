@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from distill.denoise import Guided
 from distill.files import write_json
 from distill.metrics.collapse import collapse_indicators
 from distill.metrics.evaluate import ddim_sampler
+from distill.metrics.shared_draw import SharedDraw, without_noise
 from distill.training.callbacks import TimedPrint
 
 Scores = dict[str, dict[str, float]]
@@ -39,24 +40,23 @@ def fingerprint(teacher: nn.Module, z: Tensor, cond: Mapping[str, Tensor], tests
     return digest.hexdigest()[:16]
 
 
-def measure_baseline(
-    method: Any, tests: Any, z: Tensor, cond: Mapping[str, Tensor], most: int, draw: Callable[..., Tensor], scores: bool
-) -> Scores:
+def measure_baseline(method: Any, tests: Any, draw: SharedDraw, cond: Mapping[str, Tensor], most: int) -> Scores:
     """`teacher@K` and `teacher@most` by DDIM in equal steps, under the run's guidance, from the student's own noise.
 
-    Without a teacher, `data`: the indicators of the reference itself that need no second set of samples. `scores=False`
-    computes no metric, for ranks that only take part in sharded forward passes.
+    All ranks of `draw` call it and get the same; `cond` holds the conditions of all of them. Without a teacher,
+    `data`: the indicators of the reference itself that need no second set of samples.
     """
-    teacher, found, progress = method.role("teacher"), {}, TimedPrint("measuring ") if scores else (lambda text: None)
+    teacher, found, ranks = method.role("teacher"), {}, draw.ranks
+    progress = TimedPrint("measuring ") if ranks.rank == 0 else (lambda text: None)
     if teacher is None:
-        return {"data": _reference(tests, cond)} if scores and tests.x is not None else {}
+        return ranks.from_first(lambda: {"data": _reference(tests, cond)} if tests.x is not None else {})
     guided = Guided(teacher, method.guidance)
     for steps in sorted({method.grid.steps, most}):
         progress(f"teacher, {steps} evaluations")
-        x = draw(ddim_sampler(guided, steps), z, cond, method.student)
-        if scores:
-            progress(f"metrics of the teacher, {steps} evaluations")
-            found[f"teacher@{steps}"] = tests.score(x, cond, quick=True) | collapse_indicators(x, cond, tests.x)
+        own = draw(without_noise(ddim_sampler(guided, steps)), method.student)
+        progress(f"metrics of the teacher, {steps} evaluations")
+        scores, x = tests.score(own, draw.own_cond, quick=True, ranks=ranks), ranks.gather(own)
+        found[f"teacher@{steps}"] = scores | ranks.from_first(lambda: collapse_indicators(x, cond, tests.x))  # noqa: B023
     return found
 
 

@@ -19,8 +19,11 @@ from distill.errors import BadInput
 from distill.methods import Diffusion
 from distill.methods.base import Method
 from distill.methods.optim import optimizer_of
-from distill.metrics import latents, suite, training_free
+from distill.metrics import latents, suite
+from distill.metrics.evaluate import ddim_sampler
 from distill.metrics.rewards import decoder
+from distill.metrics.shared_draw import SharedDraw, without_noise
+from distill.metrics.shares import SampleShares
 from distill.models.lora import apply_layout
 from distill.training.compatibility import check_compatible
 
@@ -137,16 +140,14 @@ class Experiment:
                 "The dataset has conditions but no samples, and there is no teacher to draw a reference from: set "
                 "eval.reference, or train on distill.data.shards.Shards."
             )
-        price = 2 if isinstance(self.teacher, Guided) else 1
+        precision = self.cfg.engine.precision
 
-        def reference() -> Tensor:
-            z, cond = self.noise(count, seed)
-            made = training_free.baseline(
-                self.teacher, z, cond, (steps * price,), ("ddim",), ("uniform",), batch=self.batch_rows
-            )
-            return made[steps * price]["ddim/uniform"]
+        def reference(ranks: SampleShares) -> Tensor:
+            draw = SharedDraw(*self.noise(count, seed), self.batch_rows, ranks, precision)
+            return ranks.gather_to_all(draw(without_noise(ddim_sampler(self.teacher, steps)), self.teacher))
 
         key = f"{settings.get('path')}, {count} samples of seed {seed}, {steps} steps, w = {self.method.guidance:g}"
+        key += "" if precision == "32" else f", {precision}"
         return latents.LatentSuite(reference, folder and Path(folder) / "reference.safetensors", key, decode, **options)
 
 

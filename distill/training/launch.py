@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from typing import Any
 
 from distill.errors import BadInput
@@ -117,7 +118,8 @@ def join_processes(engine: Any) -> int:
     cuda = engine.accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    limit = timedelta(minutes=engine.timeout)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=limit)
     return dist.get_world_size()
 
 

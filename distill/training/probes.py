@@ -8,7 +8,7 @@ head_accuracy  share of correct decisions on equally many data and student sampl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,63 +17,94 @@ from torch import Tensor
 
 from distill.denoise import Denoiser
 from distill.metrics.collapse import subset
-from distill.solvers import solve
+from distill.metrics.shared_draw import SharedDraw
+from distill.metrics.shares import ALONE, SampleShares
+from distill.solvers import RowNoise, solve
 
 MOST = 256  # samples a probe takes
 
 
 @torch.no_grad()
-def probes(method: Any, z: Tensor, x: Tensor, cond: Mapping[str, Tensor], real: Any, seed: int = 0) -> dict[str, float]:
-    """The diagnostics that apply to the method, from noises z, its samples x and conditions; all ranks call it if sharded.
+def probes(
+    method: Any,
+    z: Tensor,
+    x: Tensor,
+    cond: Mapping[str, Tensor],
+    real: Any,
+    seed: int = 0,
+    *,
+    batch: int = MOST,
+    ranks: SampleShares = ALONE,
+    precision: str = "32",
+) -> dict[str, float]:
+    """The diagnostics that apply to the method, from noises z, its samples x and conditions, on all ranks.
 
     Args:
+        z, x, cond: of all ranks, the same on each; the work is shared.
         real: has samples `x` and possibly `label`, for the head.
         seed: of the random numbers; the generators of training are not changed.
+        batch, ranks, precision: see `distill.metrics.shared_draw.SharedDraw`.
     """
     device, found = next(method.student.parameters()).device, {}
-    z, x, cond = (_on(device, v) for v in (z, x, cond))
+    z, x, cond = subset(z, MOST), subset(x, MOST), {k: subset(v, MOST) for k, v in cond.items()}
+
+    def each(values: Callable[..., Tensor], z: Tensor, **columns: Tensor) -> Tensor:
+        draw = SharedDraw(z, columns, batch, ranks, precision)
+        return ranks.gather_to_all(draw(values, method.student))
+
     trained = method.role("teacher") is not None and isinstance(method.role("critic"), Denoiser)
-    judged = method.judged
     with _aside(method, device, seed):
         if trained and "critic" in method.trainable:
-            conditions = method.student_conditions(cond, len(z))
-            live = solve(
-                method.student, method.student.schedule.start(z), method.grid.times, method.sampler, **conditions
-            )
-            fresh, held_out = _excess(method, live, cond), _excess(method, x, cond)
+            live = each(lambda z, cond, noise: _live(method, z, cond, noise), z, **cond)
+            fresh, held_out = _excess(method, live, cond, each), _excess(method, x, cond, each)
             found |= {"critic_lag": fresh / max(held_out, 1e-12), "critic_excess": fresh}
-        if judged and getattr(real, "x", None) is not None and real.x.shape[1:] == x.shape[1:]:
-            found["head_accuracy"] = _accuracy(method, x, cond, real)
+        if method.judged and getattr(real, "x", None) is not None and real.x.shape[1:] == x.shape[1:]:
+            found["head_accuracy"] = _accuracy(method, x, cond, real, each)
     return found
 
 
-def _on(device: torch.device, value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _on(device, v) for k, v in value.items()}
-    return subset(value, MOST).to(device)
+def _live(method: Any, z: Tensor, cond: dict[str, Tensor], noise: RowNoise) -> Tensor:
+    """Samples of the student itself, not of its average."""
+    x_1, conditions = method.student.schedule.start(z), method.student_conditions(cond, len(z))
+    return solve(method.student, x_1, method.grid.times, method.sampler, generator=noise, **conditions)
 
 
-def _excess(method: Any, x: Tensor, cond: Mapping[str, Tensor]) -> float:
+def _excess(method: Any, x: Tensor, cond: Mapping[str, Tensor], each: Callable[..., Tensor]) -> float:
     """The critic's error on noised x over the teacher's, with the same noise at each call."""
     generator, schedule = torch.Generator().manual_seed(0), method.critic.schedule
-    u = torch.linspace(0.05, 0.95, len(x))[torch.randperm(len(x), generator=generator)].to(x.device)
+    u = torch.linspace(0.05, 0.95, len(x))[torch.randperm(len(x), generator=generator)]
     noise = torch.randn(x.shape, generator=generator).to(x)
-    x_u = schedule.add_noise(x, u, noise)
-    found = method.critic(x_u, u, **cond, **method.critic_time_condition(u)), method.teacher(x_u, u, **cond)
-    critic, teacher = ((estimate - x).square().mean() for estimate in found)
+
+    def errors(x: Tensor, columns: dict[str, Tensor], _: RowNoise) -> Tensor:
+        u, noise, cond = _split(columns, "u", "noise")
+        x_u = schedule.add_noise(x, u, noise)
+        found = method.critic(x_u, u, **cond, **method.critic_time_condition(u)), method.teacher(x_u, u, **cond)
+        return torch.stack([(estimate - x).square().flatten(1).mean(1) for estimate in found], 1)
+
+    critic, teacher = each(errors, x, u=u, noise=noise, **cond).mean(0)
     return float(critic / teacher.clamp_min(1e-12))
 
 
-def _accuracy(method: Any, x: Tensor, cond: Mapping[str, Tensor], real: Any) -> float:
-    y, u = subset(real.x, len(x)).to(x), method.density(len(x), device=x.device, dtype=x.dtype)
-    n, schedule = min(len(x), len(y)), method.teacher.schedule
-    labels = {} if getattr(real, "label", None) is None else {"label": subset(real.label, len(x)).to(x.device)[:n]}
-    right = []
-    for samples, conditions, sign in ((y[:n], labels or cond, 1), (x[:n], cond, -1)):
-        conditions = {k: v[:n] for k, v in conditions.items()}
-        logit = method.logit(schedule.add_noise(samples, u[:n], torch.randn_like(samples)), u[:n], conditions)
-        right.append((sign * logit.reshape(n, -1).mean(1) > 0).double().mean())
+def _accuracy(method: Any, x: Tensor, cond: Mapping[str, Tensor], real: Any, each: Callable[..., Tensor]) -> float:
+    count, n, schedule = len(x), min(len(x), len(real.x)), method.teacher.schedule
+    y, x = subset(real.x, count)[:n].to(x), x[:n]
+    u = method.density(n, device=x.device, dtype=x.dtype)
+    label, cond, right = getattr(real, "label", None), {k: v[:n] for k, v in cond.items()}, []
+    labels = cond if label is None else {"label": subset(label, count)[:n]}
+    for samples, given, sign in ((y, labels, 1), (x, cond, -1)):
+
+        def guessed(x: Tensor, columns: dict[str, Tensor], _: RowNoise, sign: int = sign) -> Tensor:
+            u, noise, cond = _split(columns, "u", "noise")
+            logit = method.logit(schedule.add_noise(x, u, noise), u, cond)
+            return (sign * logit.reshape(len(x), -1).mean(1) > 0).double()
+
+        right.append(each(guessed, samples, u=u, noise=torch.randn_like(samples), **given).mean())
     return float(torch.stack(right).mean())
+
+
+def _split(columns: dict[str, Tensor], *names: str) -> tuple[Any, ...]:
+    """The columns of these names, and the others as a dictionary."""
+    return *(columns[name] for name in names), {k: v for k, v in columns.items() if k not in names}
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from distill import config
+from distill.metrics.shares import current_shares
 from distill.models.copies import share_weights
 from distill.training import (
     baseline,
@@ -98,7 +99,15 @@ def _build_callbacks(
     )
     fixed = experiment.noise(cfg.eval.validation_samples, cfg.eval.seed)
     validation = Validation(
-        cfg, folder, tests, fixed, record, writer, _baseline_name(experiment, fixed, tests), experiment.batch_rows
+        cfg,
+        folder,
+        tests,
+        fixed,
+        record,
+        writer,
+        _baseline_name(experiment, fixed, tests),
+        experiment.batch_rows,
+        current_shares(cfg.engine.validation_timeout),
     )
     intervals = (train.save_every, train.validate_every if train.keep_best else 0)
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from distill.files import write_text
 from distill.metrics import table
 from distill.metrics.collapse import collapse_indicators
-from distill.metrics.evaluate import draw_samples, panel_samples
+from distill.metrics.evaluate import panel_samples
+from distill.metrics.shared_draw import SharedDraw
+from distill.metrics.shares import ALONE, SampleShares
 from distill.training import baseline, checkpoints
 from distill.training.alarms import Alarm, MetricMonitor, halfway_step, rules_for
 from distill.training.callbacks import MetricLogger, PeriodicCallback, console
@@ -26,8 +26,8 @@ STOPPED = "stopped.txt"
 class Validation(PeriodicCallback):
     """Validates every `train.validate_every` steps, at the start, and at the end of a run that was not interrupted.
 
-    Rank 0 measures and decides; other ranks take part in sharded forward passes and receive its alarms and its decision
-    to stop. Earlier validations are read from `metrics.csv`, so that a resumed run decides as an uninterrupted one.
+    All ranks draw and score their shares of the samples, under the run's precision; rank 0 writes and decides, and the
+    others receive its alarms and its decision to stop. Earlier validations are read from `metrics.csv`, so a resumed run decides as an uninterrupted one.
 
     Args:
         cfg: the run's config.
@@ -38,6 +38,7 @@ class Validation(PeriodicCallback):
         writer: the checkpoint Writer, which receives the scores; None on ranks that write nothing.
         name: of the teacher baseline; see `baseline.fingerprint`.
         rows: samples per call.
+        ranks: who shares the samples.
     """
 
     def __init__(
@@ -50,14 +51,13 @@ class Validation(PeriodicCallback):
         writer: Any,
         name: str,
         rows: int = 1000,
+        ranks: SampleShares = ALONE,
     ):
         super().__init__(cfg.train.validate_every, self.validate, start=True, finished=True)
         self.cfg, self.folder, self.tests, self.record, self.writer = cfg, folder, tests, record, writer
-        (self.z, self.cond), self.path, self.draw = (
-            fixed,
-            baseline.baseline_path(folder, name),
-            partial(draw_samples, batch=rows),
-        )
+        self.path, self.rows, self.ranks = baseline.baseline_path(folder, name), rows, ranks
+        self.draw = SharedDraw(*fixed, rows, ranks, cfg.engine.precision)
+        self.z, self.cond = fixed
         self.baseline: baseline.Scores | None = None
         self.fresh: baseline.Scores | None = None  # measured by this process; saved after the run's first step
         self.alarms: list[Alarm] = []
@@ -85,27 +85,28 @@ class Validation(PeriodicCallback):
         self.past = history(self.folder) if is_rank_zero() else []
 
     def validate(self, method: Any) -> None:
-        if is_rank_zero() or method.placement.sharded:
-            self.tests.prepare()  # a reference that the teacher makes, with all its shards
+        self.tests.prepare(self.ranks)
         if self.baseline is None:
             self.baseline = self.teacher(method)
             self.monitor = MetricMonitor(halfway_step(method), method.warm_start, rules_for(method))
             for row in self.past:
                 self.monitor.check(row["step"], row, self.reference)
-        row, alarms, self.monitor.half = None, [], halfway_step(method)
-        if is_rank_zero() or method.placement.sharded:
-            generator = lambda z: torch.Generator(z.device).manual_seed(0)
-            x = self.draw(lambda z, c: method.sample(z, c, generator=generator(z)), self.z, self.cond, method.student)
-            diagnostics = probes(method, self.z, x, self.cond, self.tests)
-            if is_rank_zero():
-                row = (
-                    self.tests.score(x, self.cond, quick=True)
-                    | collapse_indicators(x, self.cond, self.tests.x)
-                    | diagnostics
-                )
-                alarms = self.monitor.check(method.step, row, self.reference)
-                self.write(method, x, row)
-        alarms, self.stopped = method.placement.gather((alarms, self.plateau(row)))[0]
+        self.monitor.half = halfway_step(method)
+        own = self.draw(lambda z, cond, noise: method.sample(z, cond, generator=noise), method.student)
+        scores, x = (
+            self.tests.score(own, self.draw.own_cond, quick=True, ranks=self.ranks),
+            self.ranks.gather_to_all(own),
+        )
+        shared = {"batch": self.rows, "ranks": self.ranks, "precision": self.cfg.engine.precision}
+        asked = probes(method, self.z, x, self.cond, self.tests, **shared)
+
+        def decide() -> tuple[list[Alarm], str]:
+            row = scores | collapse_indicators(x, self.cond, self.tests.x) | asked
+            alarms = self.monitor.check(method.step, row, self.reference)
+            self.write(method, x, row)
+            return alarms, plateau(self.past, self.best, self.cfg.train)
+
+        alarms, self.stopped = self.ranks.from_first(decide)
         for alarm in alarms:
             self.alarm(alarm)
         if self.stopped and is_rank_zero():
@@ -123,14 +124,12 @@ class Validation(PeriodicCallback):
 
     def teacher(self, method: Any) -> baseline.Scores:
         """The teacher baseline: read from its file on rank 0, else measured."""
-        found = method.placement.gather(baseline.read_baseline(self.path) if is_rank_zero() else None)[0]
-        if found is None and (is_rank_zero() or method.placement.sharded):
-            most = max(self.cfg.eval.evaluations)
-            found = baseline.measure_baseline(
-                method, self.tests, self.z, self.cond, most, self.draw, scores=is_rank_zero()
+        found = self.ranks.from_first(lambda: baseline.read_baseline(self.path))
+        if found is None:
+            found = self.fresh = baseline.measure_baseline(
+                method, self.tests, self.draw, self.cond, max(self.cfg.eval.evaluations)
             )
-            self.fresh = found
-        return found or {}
+        return found
 
     @property
     def reference(self) -> dict[str, float]:
@@ -191,9 +190,6 @@ class Validation(PeriodicCallback):
     @property
     def best(self) -> str:
         return best(self.cfg, self.tests)
-
-    def plateau(self, row: dict[str, float] | None) -> str:
-        return plateau(self.past, self.best, self.cfg.train) if row else ""
 
 
 def best(cfg: Any, tests: Any) -> str:

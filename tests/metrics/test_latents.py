@@ -39,7 +39,7 @@ def test_the_distance_is_that_of_known_gaussians():
 def test_a_reference_that_is_made_is_made_once_and_kept(tmp_path):
     calls, keep = [], tmp_path / "reference.safetensors"
 
-    def made():
+    def made(ranks):
         calls.append(1)
         return normal(50)
 
