@@ -79,7 +79,8 @@ class Denoiser(nn.Module):
         x_in = x_t
         if self.prediction == "edm":
             x_in = at_least_float32(x_t) / self._edm(x_t, t)[2]
-        dtype = next((p.dtype for p in self.net.parameters() if p.is_floating_point()), x_t.dtype)
+        weights = as_network(self.net).base.parameters()  # an adapter's own may be of another dtype
+        dtype = next((p.dtype for p in weights if p.is_floating_point()), x_t.dtype)
         return self.net(x_in.to(dtype), t, **cond)
 
     def to_x(self, out: Tensor, x_t: Tensor, t: Tensor) -> Tensor:

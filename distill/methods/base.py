@@ -12,8 +12,8 @@ from distill.denoise import Denoiser, network_of
 from distill.errors import BadInput, suggest
 from distill.losses.regression import mse
 from distill.methods.module import Turn, TurnModule
-from distill.models.copies import copy_network
-from distill.solvers import DDIM, solve
+from distill.models.copies import copy_network, to_float32
+from distill.solvers import DDIM, RowNoise, solve
 from distill.times import Grid
 
 
@@ -28,7 +28,7 @@ class Method(TurnModule):
 
     Args:
         roles: name -> Denoiser (or another module, for heads). A string names the role to copy; a trainable role that is
-            absent starts as a copy of the teacher.
+            absent starts as a copy of the teacher. Weights that train, and their averages, become float32.
         grid: the student's times: a number of steps K (uniform), a list 1 = t_K > ... > t_0 = 0, or a Grid.
         guidance: teacher's w in `uncond + w (cond - uncond)`; w = 1 is the conditional model.
         optim: role -> Optim.
@@ -79,6 +79,8 @@ class Method(TurnModule):
                 )
         for role in self.frozen + self.trainable:
             setattr(self, role, self._fill(role, roles))
+        for role in self.trainable:
+            to_float32(getattr(self, role))
         self._start_averages({"ema": ("student", ema)} | (averages or {}))
         self._take_optim(optim)
 
@@ -95,7 +97,7 @@ class Method(TurnModule):
         self,
         z: Tensor,
         cond: dict[str, Tensor],
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | RowNoise | None = None,
         grid: int | list | Grid | None = None,
     ) -> Tensor:
         """Few-step samples of the averaged student from noise z (B, ...): exactly K = grid.steps evaluations.

@@ -30,6 +30,11 @@ def copy_network(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in shared})
 
 
+def to_float32(network: nn.Module) -> None:
+    """Convert 16-bit weights to float32: in 16 bits most of an optimizer's or an average's steps would be rounded away."""
+    network._apply(lambda v: v.float() if v.is_floating_point() and v.element_size() < 4 else v)
+
+
 def free_except(module: nn.Module, role: nn.Module) -> None:
     """Free the memory of all parameters of `module` except those of `role` and, if it is an adapter, of its base."""
     needed = {id(p) for m in (role, network_of(role).base) for p in m.parameters()}

@@ -4,20 +4,25 @@ r"""LoRA roles on one shared, frozen base network (Hu et al. 2021, https://arxiv
 
 Copying the shared base creates an adapter; copying an adapter creates another adapter of the same base. Student, critic
 and EMA then hold rank (in + out) numbers per layer instead of in x out. The weights of the base are not modified:
-an adapter adds its term by forward hooks, which are registered for one call.
+an adapter adds its term by forward hooks, which are registered for one call, and again where activation checkpointing
+repeats a part of it. Adapters are float32; the base may be bfloat16.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import math
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatch
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from distill.denoise import Delegate, Denoiser, Network, as_network
 from distill.errors import BadInput, suggest
@@ -102,10 +107,13 @@ class LoRAAdapter(Delegate):
     def __init__(self, shared: SharedBase):
         super().__init__()
         self._shared = (shared,)  # in a tuple, so that the base is not registered as a submodule
+        self._checkpointed: list[nn.Module] = []  # parts of the base to recompute in the backward pass
+        self._entered = False  # whether this adapter's hooks are on
         self.down, self.up = nn.ParameterList(), nn.ParameterList()
         for name in shared.targets:
             weight = shared.net.get_submodule(name).weight
-            down = torch.empty(shared.rank, weight.shape[1], device=weight.device, dtype=weight.dtype)
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            down = torch.empty(shared.rank, weight.shape[1], device=weight.device, dtype=dtype)
             self.down.append(nn.Parameter(nn.init.kaiming_uniform_(down, a=math.sqrt(5))))
             self.up.append(nn.Parameter(down.new_zeros(weight.shape[0], shared.rank)))
 
@@ -119,19 +127,59 @@ class LoRAAdapter(Delegate):
         return self._shared[0].wrapped
 
     def forward(self, *args, **kwargs) -> Any:
-        shared = self._shared[0]
+        with self._hooks(), self._checkpointing():
+            return self.shared(*args, **kwargs)  # not shared.net: under FSDP the call gathers the weights of the base
+
+    def checkpoint_activations(self, parts: Sequence[nn.Module]) -> None:
+        """Keep no activations inside parts of the base; stock diffusers networks choose their own parts."""
+        self._checkpointed = list(parts)
+
+    @contextmanager
+    def _hooks(self, part: nn.Module | None = None) -> Iterator[None]:
+        """Add this adapter's terms in the layers of a part of the base, or of all of it."""
+        shared, inside = self.shared, None if part is None else set(part.modules())
         with ExitStack() as hooks:
             for name, down, up in zip(shared.targets, self.down, self.up):
-                hook = self._lora_hook(down, up, shared.scale)
-                hooks.callback(shared.net.get_submodule(name).register_forward_hook(hook).remove)
-            return shared(*args, **kwargs)  # not shared.net: under FSDP the call gathers the weights of the base
+                layer = shared.net.get_submodule(name)
+                if inside is None or layer in inside:
+                    hooks.callback(layer.register_forward_hook(_lora_hook(down, up, shared.scale)).remove)
+            hooks.callback(setattr, self, "_entered", self._entered)
+            self._entered = True
+            yield
 
-    @staticmethod
-    def _lora_hook(down: Tensor, up: Tensor, scale: float) -> Any:
-        def add_term(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
-            return out + scale * F.linear(F.linear(args[0], down), up)
+    @contextmanager
+    def _checkpointing(self) -> Iterator[None]:
+        """Checkpoint the base's parts within this call so that the backward pass repeats them with this adapter's terms.
 
-        return add_term
+        The base's own checkpointing, which repeats them without, is replaced for the call.
+        """
+        if not torch.is_grad_enabled():
+            yield
+            return
+        base, on = self.shared.base, bool(self._checkpointed)
+        stock = [m for m in base.modules() if "gradient_checkpointing" in vars(m)]
+        with ExitStack() as restore:
+            for module in stock:
+                if on or vars(module)["gradient_checkpointing"]:
+                    restore.enter_context(_replaced(module, "gradient_checkpointing", True))
+                    restore.enter_context(_replaced(module, "_gradient_checkpointing_func", self._checkpoint))
+            for part in self._checkpointed if not stock else ():
+                repeat = functools.partial(self._checkpoint, part.forward)
+                restore.enter_context(_replaced(part, "forward", repeat))
+            yield
+
+    def _checkpoint(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`function(*args)`, a part of the base or a method of one, whose activations are computed again when needed."""
+        owner = function.__self__ if isinstance(function, MethodType) else function
+        part = owner if isinstance(owner, nn.Module) else None
+
+        def again(*args: Any, **kwargs: Any) -> Any:
+            if self._entered:
+                return function(*args, **kwargs)
+            with self._hooks(part):
+                return function(*args, **kwargs)
+
+        return checkpoint(again, *args, use_reentrant=False, **kwargs)
 
     def __deepcopy__(self, memo: dict) -> LoRAAdapter:
         copied = LoRAAdapter(self._shared[0])
@@ -149,3 +197,28 @@ class LoRAAdapter(Delegate):
             weight = net.get_submodule(name).weight
             weight += shared.scale * (up @ down).to(weight)
         return net
+
+
+def _lora_hook(down: Tensor, up: Tensor, scale: float) -> Callable[..., Tensor]:
+    def add_term(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
+        x = args[0]
+        if not torch.is_autocast_enabled("cpu" if x.is_meta else x.device.type):  # shapes are traced under the CPU's
+            x = x.to(down.dtype)
+        return out + (scale * F.linear(F.linear(x, down), up)).to(out.dtype)
+
+    return add_term
+
+
+@contextmanager
+def _replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """A module's attribute with another value; afterwards it is as before, absent from the instance if it was."""
+    attributes = vars(module)
+    present, before = name in attributes, attributes.get(name)
+    attributes[name] = value
+    try:
+        yield
+    finally:
+        if present:
+            attributes[name] = before
+        else:
+            del attributes[name]

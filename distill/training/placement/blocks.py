@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from distill.denoise import has_network
+from distill.models.lora import LoRAAdapter
 
 
 def root(role: nn.Module) -> nn.Module:
@@ -30,6 +31,10 @@ def blocks(network: nn.Module) -> list[nn.Module]:
 def recompute(role: nn.Module) -> None:
     """Activation checkpointing: activations inside blocks are recomputed in the backward pass."""
     network = root(role)
+    if isinstance(network, LoRAAdapter):
+        base = network.base
+        network.checkpoint_activations(blocks(base) or [base])
+        return
     stock = [m for m in network.modules() if hasattr(m, "enable_gradient_checkpointing")]
     for module in stock:
         module.enable_gradient_checkpointing()
