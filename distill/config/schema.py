@@ -10,13 +10,14 @@ TARGET = "_target_"
 
 @dataclasses.dataclass
 class Optim:
-    """One role's optimiser: a `torch.optim` class by name, its settings, the clip and the learning-rate schedule."""
+    """One role's optimiser: its class and settings, the clip and the learning-rate schedule."""
 
-    name: str = "AdamW"  # a class of `torch.optim`
+    name: str = "AdamW"  # a class of `torch.optim`, or the dotted path of one of an allowed package
     lr: float = 1e-4  # peak learning rate
-    betas: list[float] = dataclasses.field(default_factory=lambda: [0.9, 0.99])  # Adam's two decays
-    eps: float = 1e-8  # Adam's epsilon
+    betas: list[float] = dataclasses.field(default_factory=lambda: [0.9, 0.99])  # the two decays, of classes with such
+    eps: float = 1e-8  # of classes with such a number
     weight_decay: float = 0.0  # decoupled under AdamW
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # further arguments of the class
     clip: float = 1.0  # largest gradient norm; 0 does not clip
     warmup: int = 0  # steps of linear warm-up
     decay: str = "constant"  # or "cosine", to zero at the last step

@@ -235,6 +235,10 @@ class TurnModule(lightning.LightningModule):
         if self._resumed is not None:
             self.restore(self._resumed)
 
+    def on_train_start(self) -> None:
+        """Lightning has loaded the optimizers' states of a checkpoint, with the settings of that run."""
+        self.placement.apply_settings()
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Restore the random generators of a resumed run, after data loaders have drawn what they need to start."""
         if self._resumed is not None:

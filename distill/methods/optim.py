@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,19 +14,101 @@ from torch import nn
 from distill.config.schema import Optim
 from distill.errors import BadInput, suggest
 
+OWN = "torch.optim."
+WHOLE = ("Muon", "Adafactor")  # take a weight as a matrix, which ZeRO cuts to flat parts
+
 
 def optimizer_of(settings: Optim, parameters: list[nn.Parameter], role: str) -> torch.optim.Optimizer:
-    """The `torch.optim` class that `settings.name` names."""
-    kind = getattr(torch.optim, settings.name, None)
-    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
-        near = suggest(settings.name, dir(torch.optim))
-        raise BadInput(f"optim.{role}.name: torch.optim has no '{settings.name}'.{near}")
-    keywords: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
-    if settings.name != "SGD":
-        keywords |= {"betas": tuple(float(b) for b in settings.betas), "eps": settings.eps}
-    if settings.name in ("Adam", "AdamW"):
-        keywords["fused"] = not parameters[0].is_meta
+    """The optimizer that `settings.name` names, with those of the settings that its signature takes, and `settings.options`.
+
+    Muon takes matrices; other weights get AdamW with the same learning rate.
+
+    Raises:
+        BadInput: there is no such optimizer here, or it cannot be used without a closure.
+    """
+    kind, matrices = optimizer_class(settings.name, f"optim.{role}.name"), [p for p in parameters if p.ndim == 2]
+    if kind is torch.optim.Muon and len(matrices) < len(parameters):
+        return MuonWithAdamW(parameters, settings, role)
+    keywords = keywords_of(kind, settings, role)
+    if kind in (torch.optim.Adam, torch.optim.AdamW):
+        keywords.setdefault("fused", not parameters[0].is_meta)
     return kind(parameters, **keywords)
+
+
+def optimizer_class(name: str, where: str) -> type[torch.optim.Optimizer]:
+    """A class of `torch.optim` by its name, or any optimizer by its dotted path."""
+    module, _, last = name.removeprefix(OWN).rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module) if module else torch.optim, last, None)
+    except ImportError as error:
+        package = module.split(".")[0]
+        raise BadInput(
+            f"{where}: {package} is not installed ({error}); pip install {package}, or take AdamW."
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        near = "" if module else suggest(last, dir(torch.optim))
+        raise BadInput(f"{where}: {module or 'torch.optim'} has no '{last}'.{near}")
+    closure = inspect.signature(found.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise BadInput(f"{where}: {last} evaluates the loss several times a step, which no method does; take AdamW.")
+    return found
+
+
+def keywords_of(kind: Callable[..., Any], settings: Optim, role: str) -> dict[str, Any]:
+    """Arguments of an optimizer's class: of lr, weight_decay, betas and eps those that it takes, and `options`.
+
+    A number is left out where the class takes a pair, as Adafactor's eps.
+
+    Raises:
+        BadInput: an option that the class does not take.
+    """
+    takes = inspect.signature(kind).parameters
+    known = {"lr": settings.lr, "weight_decay": settings.weight_decay, "eps": settings.eps}
+    known["betas"] = tuple(float(b) for b in settings.betas)
+    fits = lambda name, value: name in takes and isinstance(takes[name].default, tuple) == isinstance(value, tuple)
+    for name in settings.options:
+        if name not in takes:
+            raise BadInput(f"optim.{role}.options.{name}: {settings.name} has no such argument.{suggest(name, takes)}")
+    plain = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.options.items()}
+    return {name: value for name, value in known.items() if fits(name, value)} | plain
+
+
+def apply_settings(optimizer: torch.optim.Optimizer, fresh: list[dict[str, Any]]) -> None:
+    """Put the run's own settings, those of the groups `fresh`, in place of loaded ones; what an optimizer adapts remains.
+
+    Learning rates are set before each step.
+    """
+    for group, own in zip(optimizer.param_groups, fresh):
+        group.update(own)
+
+
+def settings_in(optimizer: torch.optim.Optimizer, settings: Optim) -> list[dict[str, Any]]:
+    """Of each group of an optimizer the values that the config decides."""
+    names = {"weight_decay", "eps", "betas", *settings.options} - {"lr"}
+    return [{k: v for k, v in group.items() if k in names} for group in optimizer.param_groups]
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon for matrices (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon), AdamW for all other weights.
+
+    Muon's updates are scaled to AdamW's root mean square (`adjust_lr_fn: match_rms_adamw`), so that one learning rate
+    fits both.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], settings: Optim, role: str):
+        muon = {"adjust_lr_fn": "match_rms_adamw"} | keywords_of(torch.optim.Muon, settings, role)
+        adam = {"lr": settings.lr, "betas": tuple(settings.betas), "eps": settings.eps}
+        adam["weight_decay"] = settings.weight_decay
+        parts = [p for p in parameters if p.ndim == 2], [p for p in parameters if p.ndim != 2]
+        made: list[tuple[Any, dict[str, Any]]] = [(torch.optim.Muon, muon), (torch.optim.AdamW, adam)]
+        self.inner = [kind(part, **keywords) for part, (kind, keywords) in zip(parts, made) if part]
+        super().__init__([group for one in self.inner for group in one.param_groups], {"lr": settings.lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for one, group in zip(self.inner, self.param_groups):
+            one.state, one.param_groups = self.state, [group]
+            one.step()
 
 
 def learning_rate(settings: Optim, step: int, total: int) -> float:

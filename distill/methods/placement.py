@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distill.errors import BadInput
-from distill.methods.optim import optimizer_of
+from distill.methods.optim import apply_settings, optimizer_of, settings_in
 
 BUCKET = 25 * 2**20  # bytes of gradient a collective
 
@@ -41,6 +41,7 @@ class Placement:
         """Move the roles to their devices and build one optimizer per trainable role."""
         self.method = method
         self.optimizers = {r: optimizer_of(o, self.parameters(r), r) for r, o in method.optim.items()}
+        self._settings = {r: settings_in(self.optimizers[r], o) for r, o in method.optim.items()}
         self.scalers = {r: torch.amp.GradScaler(method.device.type, enabled=self.scale) for r in method.optim}
 
     def module(self, name: str) -> nn.Module:
@@ -175,8 +176,14 @@ class Placement:
 
     def load_moments(self, role: str, state: dict[str, Any]) -> None:
         self.optimizers[role].load_state_dict({k: v for k, v in state.items() if k != "scale"})
+        self.apply_settings()
         if self.scale and state.get("scale"):
             self.scalers[role].load_state_dict(state["scale"])
+
+    def apply_settings(self) -> None:
+        """Put the run's optimizer settings in place of those that came with a loaded state."""
+        for role, optimizer in self.optimizers.items():
+            apply_settings(optimizer, self._settings[role])
 
     def _scale_state(self, role: str) -> dict[str, Any]:
         return {"scale": self.scalers[role].state_dict()} if self.scale else {}

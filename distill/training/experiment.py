@@ -18,7 +18,7 @@ from distill.denoise import Guided, network_of
 from distill.errors import BadInput
 from distill.methods import Diffusion
 from distill.methods.base import Method
-from distill.methods.optim import optimizer_of
+from distill.methods.optim import OWN, optimizer_of
 from distill.metrics import latents, suite
 from distill.metrics.evaluate import ddim_sampler
 from distill.metrics.rewards import decoder
@@ -183,23 +183,28 @@ def build_experiment(cfg: DictConfig, allow: tuple[str, ...] = (), build: Any = 
     if not isinstance(method, Method):
         raise BadInput(f"method._target_: {cfg.method['_target_']} is not a Method; name one of distill.methods.")
     check_compatible(method, data)
-    _check_optimizers(method)
+    _check_optimizers(method, allow)
     return Experiment(cfg, method, data, allow)
 
 
-def _check_optimizers(method: Method) -> None:
-    """Raises BadInput for optimizer settings that torch refuses, before anything is written."""
+def _check_optimizers(method: Method, allow: tuple[str, ...]) -> None:
+    """Raises BadInput for optimizers of packages that are not allowed and for settings that a class refuses."""
     for role, settings in method.optim.items():
         weights = list(getattr(method, role).parameters())
         if not weights:
             raise BadInput(f"roles.{role} has no weights to train; give it a network of distill.models.")
+        name = settings.name.removeprefix(OWN)
+        if "." in name:
+            config.resolve(name, allow, f"optim.{role}.name")
         try:
             optimizer_of(settings, weights, role)
         except BadInput:
             raise
         except (TypeError, ValueError, RuntimeError) as error:
             text = str(error).splitlines()[0]
-            raise BadInput(f"optim.{role}: torch.optim.{settings.name} refuses its settings: {text}") from error
+            raise BadInput(
+                f"optim.{role}: {name if '.' in name else OWN + name} refuses its settings: {text}"
+            ) from error
 
 
 def _set_null_conditions(roles: dict[str, Any], data: Any) -> None:

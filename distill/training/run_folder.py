@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from distill import __version__, config
+from distill.config.schema import Optim
 from distill.errors import BadInput
 from distill.files import write_text
 from distill.training import checkpoints
@@ -176,7 +177,9 @@ def _close(loggers: list[Any]) -> None:
 
 
 def check_same_recipe(new: Mapping, old: Mapping) -> None:
-    """Refuse to resume under another recipe: roles, method, data and seed must agree; the rest may change.
+    """Refuse to resume under another recipe: roles, method, data, seed and optimizers must agree; the rest may change.
+
+    An optimizer's settings may: they are in force from the first resumed step on.
 
     Raises:
         BadInput: they do not; names the first key that differs.
@@ -184,6 +187,13 @@ def check_same_recipe(new: Mapping, old: Mapping) -> None:
     for key in ("seed", "roles", "method", "data"):
         if found := _difference(new[key], old[key], key):
             raise BadInput(f"--resume: {found} in the run's own config; resume without changing it.")
+    for role in {*new["optim"], *old["optim"]}:
+        names = [str((cfg["optim"].get(role) or {}).get("name") or Optim.name) for cfg in (new, old)]
+        if names[0] != names[1]:
+            raise BadInput(
+                f"--resume: optim.{role}.name is {names[0]} but was {names[1]}, whose moments the checkpoint holds; resume "
+                "without changing it, or start a new run from its student."
+            )
 
 
 def _difference(new: Any, old: Any, key: str) -> str:

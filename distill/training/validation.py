@@ -27,7 +27,8 @@ class Validation(PeriodicCallback):
     """Validates every `train.validate_every` steps, at the start, and at the end of a run that was not interrupted.
 
     All ranks draw and score their shares of the samples, under the run's precision; rank 0 writes and decides, and the
-    others receive its alarms and its decision to stop. Earlier validations are read from `metrics.csv`, so a resumed run decides as an uninterrupted one.
+    others receive its alarms and its decision to stop. Earlier validations are read from `metrics.csv`, so a resumed run
+    decides as an uninterrupted one.
 
     Args:
         cfg: the run's config.

@@ -81,7 +81,7 @@ def networks_of(method: Any) -> list[NetworkMemory]:
 
 def numbers_kept(settings: Any, shape: tuple[int, ...], role: str, _known: dict = {}) -> int:  # noqa: B006
     """Numbers that the role's optimiser keeps for a parameter of `shape`, read off one step on a small one."""
-    key = (settings.name, len(shape))
+    key = (settings.name, str(settings.options), len(shape))
     if key not in _known:
         small = PRIMES[: len(shape)]
         weight = nn.Parameter(torch.ones(small))

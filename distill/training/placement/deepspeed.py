@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distill.errors import BadInput
-from distill.methods.optim import optimizer_of
+from distill.methods.optim import WHOLE, optimizer_of
 from distill.methods.placement import Replicas
 from distill.training.placement.blocks import root
 
@@ -57,6 +57,11 @@ class Zero(Replicas):
         self.offloads: list[Any] = []
         self.engines, frozen = {}, [n for n in self.names if n not in method.trainable] if self.sharded else []
         for role in method.trainable:
+            if (name := method.optim[role].name.rpartition(".")[2]) in WHOLE:
+                raise BadInput(
+                    f"optim.{role}.name: {name} takes weights as matrices, which zero{self.stage} cuts to flat parts; take "
+                    "engine.strategy=ddp, or AdamW."
+                )
             self.module(role).requires_grad_(True)  # what does not require it now is left out for ever
             optimizer = optimizer_of(method.optim[role], self.parameters(role), role)
             self.engines[role] = self._engine(role, self.config(method.optim[role].clip), optimizer=optimizer)
