@@ -80,9 +80,9 @@ class Consistency(Method):
         return mse(y, target) if self.huber is None else huber(y, target, self.huber)
 
     def strength(self, x):
-        """w (B,): drawn per sample, or the one number."""
+        """w (B,) drawn per sample, or the one number: a 1 that is known to be 1 costs one evaluation, a tensor two."""
         if self.guidance_range is None:
-            return torch.full((len(x),), float(self.guidance), device=x.device)
+            return float(self.guidance)
         low, high = self.guidance_range
         return low + (high - low) * torch.rand(len(x), device=x.device)
 

@@ -63,9 +63,10 @@ class ConsistencyTraining(Method):
         t, r = self.pairs(len(x), self.schedule, step / max(total, step + 1), x.device, at_least_float32(x).dtype)
         x_t, x_r = self.schedule.add_noise(x, t, z), self.schedule.add_noise(x, r, z)
         rewind = ReplayRNG(x.device)
-        y = self.student(x_t, t, **cond)
-        with torch.no_grad(), rewind:
-            target = torch.where(bcast(r > self.pairs.floor, x), self.target(x_r, r, **cond), x_r)
+        with torch.autocast(x.device.type, enabled=False):  # the two differ by less than bfloat16 resolves
+            y = self.student(x_t, t, **cond)
+            with torch.no_grad(), rewind:
+                target = torch.where(bcast(r > self.pairs.floor, x), self.target(x_r, r, **cond), x_r)
         weight = 1 / (self.ratio(t) - self.ratio(r)) if self.weigh else None
         if self.huber is None:
             return mse(y, target, weight)

@@ -137,10 +137,13 @@ class TurnModule(lightning.LightningModule):
         return self.placement.mean(torch.stack(losses).sum())
 
     def _only(self, role: str | None) -> None:
-        """Enable gradients for this role and disable them for all others."""
+        """Enable gradients for this role and disable them for all others; critics and heads not in turn are evaluated."""
         for name, parameters in self._parameters_of.items():
             for p in parameters:
                 p.requires_grad_(name == role)
+        for name in self.trainable:  # a critic's or head's dropout is for its own turn
+            if name != "student":
+                getattr(self, name).train(self.training and role in (None, name))
 
     def _update(self, role: str, value: Tensor) -> None:
         """Step a role's optimizer. If loss or gradient is non-finite on any rank, the step and its averages are skipped."""
@@ -200,6 +203,7 @@ class TurnModule(lightning.LightningModule):
         """
         if self._trainer is not None and type(self.placement) is Placement:
             self.placement = self._placement_of_trainer()
+        self.check_derivatives()
         self.placement.prepare(self)
         self._parameters_of = {r: self.placement.parameters(r) for r in self.trainable}
         self._prepared = True
