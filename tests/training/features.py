@@ -95,6 +95,7 @@ EVERY = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 CASES = {  # feature: strategies, settings of the engine, method, reference
     "clip": (("ddp", "fsdp", "zero2"), {}, "clip", "clip"),
     "lora": (EVERY, {}, "lora", "lora"),
+    "lora, recompute": (EVERY, {"checkpoint_activations": True}, "lora", "lora"),
     "recompute, accumulate": (EVERY[:-1], {"checkpoint_activations": True, "accumulate": 2}, "plain", "two"),
     "bf16": (EVERY, {"precision": "bf16"}, "plain", "bf16"),
     "16": (("ddp", "fsdp"), {"precision": "16"}, "plain", "16"),
