@@ -68,7 +68,8 @@ class Consistency(Method):
         j = torch.randint(1, len(times), (len(x),), device=x.device)
         t, s = times[j], times[j - 1]
         w = self.strength(x)
-        student_cond = cond | ({"w": w} if network_of(self.student).guided else {})
+        each = torch.as_tensor(w, device=x.device).expand(len(x))
+        student_cond = cond | ({"w": each} if network_of(self.student).guided else {})
         x_t = self.teacher.schedule.add_noise(x, t, z)
         rewind = ReplayRNG(x.device)
         y = self.student(x_t, t, **student_cond)

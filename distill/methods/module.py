@@ -74,6 +74,9 @@ class TurnModule(lightning.LightningModule):
         """(step, total) for learning rates and averages; methods in rounds count from the start of the round."""
         return self.step, self.total_steps
 
+    def check_derivatives(self) -> None:
+        """Raises BadInput where the networks' precision does not suit the way in which the method takes derivatives."""
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of one sample."""

@@ -63,7 +63,7 @@ def keywords_of(kind: Callable[..., Any], settings: Optim, role: str) -> dict[st
         BadInput: an option that the class does not take.
     """
     takes = inspect.signature(kind).parameters
-    known = {"lr": settings.lr, "weight_decay": settings.weight_decay, "eps": settings.eps}
+    known: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay, "eps": settings.eps}
     known["betas"] = tuple(float(b) for b in settings.betas)
     fits = lambda name, value: name in takes and isinstance(takes[name].default, tuple) == isinstance(value, tuple)
     for name in settings.options:
@@ -105,7 +105,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         super().__init__([group for one in self.inner for group in one.param_groups], {"lr": settings.lr})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for one, group in zip(self.inner, self.param_groups):
             one.state, one.param_groups = self.state, [group]
             one.step()

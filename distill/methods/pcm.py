@@ -67,7 +67,8 @@ class PCM(Method):
     def loss(self, x, z, cond):
         t, s, edge, last = self.times(x)
         w = self.strength(x)
-        student_cond = cond | ({"w": w} if network_of(self.student).guided else {})
+        each = torch.as_tensor(w, device=x.device).expand(len(x))
+        student_cond = cond | ({"w": each} if network_of(self.student).guided else {})
         x_t = self.schedule.add_noise(x, t, z)
         rewind = ReplayRNG(x.device)
         f = to_edge(self.student, x_t, t, edge, student_cond)
