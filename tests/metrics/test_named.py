@@ -258,7 +258,9 @@ def test_text_runs_on_latents_are_looked_at_decoded_and_with_their_captions(tmp_
     assert found["fd_own"] == pytest.approx(own["fd_own"], rel=1e-4)
     plain = LatentSuite(real).score(x, {}, quick=True)
     assert plain == {name: found[name] for name in ("latent_fd", "mean", "std")}
-    both = LatentSuite(lambda ranks: real, metrics=asked, look=decode, held_out=x, allow=("looks",)).reference_vs_holdout()
+    both = LatentSuite(
+        lambda ranks: real, metrics=asked, look=decode, held_out=x, allow=("looks",)
+    ).reference_vs_holdout()
     assert both == {"latent_fd": plain["latent_fd"], "fd_own": pytest.approx(found["fd_own"])}
     with pytest.raises(BadInput, match="eval.metrics: mmd of latents is latent_fd and latent_mmd"):
         LatentSuite(real, metrics=["mmd"], look=decode)
