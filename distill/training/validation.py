@@ -99,10 +99,10 @@ class Validation(PeriodicCallback):
             self.ranks.gather_to_all(own),
         )
         shared = {"batch": self.rows, "ranks": self.ranks, "precision": self.cfg.engine.precision}
-        asked = probes(method, self.z, x, self.cond, self.tests, **shared)
+        diagnostics = probes(method, self.z, x, self.cond, self.tests, **shared)
 
         def decide() -> tuple[list[Alarm], str]:
-            row = scores | collapse_indicators(x, self.cond, self.tests.x) | asked
+            row = scores | collapse_indicators(x, self.cond, self.tests.x) | diagnostics
             alarms = self.monitor.check(method.step, row, self.reference)
             self.write(method, x, row)
             return alarms, plateau(self.past, self.best, self.cfg.train)
