@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from distill.denoise import Denoiser
 from distill.errors import BadInput
+from distill.models.families.label import DiT
 from distill.models.small import MLP, Transformer
-from distill.tangent import JVP_METHODS, ReplayRNG, jvp
+from distill.noise import RectifiedFlow
+from distill.tangent import JVP_METHODS, Derivative, ReplayRNG, jvp
 
 F64 = torch.float64
 
@@ -120,3 +123,78 @@ def test_replay_repeats_and_restores_the_generator():
     torch.manual_seed(0)
     assert torch.equal(first, again)
     assert torch.equal(torch.rand(6), torch.cat([first, after]))
+
+
+def path(wiggle=0.0, n=400):
+    """x(t) on a circle and a smooth f(x, t) = x t^2 + sin(3 t), plus wiggle sin(1000 t): (fn, inputs, tangents, exact)."""
+    t = torch.linspace(0.05, 0.95, n, dtype=F64)
+    circle = lambda t: torch.stack([t.cos(), t.sin()], 1)
+    along = lambda t: torch.stack([-t.sin(), t.cos()], 1)
+
+    def fn(x, t):
+        return x * t[:, None] ** 2 + ((3 * t).sin() + wiggle * (1000 * t).sin())[:, None]
+
+    exact = along(t) * t[:, None] ** 2 + 2 * t[:, None] * circle(t) + 3 * (3 * t).cos()[:, None]
+    return fn, (circle(t), t), (along(t), torch.ones_like(t)), exact
+
+
+def test_a_step_in_time_has_an_error_of_second_order_on_a_smooth_path():
+    fn, inputs, tangents, exact = path()
+    errors = [(Derivative("difference", h)(fn, inputs, tangents) - exact).abs().max() for h in (0.04, 0.02, 0.01)]
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.02) and errors[1] / errors[2] == pytest.approx(4, rel=0.02)
+    assert errors[1] < 3e-3
+    assert (Derivative()(fn, inputs, tangents) - exact).abs().max() < 1e-12
+    assert (Derivative("difference")(fn, inputs, tangents) - exact).abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("h", [0.02, 0.04])
+def test_a_step_in_time_does_not_follow_the_wiggle_of_a_time_embedding(h):
+    """Of A sin(1000 t), with derivative 1000 A, a step h leaves at most A / h, whatever the scale of the tangents."""
+    size = 1e-3
+    fn, inputs, tangents, exact = path(size)
+    smooth = (Derivative("difference", h)(path()[0], inputs, tangents) - exact).abs().max()
+    for scale in (1.0, 0.2, 5.0):
+        scaled = tuple(scale * v for v in tangents)
+        error = (Derivative("difference", h)(fn, inputs, scaled) / scale - exact).abs().max()
+        assert size / h / 2 < error <= size / h + smooth
+    for followed in (Derivative(), Derivative("difference")):
+        assert (followed(fn, inputs, tangents) - exact).abs().max() > 0.95
+
+
+def test_the_times_stay_in_range_and_a_cut_quotient_is_one_sided():
+    fn, (_, t), (_, one), _ = path()
+    seen = []
+
+    def spy(x, t):
+        seen.append(t)
+        return x
+
+    t = torch.tensor([0.5, 0.99, 0.3, 1.0, 0.6], dtype=F64)
+    low = torch.tensor([0.0, 0.0, 0.29, 0.0, 0.6], dtype=F64)
+    x = 3 * t[:, None]
+    slope = Derivative("difference", 0.02)(spy, (x, t), (3 * torch.ones_like(x), torch.ones_like(t)), low)
+    torch.testing.assert_close(seen[1], torch.tensor([0.52, 1.0, 0.32, 1.0, 0.62], dtype=F64))
+    torch.testing.assert_close(seen[2], torch.tensor([0.48, 0.97, 0.29, 0.98, 0.6], dtype=F64))
+    torch.testing.assert_close(slope, 3 * torch.ones_like(x))
+    t = torch.ones(2, dtype=F64)  # no room at all
+    assert (Derivative("difference", 0.02)(spy, (x[:2], t), (x[:2], t), low=1.0) == 0).all()
+
+
+def test_the_derivative_of_a_student_is_chosen_by_its_time_embedding():
+    stock = Denoiser(DiT(size=4, width=16, depth=1, heads=2), RectifiedFlow(), "v")
+    plain = Denoiser(MLP(dim=2, width=8), RectifiedFlow())
+    choose = lambda *a: Derivative.choose(*a, smooth=0.02)
+    assert choose(None, None, stock) == Derivative("difference", 0.02)
+    assert choose(None, None, plain) == Derivative("forward", None)
+    assert choose("forward", None, stock) == Derivative("forward", None)
+    assert choose("difference", None, plain) == Derivative("difference", None)
+    assert choose("difference", 0.1, stock) == Derivative("difference", 0.1)
+    with pytest.raises(BadInput, match="method.jvp: 'forwards'.*Did you mean 'forward'"):
+        choose("forwards", None, stock)
+    with pytest.raises(BadInput, match="method.jvp_step: forward mode takes no step"):
+        choose(None, 0.1, plain)
+    with pytest.raises(BadInput, match="method.jvp_step: 0.7 must be between"):
+        choose("difference", 0.7, plain)
+    for dtype in (torch.bfloat16, torch.float16):
+        with pytest.raises(BadInput, match="16-bit weights.*float32"):
+            choose(None, None, Denoiser(DiT(size=4, width=16, depth=1, heads=2).to(dtype), RectifiedFlow(), "v"))

@@ -24,7 +24,7 @@ from distill.losses.flowmap import average_velocity, normalised_direction_loss
 from distill.methods.base import Method
 from distill.noise import at_least_float32, bcast
 from distill.solvers.flowmap import FlowMap, path_tangent, predicted_flow, straight_time
-from distill.tangent import ReplayRNG, jvp
+from distill.tangent import Derivative, ReplayRNG
 from distill.times import LogitNormal, Uniform
 
 
@@ -37,7 +37,8 @@ class AYF(Method):
         guidance_range: draw w per sample from [low, high], for a student with an input w, instead of `guidance`.
         gamma: noise of the sampler, see `FlowMap`.
         c: where the step's length saturates.
-        jvp: `forward` mode or `difference`.
+        jvp, jvp_step: `forward` mode, or `difference` over t - jvp_step to t + jvp_step, see `tangent.Derivative`; none:
+            `difference` over 0.02 for networks with integer timesteps, `forward` for others.
         base: arguments of Method. With `roles.weak`, an under-trained teacher, w is the strength of autoguidance.
 
     Raises:
@@ -57,7 +58,8 @@ class AYF(Method):
         guidance_range: list[float] | None = None,
         gamma: float = 0.0,
         c: float = 0.1,
-        jvp: str = "forward",
+        jvp: str | None = None,
+        jvp_step: float | None = None,
         **base,
     ):
         if "weak" not in roles:
@@ -71,7 +73,9 @@ class AYF(Method):
             raise BadInput("method.guidance_range: the student has no guidance input; set guided: true.")
         self.distance, self.share_max, self.share_steps = distance or LogitNormal(-0.6, 1.6), share_max, share_steps
         self.strength = None if guidance_range is None else Uniform(*guidance_range)
-        self.share, self.c, self.jvp = 0.0, c, jvp
+        self.share, self.c = 0.0, c
+        self.derivative = Derivative.choose(jvp, jvp_step, self.student, smooth=0.02)
+        self.jvp = self.derivative.method
         self.sampler, self.serving = FlowMap(gamma), "overshoot" if gamma else "ode"
         self.guided = Guided(self.teacher, self.guidance)
 
@@ -94,7 +98,8 @@ class AYF(Method):
             v = self.velocity(x_t, t, w, cond)
             dx, dt = path_tangent(schedule, v, x_t, t)
             with rewind:
-                _, du_dr = jvp(u_of, (x_t, t, s), (dx, dt, torch.zeros_like(s)), method=self.jvp)
+                low = torch.maximum(s, t / 2)
+                du_dr = self.derivative(u_of, (x_t, t, s), (dx, dt, torch.zeros_like(s)), low)
         gap = straight_time(schedule, t) - straight_time(schedule, s)
         return normalised_direction_loss(u, average_velocity(v, du_dr, gap, self.share), self.c)
 

@@ -23,7 +23,7 @@ from distill.losses.flowmap import adaptive_loss, average_velocity, guided_veloc
 from distill.methods.base import Method
 from distill.noise import at_least_float32, bcast
 from distill.solvers.flowmap import FlowMap, path_tangent, predicted_flow, straight_time
-from distill.tangent import ReplayRNG, jvp
+from distill.tangent import Derivative, ReplayRNG
 from distill.times import LogitNormal
 
 
@@ -32,12 +32,14 @@ class MeanFlow(Method):
 
     Args:
         density: law of both times.
-        same: share of the batch with s = t, where the loss is flow matching.
+        same: share of the batch with s = t, where the loss is flow matching; none: 0 with a teacher, which a student with
+            its weights already equals there, and 0.75 from data.
         kappa: without a teacher, the current network's share in the guided target, in [0, 1).
         guide_until: without a teacher, guidance is in the target for t up to here.
         drop_label: without a teacher, the share of samples that lose their label; they have s = t and no guidance.
         power, c: of the adaptive weight.
-        jvp: `forward` mode or `difference`.
+        jvp, jvp_step: `forward` mode, or `difference` over t - jvp_step to t + jvp_step, see `tangent.Derivative`; none:
+            `difference` over 0.02 for networks with integer timesteps, `forward` for others.
         base: arguments of Method; `guidance` is w in the target, so samples cost one evaluation a step.
 
     Raises:
@@ -53,13 +55,14 @@ class MeanFlow(Method):
         roles: dict[str, Any],
         *,
         density: Any = None,
-        same: float = 0.75,
+        same: float | None = None,
         kappa: float = 0.0,
         guide_until: float = 1.0,
         drop_label: float = 0.1,
         power: float = 1.0,
         c: float = 0.01,
-        jvp: str = "forward",
+        jvp: str | None = None,
+        jvp_step: float | None = None,
         **base,
     ):
         if "teacher" not in roles:
@@ -67,9 +70,12 @@ class MeanFlow(Method):
         super().__init__(roles, **base)
         if not network_of(self.student).flow_map:
             raise BadInput("roles.student: a flow map needs a network with an input s; set flow_map: true.")
-        self.density, self.same, self.kappa = density or LogitNormal(-0.4, 1.0), same, kappa
+        self.density, self.kappa = density or LogitNormal(-0.4, 1.0), kappa
+        self.same = (0.0 if self.frozen else 0.75) if same is None else same
         self.guide_until, self.drop_label = guide_until, drop_label if not self.frozen else 0.0
-        self.power, self.c, self.jvp = power, c, jvp
+        self.power, self.c = power, c
+        self.derivative = Derivative.choose(jvp, jvp_step, self.student, smooth=0.02)
+        self.jvp = self.derivative.method
         self.guided = Guided(self.teacher, self.guidance) if self.frozen else None
 
     def turns(self, step):
@@ -87,8 +93,9 @@ class MeanFlow(Method):
         u_of = lambda x_t, t, s: predicted_flow(self.student, x_t, t, s=s, **student_cond)
         rewind = ReplayRNG(x.device)
         u = u_of(x_t, t, s)
-        with torch.no_grad(), rewind:
-            _, du_dr = jvp(u_of, (x_t, t, s), (dx, dt, torch.zeros_like(s)), method=self.jvp)
+        with rewind:
+            low = torch.maximum(s, t / 2)
+            du_dr = self.derivative(u_of, (x_t, t, s), (dx, dt, torch.zeros_like(s)), low)
         gap = straight_time(schedule, t) - straight_time(schedule, s)
         return adaptive_loss(u, average_velocity(v, du_dr, gap), self.power, self.c)
 

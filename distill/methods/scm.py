@@ -24,7 +24,7 @@ from distill.methods.base import Method
 from distill.models.small import ScalarEmbedding
 from distill.noise import TrigFlow, at_least_float32, bcast
 from distill.solvers import Renoise
-from distill.tangent import ReplayRNG, jvp
+from distill.tangent import Derivative, ReplayRNG
 from distill.times import LogNormalSigma
 
 
@@ -38,7 +38,8 @@ class SCM(Method):
         mean, std: normal law of log(sd tan theta), that is of log(sigma / alpha).
         warm_up: steps in which r rises from 0, the teacher's velocity as optimum, to 1.
         c: constant of the tangent's normalisation; none leaves it as it is.
-        jvp: "forward", or "difference" for networks without forward-mode derivatives.
+        jvp, jvp_step: `forward` mode, or `difference` over t - jvp_step to t + jvp_step with t = 2 theta / pi, see
+            `tangent.Derivative`; none: `difference` over 0.04 for networks with integer timesteps, `forward` for others.
         base: arguments of Method.
 
     Raises:
@@ -59,7 +60,8 @@ class SCM(Method):
         std: float = 1.4,
         warm_up: int = 10_000,
         c: float | None = 0.1,
-        jvp: str = "forward",
+        jvp: str | None = None,
+        jvp_step: float | None = None,
         **base,
     ):
         if "teacher" not in roles:
@@ -67,7 +69,9 @@ class SCM(Method):
         super().__init__(roles, **base)
         if self.student.prediction == "x":
             raise BadInput("roles.student: prediction: x leaves f(x, 0) = x open; give it v, flow or edm for SCM.")
-        self.chart, self.c, self.jvp, self.warm_up = TrigFlow(sigma_data), c, jvp, warm_up
+        self.chart, self.c, self.warm_up = TrigFlow(sigma_data), c, warm_up
+        self.derivative = Derivative.choose(jvp, jvp_step, self.student, smooth=0.04)
+        self.jvp = self.derivative.method
         self.density = LogNormalSigma(self.chart, mean, std)
         self.guided = Guided(self.teacher, self.guidance) if self.frozen else None
 
@@ -86,11 +90,11 @@ class SCM(Method):
         t = self.density(len(x), device=x.device, dtype=at_least_float32(x).dtype).clamp_max(1 - 1e-4)
         theta = t * (math.pi / 2)
         x_t = self.chart.add_noise(x, t, z)
-        F = lambda x_t, theta: self.output(self.student, x_t, theta, student_cond)
+        F = lambda x_t, t: self.output(self.student, x_t, t * (math.pi / 2), student_cond)
         dx, along = self.velocity(x, z, x_t, theta, cond), theta.cos() * theta.sin()
-        rewind, out = ReplayRNG(x.device), F(x_t, theta)
+        rewind, out = ReplayRNG(x.device), F(x_t, t)
         with torch.no_grad(), rewind:
-            _, slope = jvp(F, (x_t, theta), (bcast(along, x) * dx, along), self.jvp)
+            slope = self.derivative(F, (x_t, t), (bcast(along, x) * dx, along / (math.pi / 2)), t / 2, 1 - 1e-4)
             r = min(1.0, self.schedule_step()[0] / self.warm_up) if self.warm_up else 1.0
             g = tangent(out, slope, x_t, dx, theta, sd, r)
             self.log_value("student/tangent", g.flatten(1).square().mean(1).sqrt().mean())

@@ -50,3 +50,8 @@ def drawn(n=256, dim=1, labels=None, seed=0):
     random = torch.Generator().manual_seed(seed)
     x, z = torch.randn(2, n, dim, generator=random, dtype=torch.float64)
     return x, z, {} if labels is None else {"label": torch.full((n,), labels)}
+
+
+def wiggly(formula, size):
+    """`formula` plus size sin(1000 t), as a network with integer timesteps may answer: its derivative is 1000 size."""
+    return lambda x, t, *rest, **cond: formula(x, t, *rest, **cond) + size * (1000 * t).sin()[:, None]

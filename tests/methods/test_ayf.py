@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from exact import Pair, drawn, gradient, student
+from exact import Pair, drawn, gradient, student, wiggly
 
 from distill.denoise import Denoiser, Gaussian
 from distill.errors import BadInput
@@ -130,6 +130,17 @@ def test_a_student_with_the_teachers_weights_starts_as_the_teacher(schedule, gui
     m.loss(x, torch.randn(8, 2), {}).backward()
     assert mapped.condition.gap.outer.weight.grad.abs().sum() > 0
     assert all(p.grad is None for p in plain.parameters())
+
+
+def test_the_tangent_does_not_follow_the_wiggle_of_integer_timesteps():
+    """|g| of the exact map with a wiggle of A: A + (t - s) (2 A / h + O(h)) at most, where the exact derivative has 1000 A."""
+    schedule, size, h, c, norm = RectifiedFlow(), 1e-3, 0.02, 1e6, {}
+    for how in (None, "forward"):
+        net = student(wiggly(exact_map(schedule), size), schedule, "flow", guided=False, timesteps=1000)
+        m = AYF({"teacher": Gaussian([0.0], STD, schedule), "student": net}, distance=Apart(), c=c, jvp=how)
+        m.share = 1.0
+        norm[how] = c * m.loss(*drawn()).sqrt()  # |g| / (|g| + c)
+    assert norm[None] < size + 2 * size / h and norm["forward"] > 0.3
 
 
 def test_both_derivatives_train_alike():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from exact import Pair, drawn, gradient, student
+from exact import Pair, drawn, gradient, student, wiggly
 
 from distill.denoise import Denoiser, Gaussian
 from distill.errors import BadInput
@@ -182,6 +182,29 @@ def test_the_target_has_no_gradient_and_sees_the_same_dropout():
     m = method(net=Denoiser(net, RectifiedFlow()))
     m.loss(torch.randn(8, 4), torch.randn(8, 4), {}).backward()
     assert len(net.masks) == 2 and torch.equal(net.masks[0], net.masks[1])
+
+
+def test_the_target_does_not_follow_the_wiggle_of_integer_timesteps():
+    """Residual of the exact map with a wiggle of A: A + (t - s) (2 A / h + O(h)) at most, where the exact derivative has 1000 A."""
+    schedule, size, h, residual = RectifiedFlow(), 1e-3, 0.02, {}
+    teacher = Gaussian([0.0], STD, schedule)
+    for how in (None, "forward"):
+        formula = wiggly(exact_map(schedule), size)
+        net = student(formula, schedule, "flow", guided=False, timesteps=1000)
+        m = between(method(schedule, teacher, net, power=0.0, jvp=how))
+        residual[how] = m.loss(*drawn()).sqrt()
+    assert residual[None] < size + 2 * size / h and residual["forward"] > 0.3
+    smooth = student(exact_map(schedule), schedule, "flow", guided=False, timesteps=1000)
+    assert between(method(schedule, teacher, smooth, power=0.0)).loss(*drawn()).sqrt() < 5e-3, "the quotient's own error"
+
+
+def test_samples_with_equal_times_are_for_training_from_data():
+    """A student with its teacher's weights has no error at s = t, which the adaptive weight would enlarge."""
+    teacher = Gaussian([0.0], STD, RectifiedFlow())
+    assert method().same == 0.75 and method(teacher=teacher).same == 0.0
+    assert method(teacher=teacher, same=0.5).same == 0.5
+    t, s = method(teacher=teacher).times(torch.zeros(100, 1))
+    assert (t > s).all()
 
 
 def test_one_roles_config_distills_the_other_trains():

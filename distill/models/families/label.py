@@ -16,6 +16,8 @@ from distill.errors import BadInput
 from distill.models.copies import copy_network, share_weights
 from distill.models.small import ScalarEmbedding, extra_inputs, null_index
 
+GAP_PERIOD = 8.0  # of the embedding of t - s: flow maps are differentiated in t, so it must vary slowly
+
 
 class MathAttention(AttnProcessor):
     """softmax(Q K^T) V, written out: fused kernels have no forward-mode derivative (`torch.func.jvp`)."""
@@ -95,7 +97,7 @@ class StockNetwork(Network):
             )
         dim = embeddings[0].linear_2.out_features if embeddings else 0
         self.guidance = ScalarEmbedding(dim, period=16.0, zero=True) if guided else None
-        self.gap = ScalarEmbedding(dim, zero=True) if flow_map else None
+        self.gap = ScalarEmbedding(dim, period=GAP_PERIOD, zero=True) if flow_map else None
         if math_attention:
             use_math_attention(model)
 
