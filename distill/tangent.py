@@ -58,7 +58,9 @@ class Derivative:
         integer = network_of(denoiser).timesteps > 0
         method = method or ("difference" if integer else "forward")
         if method not in JVP_METHODS:
-            raise BadInput(f"method.jvp: '{method}' must be one of {', '.join(JVP_METHODS)}.{suggest(method, JVP_METHODS)}")
+            raise BadInput(
+                f"method.jvp: '{method}' must be one of {', '.join(JVP_METHODS)}.{suggest(method, JVP_METHODS)}"
+            )
         if method == "forward":
             if step is not None:
                 raise BadInput("method.jvp_step: forward mode takes no step; set jvp: difference, or leave it out.")

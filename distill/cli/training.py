@@ -203,12 +203,21 @@ def bench(configs: tuple[str, ...], steps: int, layout: str | None, peak: float 
     help="Processor seconds of training for each CONFIG: 360 are three minutes on two cores.",
 )
 @click.option(
+    "--seeds",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Seeds for each CONFIG that states what it reaches (`expect`); others get one.",
+)
+@click.option(
     "--record",
     is_flag=True,
     help="Record the reference curves of RECIPE from three RUNs or more, each with its own seed.",
 )
-def compare(configs: tuple[str, ...], out: Path, seconds: float, record: bool) -> None:
+def compare(configs: tuple[str, ...], out: Path, seconds: float, seeds: int, record: bool) -> None:
     """Train every CONFIG for the same time and print one table; rows already in OUT are kept.
+
+    If it is interrupted, repeat the command. A changed recipe or method is measured again.
 
     With RUN RECIPE: list where the run is outside the recipe's reference curves and metrics; exit code 1 if there is
     any.
@@ -216,7 +225,7 @@ def compare(configs: tuple[str, ...], out: Path, seconds: float, record: bool) -
     \b
     Example:
       distill compare configs/digits/tdm.yaml configs/digits/pcm.yaml --seconds 360
-      distill compare configs/digits/m*.yaml train.threads=1 --out runs/compare
+      distill compare configs/digits/*.yaml train.threads=1 --seconds 180 --seeds 3 --out runs/digits
       distill compare runs/toy-tdm toy/tdm
       distill compare --record runs/seed-1 runs/seed-2 runs/seed-3 configs/toy/tdm.yaml
     """
@@ -225,7 +234,7 @@ def compare(configs: tuple[str, ...], out: Path, seconds: float, record: bool) -
     from distill.inspect.compare import compare as run_all
 
     files, overrides = _split(configs)
-    click.echo(run_all([Path(file) for file in files], out, seconds, overrides, allowed()))
+    click.echo(run_all([Path(file) for file in files], out, seconds, overrides, allowed(), seeds))
 
 
 def _compare_with_recipe(paths: list[Path], record: bool) -> int:

@@ -133,7 +133,7 @@ def test_a_student_with_the_teachers_weights_starts_as_the_teacher(schedule, gui
 
 
 def test_the_tangent_does_not_follow_the_wiggle_of_integer_timesteps():
-    """|g| of the exact map with a wiggle of A: A + (t - s) (2 A / h + O(h)) at most, where the exact derivative has 1000 A."""
+    """|g| with a wiggle A sin(1000 t): at most A + (t - s) (2 A / h + O(h)); an exact derivative has 1000 A."""
     schedule, size, h, c, norm = RectifiedFlow(), 1e-3, 0.02, 1e6, {}
     for how in (None, "forward"):
         net = student(wiggly(exact_map(schedule), size), schedule, "flow", guided=False, timesteps=1000)

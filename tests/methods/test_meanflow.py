@@ -185,7 +185,7 @@ def test_the_target_has_no_gradient_and_sees_the_same_dropout():
 
 
 def test_the_target_does_not_follow_the_wiggle_of_integer_timesteps():
-    """Residual of the exact map with a wiggle of A: A + (t - s) (2 A / h + O(h)) at most, where the exact derivative has 1000 A."""
+    """Residual with a wiggle A sin(1000 t): at most A + (t - s) (2 A / h + O(h)); an exact derivative has 1000 A."""
     schedule, size, h, residual = RectifiedFlow(), 1e-3, 0.02, {}
     teacher = Gaussian([0.0], STD, schedule)
     for how in (None, "forward"):
@@ -195,7 +195,9 @@ def test_the_target_does_not_follow_the_wiggle_of_integer_timesteps():
         residual[how] = m.loss(*drawn()).sqrt()
     assert residual[None] < size + 2 * size / h and residual["forward"] > 0.3
     smooth = student(exact_map(schedule), schedule, "flow", guided=False, timesteps=1000)
-    assert between(method(schedule, teacher, smooth, power=0.0)).loss(*drawn()).sqrt() < 5e-3, "the quotient's own error"
+    assert between(method(schedule, teacher, smooth, power=0.0)).loss(*drawn()).sqrt() < 5e-3, (
+        "the quotient's own error"
+    )
 
 
 def test_samples_with_equal_times_are_for_training_from_data():
