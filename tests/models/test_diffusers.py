@@ -269,6 +269,12 @@ def test_folding_is_exact(kind):
 
 
 @each_kind
+def test_the_embedding_of_the_gap_varies_slowly(kind):
+    """Flow maps are differentiated in t: the fastest feature of t - s turns once over the range of times."""
+    assert max(tiny(kind, flow_map=True).gap.frequencies) <= 2 * torch.pi
+
+
+@each_kind
 def test_jvp_with_math_attention(kind):
     net = tiny(kind, math_attention=True, timesteps=10)
     x, t = batch(net, 2)
