@@ -143,6 +143,22 @@ def test_the_tangent_does_not_follow_the_wiggle_of_integer_timesteps():
     assert norm[None] < size + 2 * size / h and norm["forward"] > 0.3
 
 
+def test_the_student_is_asked_within_its_range_of_times_only():
+    seen, h = [], 0.02
+
+    def spy(x, t, s, **cond):
+        seen.append((t, s))
+        return x
+
+    net = student(spy, RectifiedFlow(), "flow", guided=False, timesteps=1000)
+    m = AYF({"teacher": Gaussian([0.0], STD, RectifiedFlow()), "student": net})
+    m.distance = lambda n, **kw: torch.linspace(0.01, 0.9, n, **kw)
+    m.loss(*drawn())
+    (t, s), (ahead, _), (back, _) = seen[0], seen[-2], seen[-1]
+    torch.testing.assert_close(ahead, (t + h).clamp_max(1))
+    torch.testing.assert_close(back, torch.maximum(t - h, torch.maximum(s, t / 2)))
+
+
 def test_both_derivatives_train_alike():
     net, losses = MLP(dim=2, width=16, flow_map=True), []
     for p in net.parameters():

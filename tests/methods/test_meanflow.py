@@ -200,6 +200,24 @@ def test_the_target_does_not_follow_the_wiggle_of_integer_timesteps():
     )
 
 
+def test_the_student_is_asked_within_its_range_of_times_only():
+    """t - h to t + h, cut at s and 1: below s the map does not exist, above 1 the network was not trained."""
+    seen, h = [], 0.02
+
+    def spy(x, t, s, **cond):
+        seen.append((t, s))
+        return x
+
+    net = student(spy, RectifiedFlow(), "flow", guided=False, timesteps=1000)
+    m = method(teacher=Gaussian([0.0], STD, RectifiedFlow()), net=net)
+    m.times = lambda x: (torch.linspace(0.5, 1, len(x)).double(), torch.linspace(0.5, 0.9, len(x)).double().sub(0.01))
+    m.loss(*drawn())
+    (t, s), (ahead, s_1), (back, s_2) = seen[0], seen[-2], seen[-1]
+    assert torch.equal(s, s_1) and torch.equal(s, s_2), "s is held fixed"
+    torch.testing.assert_close(ahead, (t + h).clamp_max(1))
+    torch.testing.assert_close(back, torch.maximum(t - h, s))
+
+
 def test_samples_with_equal_times_are_for_training_from_data():
     """A student with its teacher's weights has no error at s = t, which the adaptive weight would enlarge."""
     teacher = Gaussian([0.0], STD, RectifiedFlow())

@@ -206,6 +206,21 @@ def test_the_tangent_does_not_follow_the_wiggle_of_integer_timesteps(monkeypatch
     assert rms[None] < 0.05 and rms["forward"] > 0.3
 
 
+def test_the_student_is_asked_within_its_range_of_times_only():
+    """t - h to t + h with h = 0.04, cut at t / 2 and just below 1, where F is singular."""
+    seen, h = [], 0.04
+    method = made(TrigFlow(), Gaussian([0.0, 0.0], STD, TrigFlow()))
+    net = method.student.net
+    net.timesteps, exact = 1000, net.forward
+    net.forward = lambda x, t: seen.append(t) or exact(x, t)
+    method = SCM({"student": method.student, "teacher": method.teacher})
+    method.density = lambda n, device, dtype: torch.linspace(0.01, 1, n, dtype=dtype)
+    method.loss(torch.randn(50, 2, dtype=F64), torch.randn(50, 2, dtype=F64), {})
+    t, ahead, back = seen[0], seen[-2], seen[-1]
+    torch.testing.assert_close(ahead, (t + h).clamp_max(1 - 1e-4))
+    torch.testing.assert_close(back, torch.maximum(t - h, t / 2))
+
+
 def test_a_backbone_without_derivative_is_one_clear_sentence():
     class Round(torch.autograd.Function):
         @staticmethod
