@@ -104,7 +104,7 @@ def measure_recipe(cfg: DictConfig, out: Path, seconds: float, allow: tuple[str,
             return row
         console.print(f"{name}: the recipe or the method's code has changed, measured again", highlight=False)
     folder = out / f"{name}.{digest([*key.values(), str(seconds)], 8)}"
-    if resume := (folder / run_folder.CONFIG).exists():  # interrupted: it goes on with the steps that were chosen
+    if resume := (folder / run_folder.CONFIG).exists():  # interrupted: it continues with the steps that were chosen
         cfg = OmegaConf.merge(cfg, {"train": {"steps": run_folder.read_config(folder).train.steps}})
     else:
         cost = seconds_a_step(build_experiment(cfg, allow), cfg)
