@@ -70,7 +70,7 @@ class Derivative:
             raise BadInput(f"method.jvp_step: {step} must be between 0 and 0.5, in units of t.")
         step = smooth if step is None and integer else step
         if (
-            any(p.dtype in (torch.bfloat16, torch.float16) for p in denoiser.parameters())
+            any(p.dtype in (torch.bfloat16, torch.float16) for p in network_of(denoiser).base.parameters())
             and (step or 0) < LEAST_16_BIT
         ):
             raise BadInput(

@@ -90,16 +90,6 @@ class Method(TurnModule):
         """A trainable role that the config does not give: a copy of the teacher."""
         return copy_network(self._weights(role, roles, "teacher"))
 
-    def check_derivatives(self) -> None:
-        """Raises BadInput where `jvp: difference` would subtract two evaluations in 16 bits, which leaves their rounding."""
-        weights = network_of(self.student).base.parameters()
-        low = next((p.dtype for p in weights if p.is_floating_point() and p.element_size() < 4), None)
-        if self.jvp == "difference" and low is not None:
-            raise BadInput(
-                f"method.jvp: a difference of evaluations in {str(low).removeprefix('torch.')} is rounding noise; load the "
-                "teacher that the student adapts with dtype: float32, or set jvp: forward."
-            )
-
     # -- sampling ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()

@@ -74,9 +74,6 @@ class TurnModule(lightning.LightningModule):
         """(step, total) for learning rates and averages; methods in rounds count from the start of the round."""
         return self.step, self.total_steps
 
-    def check_derivatives(self) -> None:
-        """Raises BadInput where the networks' precision does not suit the way in which the method takes derivatives."""
-
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of one sample."""
@@ -206,7 +203,6 @@ class TurnModule(lightning.LightningModule):
         """
         if self._trainer is not None and type(self.placement) is Placement:
             self.placement = self._placement_of_trainer()
-        self.check_derivatives()
         self.placement.prepare(self)
         self._parameters_of = {r: self.placement.parameters(r) for r in self.trainable}
         self._prepared = True

@@ -18,7 +18,6 @@ def check_compatible(method: Any, data: Any) -> None:
         BadInput: no samples for a method that needs them; another shape, number of classes or other conditions than a
             network takes; latents or text embeddings by another autoencoder or text encoder than the teacher's folder has.
     """
-    method.check_derivatives()
     info, where = data.info, f"data ({data.info.path or data.info.source})"
     if method.needs_data and not data.samples:
         raise BadInput(
