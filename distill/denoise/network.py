@@ -29,6 +29,7 @@ class Network(nn.Module):
         part: name of the network's component in a diffusers pipeline ("unet", "transformer").
         folder: path of the pipeline folder that the network was loaded from.
         source: (path or hub name, revision) as passed to `load`.
+        scheduler_settings: those that `load` was given in place of the folder's.
     """
 
     shape: tuple[int, ...] = ()
@@ -43,6 +44,7 @@ class Network(nn.Module):
     part: str = ""
     folder: Any = None
     source: tuple[str, str | None] | None = None
+    scheduler_settings: dict[str, Any] = {}
 
     def null(self, cond: Conditions) -> Conditions:
         """`cond` with the null condition: "label" becomes -1, "no class"."""

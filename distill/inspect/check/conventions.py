@@ -244,7 +244,8 @@ def _scheduler(context: CheckContext, model: Any, folder: Path) -> float:
 
     from distill.models.diffusers import scheduler_of
 
-    stock, net, worst = scheduler_of(folder), network_of(model).base, 0.0
+    net, worst = network_of(model).base, 0.0
+    stock = scheduler_of(folder, **network_of(model).scheduler_settings)
     if not isinstance(model.schedule, Table):
         raise BadInput(
             f"{type(stock).__name__} does not return its estimate of x, so there is nothing to compare with."

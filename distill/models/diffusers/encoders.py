@@ -19,6 +19,7 @@ from distill.models.diffusers.folder import (
     network_part,
     read_config,
     takes_first_frame,
+    weight_variant,
 )
 from distill.models.diffusers.prompts import scaling
 from distill.models.diffusers.schedulers import read_json
@@ -64,8 +65,9 @@ def _pieces(part: Path) -> Iterator[bytes]:
     config = {k: v for k, v in read_json(part / "config.json").items() if not k.startswith(IGNORED_KEYS)}
     yield json.dumps([part.name, config], sort_keys=True).encode()
     tensors = {}
+    variant = weight_variant(part)
     for file in part.glob("*.safetensors"):
-        if ".fp16." in file.name or ".non_ema." in file.name:  # copies that are never loaded
+        if (".fp16" in file.name and not variant) or ".non_ema" in file.name:  # copies that are not loaded
             continue
         with open(file, "rb") as stream:
             start = int.from_bytes(stream.read(8), "little")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from distill.models.diffusers.schedulers import read_json
 from distill.models.families.audio import StableAudio
 from distill.models.families.image import SD3, Flux, PixArt, Sana, TextUNet
 from distill.models.families.label import DiT, StockNetwork, UNet2D
+from distill.models.families.refusals import refusal_of
 from distill.models.families.video import LTX, CogVideoX, Wan
 
 # Diffusers class of the denoising network -> its family: conditioned on class labels, or on tensors such as text.
@@ -59,11 +61,14 @@ def network_part(folder: Path) -> tuple[str, str]:
     """(component, class name) of the denoising network of a folder, such as ("unet", "UNet2DConditionModel").
 
     Raises:
-        BadInput: if no family supports the class.
+        BadInput: if no family supports the class, or the pipeline is one of `families.refusals`.
     """
     index = read_json(folder / "model_index.json")
     part = next((p for p in ("unet", "transformer") if p in index), None)
     name = index[part][1] if part else None
+    exported = {"_exported": (folder / "distill.json").is_file()}
+    if part and (reason := refusal_of(index | exported, read_config(folder, part))):
+        raise BadInput(f"{folder} ({index.get('_class_name')}): {reason}")
     if part is None or name not in BACKBONES:
         raise BadInput(f"{folder}: its network is {name}, and only {', '.join(BACKBONES)} can be loaded.")
     return part, name
@@ -81,6 +86,23 @@ def takes_first_frame(folder: Path) -> bool:
     return "ImageToVideo" in pipeline and family in FAMILIES and bool(FAMILIES[family].frame_conditions)
 
 
+def weight_variant(folder: Path) -> str | None:
+    """The variant of the weights to read from a component's folder: "" for the plain ones, "fp16" where there are only those.
+
+    None where there are no weights in safetensors.
+    """
+    names = [file.name for file in folder.glob("*.safetensors") if ".non_ema" not in file.name]
+    if not names:
+        return None
+    return "fp16" if all(".fp16" in name for name in names) else ""
+
+
+def pipeline_variant(folder: Path) -> str | None:
+    """The `variant` with which stock `from_pretrained` reads every component of a pipeline; None for the plain weights."""
+    variants = {weight_variant(part) for part in folder.iterdir() if part.is_dir()} if folder.is_dir() else set()
+    return "fp16" if "fp16" in variants else None
+
+
 def load_weights(kind: Any, folder: Path, **kw: Any) -> Any:
     """A model of the diffusers class `kind` from a folder with config.json and safetensors.
 
@@ -95,11 +117,14 @@ def load_weights(kind: Any, folder: Path, **kw: Any) -> Any:
     if _SHAPES_ONLY.get():
         with torch.device("meta"):
             return torch.nn.Module.to(kind.from_config(kind.load_config(folder)), kw.get("dtype"))
-    if not list(folder.glob("*.safetensors")):
+    variant = weight_variant(folder)
+    if variant is None:
         mend = "save the pickled weights again as safetensors" if list(folder.glob("*.bin")) else "copy them there"
         raise BadInput(f"{folder}: the network's weights (*.safetensors) are missing: {mend}.")
     try:
-        model, report = kind.from_pretrained(folder, use_safetensors=True, **kw, output_loading_info=True)
+        model, report = kind.from_pretrained(
+            folder, use_safetensors=True, variant=variant or None, **kw, output_loading_info=True
+        )
     except Exception as error:  # diffusers, safetensors and torch raise different classes
         raise BadInput(f"{folder}: the weights cannot be read, copy the folder again ({error}).") from error
     if wrong := report["missing_keys"] or report["mismatched_keys"]:
@@ -139,9 +164,12 @@ def _download(name: str, revision: str | None, more: tuple[str, ...]) -> Path:
     # "*/*.safetensors" skips single-file copies at the top level; other precisions are ignored.
     allowed = ["*.json"] if _SHAPES_ONLY.get() else ["*.json", "*/*.safetensors", *more]
     try:
-        snapshot = snapshot_download(
-            name, revision=revision, ignore_patterns=["*.fp16.*", "*.non_ema.*"], allow_patterns=allowed
-        )
+        get = partial(snapshot_download, name, revision=revision, allow_patterns=allowed)
+        snapshot = get(ignore_patterns=["*.fp16*", "*.non_ema.*"])
+        if not _SHAPES_ONLY.get() and not list(
+            Path(snapshot).glob("*/*.safetensors")
+        ):  # a model in half precision only
+            snapshot = get(ignore_patterns=["*.non_ema.*"])
     except Exception as error:  # offline, absent or gated: the hub raises different classes
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise BadInput(

@@ -17,12 +17,13 @@ from distill.models.diffusers.schedulers import prediction_of, read_json, schedu
 from distill.noise import Table
 
 
-def load(path: str | Path, revision: str | None = None, **kw: Any) -> Denoiser:
+def load(path: str | Path, revision: str | None = None, scheduler: dict[str, Any] | None = None, **kw: Any) -> Denoiser:
     """A Denoiser, in eval mode, from a diffusers folder. Schedule and prediction type are those of its scheduler.
 
     Args:
         path: a diffusers folder, a model of the hub ("owner/name"), or "tiny:FAMILY". Weights are read from safetensors.
         revision: of a model of the hub.
+        scheduler: settings that replace those of the folder's scheduler, such as {"flow_shift": 5} or {"shift": 5}.
         kw: options of the family's `wrap`: guided, flow_map, math_attention; `null_class` for `UNet2DModel`.
             Networks conditioned on text also accept:
             - size: of the latents, (H, W) or (F, H, W), instead of the default; a shift that depends on it follows.
@@ -35,8 +36,9 @@ def load(path: str | Path, revision: str | None = None, **kw: Any) -> Denoiser:
         The Denoiser. `denoiser.net.folder` is the local folder.
 
     Raises:
-        BadInput: if the path is no diffusers folder, weights are missing or broken, no family supports the network, or
-            a class-conditional network does not state whether its last class is "no class".
+        BadInput: if the path is no diffusers folder, weights are missing or broken, no family supports the network, its
+            scheduler has no setting of this name, or a class-conditional network does not state whether its last class is
+            "no class".
 
     Examples:
         >>> import torch
@@ -51,12 +53,13 @@ def load(path: str | Path, revision: str | None = None, **kw: Any) -> Denoiser:
     """
     folder = folder_of(path, revision)
     part, name = network_part(folder)
+    settings = dict(scheduler or {})
     if name in FAMILIES:
-        return _load_tensor_conditioned(folder, path, revision, part, name, **kw)
-    schedule = schedule_of(folder)
+        return _load_tensor_conditioned(folder, path, revision, part, name, settings, **kw)
+    stock = scheduler_of(folder, **settings)
+    schedule = schedule_of(stock)
     if not isinstance(schedule, Table):
-        scheduler = type(scheduler_of(folder)).__name__
-        raise BadInput(f"{folder}: {name} needs discrete timesteps, but {scheduler} has none.")
+        raise BadInput(f"{folder}: {name} needs discrete timesteps, but {type(stock).__name__} has none.")
     model = load_weights(stock_class(name), folder / part)
     if model.config.get("num_class_embeds") and "null_class" not in kw:
         record = read_json(folder / "distill.json") if (folder / "distill.json").is_file() else {}
@@ -64,8 +67,8 @@ def load(path: str | Path, revision: str | None = None, **kw: Any) -> Denoiser:
             raise BadInput(f"{folder}: is the last class of its network 'no class'? Pass null_class=True or False.")
         kw["null_class"] = record["null_class"]
     net = BACKBONES[name](model, timesteps=len(schedule.alphas_cumprod), **kw)
-    net.folder = folder
-    return Denoiser(net, schedule, prediction_of(folder)).eval()
+    net.folder, net.scheduler_settings = folder, settings
+    return Denoiser(net, schedule, prediction_of(stock)).eval()
 
 
 def _load_tensor_conditioned(
@@ -74,6 +77,7 @@ def _load_tensor_conditioned(
     revision: str | None,
     part: str,
     name: str,
+    settings: dict[str, Any],
     *,
     null: str | dict[str, Tensor] | None = "",
     dtype: str = "float32",
@@ -82,17 +86,13 @@ def _load_tensor_conditioned(
 ) -> Denoiser:
     """`load` for the networks of FAMILIES."""
     index, family = read_json(folder / "model_index.json"), FAMILIES[name]
-    if (index.get("transformer_2") or [None])[0] or index.get("expand_timesteps"):
-        raise BadInput(
-            f"{folder}: pipelines with two networks or with a timestep per token (Wan 2.2) are not supported; use one "
-            "with a single network and one timestep per sample."
-        )
     model = load_weights(stock_class(name), folder / part, dtype=dtype_of(dtype))
     size = tuple(size) if size else family.default_shape(model.config)[1:]
-    schedule = schedule_of(folder, **dynamic_shift(folder, family.token_count(size)))
-    timesteps = int(scheduler_of(folder).config.get("num_train_timesteps", 1000))
+    stock = scheduler_of(folder, **settings)
+    schedule = schedule_of(stock, **dynamic_shift(folder, stock, family.token_count(size)))
+    timesteps = int(stock.config.get("num_train_timesteps", 1000))
     net = family.wrap(model, schedule=schedule, timesteps=timesteps, size=size, **kw)
-    net.source = str(path), revision
+    net.source, net.scheduler_settings = (str(path), revision), settings
     net.latent_scale, net.latent_shift, pixels = scaling(folder)
     net.pixels, net.folder = pixels or net.pixels, folder
     zeros = family.null_is_zero or index.get("force_zeros_for_empty_prompt")
@@ -102,7 +102,8 @@ def _load_tensor_conditioned(
         net.set_null(_encode_null(path, revision, null))
     elif null is not None:
         net.set_null(null)
-    return Denoiser(net, schedule, prediction_of(folder)).eval()
+    sigma_data = float(stock.config.get("sigma_data", 1.0))
+    return Denoiser(net, schedule, prediction_of(stock), sigma_data).eval()
 
 
 @lru_cache(maxsize=16)
@@ -111,7 +112,7 @@ def _encode_null(path: str | Path, revision: str | None, prompt: str) -> dict[st
     return encode(path, [prompt], revision)
 
 
-def dynamic_shift(folder: Path, tokens: int) -> dict[str, Any]:
+def dynamic_shift(folder: Path, scheduler: Any, tokens: int) -> dict[str, Any]:
     r"""Scheduler settings that fix a shift that depends on the image size: shift = exp(mu), mu linear in `tokens`.
 
     `shift_terminal` (LTX) changes the times of sampling, not the network's timesteps, and is left to the grid.
@@ -119,7 +120,7 @@ def dynamic_shift(folder: Path, tokens: int) -> dict[str, Any]:
     Raises:
         BadInput: for a dynamic shift of another type.
     """
-    config = scheduler_of(folder).config
+    config = scheduler.config
     if not config.get("use_dynamic_shifting"):
         return {}
     if config.get("time_shift_type", "exponential") != "exponential":

@@ -12,7 +12,9 @@ from torch import Generator, Tensor, nn
 from distill.denoise import Conditions
 from distill.errors import BadInput, suggest
 from distill.models.families.label import StockNetwork
-from distill.noise import Schedule, Table
+from distill.noise import VE, Schedule, Table
+
+SIGMA_MIN = 0.002  # the least noise on which EDM's networks were trained, https://arxiv.org/abs/2206.00364, table 1
 
 
 class TensorConditioned(StockNetwork):
@@ -21,8 +23,8 @@ class TensorConditioned(StockNetwork):
     - `x`: latents (B, C, H, W), (B, C, F, H, W) or (B, C, L), scaled as in the family's training:
       x = (a - latent_shift) latent_scale with a the latents of the autoencoder. Sizes other than `shape` are accepted
       where the stock network accepts them.
-    - `t`: float time (B,) in [0, 1]. The stock network gets the timestep n = t N - 1 under a Table, and n = N sigma_t
-      under a flow, with N = `timesteps`; n need not be an integer.
+    - `t`: float time (B,) in [0, 1]. The stock network gets the timestep n = t N - 1 under a Table, n = N sigma_t under a
+      flow, with N = `timesteps`, and n = log(sigma_t) / 4 under EDM's VE; n need not be an integer.
     - `w`, `s`: as for `StockNetwork`, for students with these inputs.
     - `cond`: tensors of B rows by name: all of `conditions`, any of `optional_conditions`.
 
@@ -99,6 +101,8 @@ class TensorConditioned(StockNetwork):
     def timestep(self, t: Tensor) -> Tensor:
         if isinstance(self.schedule, Table):
             return super().timestep(t)
+        if isinstance(self.schedule, VE):  # the noise level of EDM's networks
+            return self.schedule.sigma(t).clamp_min(SIGMA_MIN).log() / 4
         return self.timesteps * self.schedule.sigma(t)
 
     def forward(

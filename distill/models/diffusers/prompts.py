@@ -20,6 +20,7 @@ from distill.models.diffusers.folder import (
     folder_of,
     load_weights,
     network_part,
+    pipeline_variant,
     read_config,
     takes_first_frame,
 )
@@ -46,7 +47,7 @@ def partial_pipeline(
     with torch.device("meta"):
         shapes = {part: stock_class(index[part][1]).from_config(read_config(folder, part)) for part in config_parts}
     pipeline = diffusers.DiffusionPipeline.from_pretrained(
-        folder, **absent | shapes, dtype=dtype_of(dtype), use_safetensors=True
+        folder, **absent | shapes, dtype=dtype_of(dtype), use_safetensors=True, variant=pipeline_variant(folder)
     )
     for part, module in pipeline.components.items():
         if isinstance(module, torch.nn.Module) and part not in config_parts:
@@ -203,7 +204,9 @@ class Latent:
     def decode(self, x: Tensor) -> Tensor:
         """Pixels of latents x."""
         a = x.to(self.device, self.vae.dtype)
-        return self.vae.decode(a / self._row(self.scale, a) + self._row(self.shift, a)).sample.to(x)
+        # LTX 0.9.1 and later: a decoder with a timestep, which is 0 by the defaults of the stock pipeline.
+        time = {"temb": a.new_zeros(len(a))} if self.vae.config.get("timestep_conditioning") else {}
+        return self.vae.decode(a / self._row(self.scale, a) + self._row(self.shift, a), **time).sample.to(x)
 
     @staticmethod
     def _row(value: Scale, a: Tensor) -> Tensor:

@@ -44,7 +44,8 @@ def scheduler_of(scheduler: Any, **config: Any) -> Any:
     known = inspect.signature(kind.__init__).parameters
     for key in config:
         if key not in known:
-            raise BadInput(f"{kind.__name__} has no setting '{key}'.{suggest(key, known)}")
+            names = ", ".join(sorted(known.keys() - {"self"}))
+            raise BadInput(f"{kind.__name__} has no setting '{key}'.{suggest(key, known)} It has {names}.")
     try:
         return kind.from_config(stock, **config)
     except (TypeError, ImportError) as error:  # arguments without default, optional packages

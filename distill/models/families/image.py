@@ -29,6 +29,11 @@ class TextUNet(TensorConditioned):
                 f"{stock.class_embed_type!r}, encoder_hid_dim_type={stock.encoder_hid_dim_type!r}: only conditioning as in "
                 "Stable Diffusion 1, 2 and XL is supported."
             )
+        if stock.in_channels != stock.out_channels:
+            raise BadInput(
+                f"UNet2DConditionModel from {stock.in_channels} to {stock.out_channels} channels reads an image beside the "
+                "latents, which is not supported; load a text-to-image model."
+            )
 
     def configure(self, model: Any) -> None:
         if model.config.addition_embed_type:
@@ -130,6 +135,15 @@ class Flux(TensorConditioned):
     conditions = ("text", "pooled")
     default_guide, patch = 3.5, 2
 
+    @staticmethod
+    def check_supported(model: Any) -> None:
+        stock = model.config
+        if stock.out_channels not in (None, stock.in_channels):
+            raise BadInput(
+                f"FluxTransformer2DModel from {stock.in_channels} to {stock.out_channels} channels reads an image beside "
+                "the latents, which is not supported; load FLUX.1-dev or -schnell."
+            )
+
     def configure(self, model: Any) -> None:
         if model.config.guidance_embeds:
             self.optional_conditions = ("guide",)
@@ -160,7 +174,7 @@ class Flux(TensorConditioned):
             guide = x.new_full((batch,), self.default_guide)
         out = self.stock(
             tokens,
-            timestep=n / self.timesteps,
+            timestep=n.to(x.dtype) / self.timesteps,  # rounded as by the stock pipeline
             guidance=guide,
             pooled_projections=pooled,
             encoder_hidden_states=text,
