@@ -9,22 +9,51 @@ import click
 from distill.cli.group import allowed, main
 from distill.errors import BadInput
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 @main.command()
 @click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("-n", "count", type=click.IntRange(1), default=100, show_default=True, help="Number of samples.")
+@click.option("-n", "count", type=click.IntRange(1), help="Number of samples.  [default: one a prompt, or 100]")
 @click.option("--seed", default=0, show_default=True)
-def sample(run_folder: Path, out: Path, count: int, seed: int) -> None:
-    """Draw samples of RUN's student into the picture OUT.
+@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Prompt; give it several times for several.")
+@click.option(
+    "--prompts", "file", type=click.Path(path_type=Path), help="File of prompts: .txt (one a line), .tsv, .csv."
+)
+@click.option("--label", "labels", type=int, multiple=True, help="Class label; give it several times for several.")
+@click.option("--device", help="As cpu, cuda or cuda:1.  [default: an accelerator if there is one]")
+@click.option("--dtype", type=click.Choice(DTYPES), default=DTYPES[0], show_default=True, help="Of the weights.")
+@click.option("--batch-size", type=click.IntRange(1), help="Samples of one call.")
+def sample(
+    run_folder: Path,
+    out: Path,
+    count: int | None,
+    seed: int,
+    prompts: tuple[str, ...],
+    file: Path | None,
+    labels: tuple[int, ...],
+    device: str | None,
+    dtype: str,
+    batch_size: int | None,
+) -> None:
+    """Draw samples of RUN's student into the folder OUT, or into one picture OUT.png of them all.
+
+    The images of a folder are named by index, seed and label, and have their prompt beside them as .txt.
 
     \b
     Example:
       distill sample runs/digits-tdm digits.png -n 50
+      distill sample runs/digits-tdm sevens -n 1000 --label 7 --batch-size 250
+      distill sample runs/sdxl-lcm cats --prompt "a cat on a sofa" -n 8 --device cuda --dtype bfloat16
     """
+    from distill.data.sources import text
     from distill.inspect import results
 
-    click.echo(f"{results.sample(run_folder, out, count, seed, allowed())}: {count} samples.")
+    told = [*prompts, *(text.prompts(file) if file else [])]
+    how = {"prompts": told, "labels": labels, "device": device, "dtype": dtype, "batch_size": batch_size}
+    written = results.sample(run_folder, out, count, seed, allowed(), **how)
+    click.echo(f"{written}: {count or len(told) or 100} samples.")
 
 
 @main.command("eval")
@@ -111,19 +140,23 @@ def report(run_folders: tuple[Path, ...], out: Path, quick: bool, evaluations: s
     help="A diffusers folder, a LoRA, the network as one file, or ONNX.",
 )
 @click.option("--licence", "--license", help="Of the weights, as the hub names it; that of the teacher by default.")
-def export(run_folder: Path, out: Path, kind: str, licence: str | None) -> None:
+@click.option("--dtype", type=click.Choice(DTYPES), default=DTYPES[0], show_default=True, help="Of the weights.")
+@click.option("--device", help="That draws and verifies, as cpu or cuda.  [default: an accelerator if there is one]")
+def export(run_folder: Path, out: Path, kind: str, licence: str | None, dtype: str, device: str | None) -> None:
     """Write RUN's student to OUT for stock diffusers, ComfyUI or onnxruntime, and verify it there.
 
     \b
     Example:
       distill export runs/digits-tdm student
       distill export runs/sdxl-lcm lcm-lora --as lora
+      distill export runs/flux-tdm student --dtype bfloat16
     """
     from distill.export.verify import verify
-    from distill.inspect import results
+    from distill.inspect import drawing, results
 
-    results.export_run(run_folder, out, allowed(), kind, licence)
-    click.echo(f"{out}: loads without distill, largest difference to our samples {verify(out):.1e}.")
+    device = drawing.choose_device(device)
+    results.export_run(run_folder, out, allowed(), kind, licence, dtype=dtype, device=device)
+    verify(out, device=device)
 
 
 @main.command()
@@ -135,10 +168,11 @@ def export(run_folder: Path, out: Path, kind: str, licence: str | None) -> None:
     help="Another number of steps than that of training: the difference is printed, not judged.",
 )
 @click.option("--base", default="", help="Path of the base of a LoRA or a single file, if it was moved.")
-def verify(out: Path, steps: int | None, base: str) -> None:
+@click.option("--device", default="cpu", show_default=True, help="Device that samples, as cpu or cuda.")
+def verify(out: Path, steps: int | None, base: str, device: str) -> None:
     """Sample from the export OUT in a process without distill and compare with the trainer's own samples.
 
-    Exit code 0 if they agree to 1e-4, else 2.
+    Exit code 0 if they agree to 1e-4 (weights in float16: 1e-2, in bfloat16: 5e-2), else 2.
 
     \b
     Example:
@@ -146,7 +180,7 @@ def verify(out: Path, steps: int | None, base: str) -> None:
     """
     from distill.export.verify import verify as prove
 
-    prove(out, steps, base)
+    prove(out, steps, base, device)
 
 
 @main.command()

@@ -156,6 +156,7 @@ def merge_folders(a: Path, b: Path, out: Path, share: float) -> Path:
         method=record["method"],
         recipe=about,
         w=record["guidance"],
+        dtype=record.get("dtype", "float32"),
         licence=None if record["licence"] == UNKNOWN else record["licence"],
     )
 

@@ -100,7 +100,8 @@ def _conventions(record: dict) -> dict[str, str]:
         "scheduler": record.get("scheduler"),
         "prediction": record["prediction"],
         "guidance (1 is conditional)": "none" if guidance is None else f"{guidance:g}, in the weights",
-        "classes": (null if classes else "none") if "call" not in record else None,
+        "classes": (null if classes else "none") if "base" not in record else None,
+        "weights": record.get("dtype"),
         "base": record.get("base"),
         "LoRA": f"rank {record['rank']}, for weight 1.0" if "rank" in record else None,
     }

@@ -12,6 +12,7 @@ picks the stock scheduler:
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from distill.export.identity_vae import identity_vae
 from distill.export.request import SEED, ExportRequest
 from distill.files import read_json, write_json
 from distill.noise import Table
-from distill.solvers import DDIM, Renoise, solve
+from distill.solvers import DDIM, Renoise
 from distill.times import Grid
 
 SAMPLERS = {"ode": DDIM(), "renoise": Renoise()}
@@ -39,9 +40,7 @@ def write(request: ExportRequest) -> dict:
     scheduler = stock_scheduler(request.student, request.grid, request.sampler)
     network = stock_network(request.student, request.grid, request.sampler, request.w)
     _write(request.staging, network, scheduler, request.student.net)
-    _save_references(
-        request.student, request.grid, request.sampler, request.w, request.staging / "reference.safetensors"
-    )
+    _save_references(request, request.staging / "reference.safetensors")
     return describe(request.student, request.grid, request.sampler, scheduler, request.w)
 
 
@@ -153,6 +152,8 @@ def stock_table(schedule: Table) -> dict:
 def describe(student: Denoiser, grid: Grid, sampler: str, scheduler, w: float | None) -> dict:
     """The conventions of an exported student, for distill.json."""
     scheduler.set_timesteps(grid.steps)
+    # DiTPipeline guides by default, with a null class in row 1000; the guidance of this student is in its weights.
+    guidance = {"guidance_scale": 1.0} if student.net.part == "transformer" else {}
     return {
         "part": student.net.part,
         "steps": grid.steps,
@@ -163,29 +164,36 @@ def describe(student: Denoiser, grid: Grid, sampler: str, scheduler, w: float | 
         "guidance": w,
         "classes": student.net.classes,
         "null_class": student.net.null_class,
+        "call": {"num_inference_steps": grid.steps} | guidance,
         "reference": {"seed": SEED},
     }
 
 
 @torch.no_grad()
-def _save_references(student: Denoiser, grid: Grid, sampler: str, w: float | None, file: Path) -> None:
+def _save_references(request: ExportRequest, file: Path) -> None:
     """Write noise, labels and samples of the trainer's own sampler, of the student before folding."""
     from safetensors.torch import save_file
 
+    student, grid, sampler, w = request.student, request.grid, request.sampler, request.w
     net, cond, tensors = student.net, {}, {}
     if net.classes:
         labels = torch.arange(REFERENCES) % net.classes
         if net.null_class:
             labels[-1] = -1
-        cond["label"] = labels
+        cond["label"] = labels.to(request.device)
         tensors["labels"] = torch.where(labels < 0, net.classes, labels)
     if net.guided:
         cond["w"] = w
     generator = torch.Generator().manual_seed(SEED)
-    noise = torch.randn(REFERENCES, *net.shape, generator=generator)
+    draw = partial(torch.randn, REFERENCES, *net.shape, generator=generator, dtype=getattr(torch, request.dtype))
+    noise, solver = draw(), SAMPLERS[sampler]  # drawn on the CPU in the dtype of the weights, as stock pipelines draw
     sampled = FixedGap(student, gap_of(grid, sampler)) if net.flow_map else student
-    samples = solve(sampled, noise, grid.times, SAMPLERS[sampler], generator=generator, **cond)
-    save_file(tensors | {"noise": noise, "samples": samples.contiguous()}, file)
+    x = noise.float().to(request.device)
+    for t, s in zip(grid.times, grid.times[1:]):
+        t, s = (torch.full((REFERENCES,), time, device=request.device) for time in (t, s))
+        fresh = draw().float().to(request.device) if solver.stochastic else None
+        x = solver(sampled, x, t, s, noise=fresh, **cond)
+    save_file(tensors | {"noise": noise, "samples": x.float().cpu().contiguous()}, file)
 
 
 class FixedGap(Denoiser):

@@ -76,7 +76,7 @@ def write(request: ExportRequest) -> dict:
         files = {PEFT: stock_keys(weights, "base_model.model")}
         write_json(request.staging / "adapter_config.json", _peft(weights, text.base_name(net)))
     for name, keys in files.items():
-        save(keys, request.staging / name)
+        save(keys, request.staging / name, request.dtype)
     scheduler.save_pretrained(request.staging / "scheduler")
     call = text.call_arguments(kind, net, request.grid, call, guided=True)
     return (
@@ -147,7 +147,9 @@ def _peft(weights: dict[str, tuple[Tensor, Tensor]], base: str) -> dict:
     }
 
 
-def save(weights: dict[str, Tensor], file: Path) -> None:
+def save(weights: dict[str, Tensor], file: Path, dtype: str | None = None) -> None:
+    """Write a safetensors file, with weights in `dtype` if it is given."""
     from safetensors.torch import save_file
 
-    save_file({k: w.contiguous() for k, w in weights.items()}, file, metadata={"format": "pt"})
+    wanted = getattr(torch, dtype) if dtype else None
+    save_file({k: w.to("cpu", wanted).contiguous() for k, w in weights.items()}, file, metadata={"format": "pt"})

@@ -17,13 +17,15 @@ class ExportRequest:
     """A student, its sampler, and the folder to fill.
 
     Args:
-        student: in float32 on the CPU, in eval mode; its network is whole.
+        student: in `dtype` on `device`, in eval mode; its network is whole.
         adapter: the `distill.models.lora.LoRAAdapter` that was merged into its base to make that network; None if none was.
         grid: the times it was trained on.
         sampler: "ode" or "renoise".
         w: the guidance scale that the student was trained to reproduce; None without guidance.
         staging: the folder to write into.
         name: of the folder that it becomes.
+        dtype: of the weights that are written, and of the reference samples' evaluations, as `models.diffusers` names it.
+        device: that draws the reference samples.
     """
 
     student: Denoiser
@@ -33,3 +35,5 @@ class ExportRequest:
     w: float | None
     staging: Path
     name: str
+    dtype: str = "float32"
+    device: str = "cpu"

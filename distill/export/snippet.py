@@ -29,7 +29,7 @@ def kind_phrase(record: dict) -> str:
 
 def pipeline_tag(record: dict) -> str:
     """The hub's name of what the model does."""
-    if "call" not in record:
+    if "base" not in record:
         return "unconditional-image-generation"
     return "text-to-video" if record["network"].startswith(VIDEO) else "text-to-image"
 
@@ -38,24 +38,37 @@ def usage_snippet(record: dict, name: str) -> tuple[str, str]:
     """Code that draws samples, and one sentence about the call."""
     if record.get("kind") == "onnx":
         return _onnx(record, name)
-    return _text(record, name) if "call" in record else _pixels(record, name)
+    return _text(record, name) if "base" in record else _pixels(record, name)
 
 
 def _pixels(record: dict, name: str) -> tuple[str, str]:
     classes, steps = record["classes"], record["steps"]
     labels = f"class_labels=[i % {classes} for i in range(10)]"
-    arguments = "batch_size=10" + f", {labels}" * (classes > 0)
-    if (
-        record.get("part") == "transformer"
-    ):  # DiTPipeline guides by default, and this student's guidance is in its weights
-        arguments = f"{labels}, guidance_scale=1"
-    code = f"""from diffusers import DiffusionPipeline
+    call = record.get("call", {"num_inference_steps": steps})
+    transformer = record.get("part") == "transformer"
+    arguments = labels if transformer else "batch_size=10" + f", {labels}" * (classes > 0)
+    arguments += "".join(f", {key}={value!r}" for key, value in call.items())
+    imports, dtype = _dtype(record)
+    code = f"""{imports}from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{name}")  # the path of this folder
-images = pipe({arguments}, num_inference_steps={steps}).images
+pipe = DiffusionPipeline.from_pretrained("{name}"{dtype})  # the path of this folder
+images = pipe({arguments}).images
 images[0].save("sample.png")"""
     reason = "the numbers below were measured there." if steps > 16 else "it was trained on these times only."
-    return code, f"Sample with exactly {steps} step{'s' * (steps != 1)}: {reason}"
+    advice = f"Sample with exactly {steps} step{'s' * (steps != 1)}: {reason}"
+    if transformer:
+        advice += (
+            " Keep `guidance_scale=1.0`: by default `DiTPipeline` guides with class 1000, which this model does not have, "
+            "and its guidance is in the weights already."
+        )
+    return code, advice
+
+
+def _dtype(record: dict) -> tuple[str, str]:
+    """The import, and the argument of `from_pretrained`, that load weights in half precision as they are."""
+    if record.get("dtype", "float32") == "float32":
+        return "", ""
+    return "import torch\n", f", dtype=torch.{record['dtype']}"
 
 
 def _text(record: dict, name: str) -> tuple[str, str]:
@@ -76,16 +89,20 @@ def _text(record: dict, name: str) -> tuple[str, str]:
 
 def _load(record: dict, name: str) -> str:
     """Lines that leave the pipeline as `pipe`."""
+    torch_import, dtype = _dtype(record)
     if record["kind"] == "pipeline":
-        return f'from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("{name}")'
+        imports = f"{torch_import}from diffusers import DiffusionPipeline"
+        return f'{imports}\n\npipe = DiffusionPipeline.from_pretrained("{name}"{dtype})'
     base, scheduler, network, part = (record[key] for key in ("base", "scheduler", "network", "part"))
     scheduler_line = f'scheduler = {scheduler}.from_pretrained("{name}", subfolder="scheduler")'
-    pipe_line = f'pipe = DiffusionPipeline.from_pretrained("{base}", scheduler=scheduler)'
+    variant = f', variant="{record["variant"]}"' if record.get("variant") else ""
+    pipe_line = f'pipe = DiffusionPipeline.from_pretrained("{base}", scheduler=scheduler{variant}{dtype})'
     if record["kind"] == "single-file":
-        imports = f"from diffusers import DiffusionPipeline, {scheduler}, {network}\n"
-        load = f'{network}.from_single_file("{name}/{record["file"]}", config="{base}", subfolder="{part}")'
+        imports = f"{torch_import}from diffusers import DiffusionPipeline, {scheduler}, {network}\n"
+        where = f'config="{base}", subfolder="{part}"{dtype.replace("dtype", "torch_dtype")}'
+        load = f'{network}.from_single_file("{name}/{record["file"]}", {where})'
         return "\n".join([imports, scheduler_line, pipe_line, f"pipe.{part} = {load}"])
-    imports = [f"from diffusers import DiffusionPipeline, {scheduler}", ""]
+    imports = [f"{torch_import}from diffusers import DiffusionPipeline, {scheduler}", ""]
     load = f'pipe.load_lora_weights("{name}", weight_name="{record["files"][0]}")'
     if record["files"][0].startswith("adapter"):  # peft's file, for a pipeline that loads no LoRA
         imports = [imports[0], "from peft import PeftModel\n"]

@@ -1,8 +1,10 @@
-"""The script that `verify` runs in a process where importing this package fails: argv = (steps, base, folder, ...).
+"""The script that `verify` runs in a process where importing this package fails: argv = (steps, base, device, folder, ...).
 
 Prints a list with one item a folder: the largest difference to the trainer's samples, or what failed.
 """
 
+import functools
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -14,33 +16,53 @@ def read(folder):
     return load_file(folder / "reference.safetensors")
 
 
+def dtype_of(record):
+    import torch
+
+    return getattr(torch, record.get("dtype", "float32"))
+
+
 def randomness(record, noise):
-    """The generator as it was when the references' noise had been drawn; torch's own as well."""
+    """The CPU's generator as it was when the references' noise had been drawn, and before."""
     import torch
 
     generator = torch.Generator().manual_seed(record["reference"]["seed"])
     start = generator.get_state()
-    if not torch.equal(torch.randn(noise.shape, generator=generator), noise):
+    if not torch.equal(torch.randn(noise.shape, generator=generator, dtype=noise.dtype), noise):
         raise ValueError("torch draws other numbers in this process than where the references were made")
-    torch.set_rng_state(generator.get_state())  # for pipelines that give their scheduler no generator
     return generator, start
 
 
+def draw_from(scheduler, generator):
+    """Let the scheduler draw from `generator`: not every pipeline passes its own on."""
+    step = scheduler.step
+    if "generator" in inspect.signature(step).parameters:
+
+        @functools.wraps(step)
+        def step_with_generator(*args, **kw):
+            return step(*args, **kw | {"generator": generator})
+
+        scheduler.step = step_with_generator
+
+
 def relative_difference(x, ours):
+    x, ours = x.cpu().float(), ours.float()
     return ((x - ours).abs().max() / ours.abs().max().clamp(min=1)).nan_to_num(nan=float("inf")).item()
 
 
-def from_prompts(pipe, folder, record, steps):
+def from_prompts(pipe, folder, record, steps, device):
     """Sample from prompts, by the call in distill.json."""
     stored = read(folder)
     generator, _ = randomness(record, stored["noise"])
+    pipe.to(device)
+    draw_from(pipe.scheduler, generator)
     pipe.set_progress_bar_config(disable=True)
     call = record["reference"]["call"] | record["call"]
     if steps != record["steps"]:
         call = {k: v for k, v in call.items() if k not in ("sigmas", "timesteps")} | {"num_inference_steps": steps}
     latents = pipe(
         prompt=record["reference"]["prompts"],
-        latents=stored["noise"].clone(),
+        latents=stored["noise"].to(dtype_of(record), copy=True),
         generator=generator,
         output_type="latent",
         return_dict=False,
@@ -49,7 +71,7 @@ def from_prompts(pipe, folder, record, steps):
     return relative_difference(latents, stored["samples"])
 
 
-def pixels(folder, record, steps, base):
+def pixels(folder, record, steps, device):
     """Sample from labels or unconditionally, by a pipeline that draws its own noise; the images count too."""
     import torch
     from diffusers import DiffusionPipeline
@@ -58,7 +80,7 @@ def pixels(folder, record, steps, base):
     noise, ours = stored["noise"], stored["samples"]
     generator, start = randomness(record, noise)
     generator.set_state(start)
-    pipe = DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
+    pipe = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, dtype=dtype_of(record)).to(device)
     pipe.set_progress_bar_config(disable=True)
     step = pipe.scheduler.step
 
@@ -67,22 +89,26 @@ def pixels(folder, record, steps, base):
         return states[-1]
 
     pipe.scheduler.step = recording_step
-    call = {"class_labels": stored["labels"].tolist()} if "labels" in stored else {}
-    call |= {"guidance_scale": 1} if "transformer" in pipe.components else {"batch_size": len(noise)}
-    images = pipe(num_inference_steps=steps, generator=generator, output_type="np", **call).images
-    image_difference = torch.from_numpy(images).permute(0, 3, 1, 2) - (ours / 2 + 0.5).clamp(0, 1)
+    call = record.get("call", {"guidance_scale": 1.0} if "transformer" in pipe.components else {}) | {
+        "num_inference_steps": steps
+    }
+    call |= {"class_labels": stored["labels"].tolist()} if "labels" in stored else {}
+    call |= {} if "transformer" in pipe.components else {"batch_size": len(noise)}
+    images = pipe(generator=generator, output_type="np", **call).images
+    image_difference = torch.from_numpy(images).permute(0, 3, 1, 2) - (ours.float() / 2 + 0.5).clamp(0, 1)
     return max(
         relative_difference(states[-1].prev_sample, ours),
         2 * image_difference.abs().max().nan_to_num(nan=float("inf")).item(),
     )
 
 
-def pipeline(folder, record, steps, base):
+def pipeline(folder, record, steps, base, device):
     from diffusers import DiffusionPipeline
 
     if "prompts" not in record["reference"]:
-        return pixels(folder, record, steps, base)
-    return from_prompts(DiffusionPipeline.from_pretrained(folder, use_safetensors=True), folder, record, steps)
+        return pixels(folder, record, steps, device)
+    pipe = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, dtype=dtype_of(record))
+    return from_prompts(pipe, folder, record, steps, device)
 
 
 def on_base(folder, record, base):
@@ -90,10 +116,12 @@ def on_base(folder, record, base):
     import diffusers
 
     scheduler = getattr(diffusers, record["scheduler"]).from_pretrained(folder, subfolder="scheduler")
-    return diffusers.DiffusionPipeline.from_pretrained(base or record["base"], scheduler=scheduler)
+    return diffusers.DiffusionPipeline.from_pretrained(
+        base or record["base"], scheduler=scheduler, dtype=dtype_of(record), variant=record.get("variant")
+    )
 
 
-def lora(folder, record, steps, base):
+def lora(folder, record, steps, base, device):
     """Each file at weight 1.0 on the base."""
     worst = 0.0
     for file in record["files"]:
@@ -105,23 +133,22 @@ def lora(folder, record, steps, base):
 
             part = record["part"]
             setattr(pipe, part, PeftModel.from_pretrained(getattr(pipe, part), folder).merge_and_unload())
-        worst = max(worst, from_prompts(pipe, folder, record, steps))
+        worst = max(worst, from_prompts(pipe, folder, record, steps, device))
     return worst
 
 
-def single_file(folder, record, steps, base):
+def single_file(folder, record, steps, base, device):
     import diffusers
 
     kind, part = getattr(diffusers, record["network"]), record["part"]
     pipe = on_base(folder, record, base)
     # Given to from_pretrained instead, it would be ignored where it is optional, as in WanPipeline.
-    setattr(
-        pipe, part, kind.from_single_file(str(folder / record["file"]), config=base or record["base"], subfolder=part)
-    )
-    return from_prompts(pipe, folder, record, steps)
+    where = {"config": base or record["base"], "subfolder": part}
+    setattr(pipe, part, kind.from_single_file(str(folder / record["file"]), torch_dtype=dtype_of(record), **where))
+    return from_prompts(pipe, folder, record, steps, device)
 
 
-def onnx(folder, record, steps, base):
+def onnx(folder, record, steps, base, device):
     """All steps in onnxruntime, from the stored noise and conditions."""
     import numpy as np
     import onnxruntime
@@ -150,12 +177,12 @@ def onnx(folder, record, steps, base):
     return float(worst) if np.isfinite(worst) else float("inf")
 
 
-def difference(folder, steps, base):
+def difference(folder, steps, base, device):
     try:
         record = json.loads((folder / "distill.json").read_text())
         kind = record.get("kind", "pipeline").replace("-", "_")
         return {"pipeline": pipeline, "lora": lora, "single_file": single_file, "onnx": onnx}[kind](
-            folder, record, steps, base
+            folder, record, steps, base, device
         )
     except Exception as error:
         return f"{type(error).__name__}: {error}"
@@ -163,5 +190,5 @@ def difference(folder, steps, base):
 
 if __name__ == "__main__":
     sys.modules["distill"] = None  # importing it fails from now on
-    counts, given, *folders = sys.argv[1:]
-    print(json.dumps([difference(Path(f), k, given) for f, k in zip(folders, json.loads(counts))]))
+    counts, given, device, *folders = sys.argv[1:]
+    print(json.dumps([difference(Path(f), k, given, device) for f, k in zip(folders, json.loads(counts))]))

@@ -24,9 +24,9 @@ from distill.errors import BadInput
 from distill.export.folder import SAMPLERS, FixedGap, gap_of, stock_scheduler, strip
 from distill.export.request import SEED, ExportRequest
 from distill.export.schedulers import flow_scheduler, lattice_scheduler
-from distill.files import write_json
+from distill.files import write_json, write_text
 from distill.models.diffusers import Latent, Prompts, TensorConditioned
-from distill.models.diffusers.folder import folder_of
+from distill.models.diffusers.folder import folder_of, pipeline_variant, weight_variant
 from distill.models.diffusers.schedulers import read_json, scheduler_of
 from distill.noise import Table
 from distill.times import Grid
@@ -86,7 +86,11 @@ def disable_guidance(unet: Any) -> None:
     if unet.config.time_cond_proj_dim is None:
         layer = unet.time_embedding
         layer.cond_proj = nn.Linear(
-            GUIDANCE_FEATURES, layer.linear_1.in_features, bias=False, dtype=layer.linear_1.weight.dtype
+            GUIDANCE_FEATURES,
+            layer.linear_1.in_features,
+            bias=False,
+            dtype=layer.linear_1.weight.dtype,
+            device=layer.linear_1.weight.device,
         )
         layer.cond_proj.weight.zero_()
         unet.register_to_config(time_cond_proj_dim=GUIDANCE_FEATURES)
@@ -164,6 +168,7 @@ def describe(request: ExportRequest, scheduler: Any, call: dict) -> dict:
             "shift": student.net.latent_shift,
         },
         "base": base_name(student.net),
+        "variant": pipeline_variant(source(student.net)),
     }
 
 
@@ -172,29 +177,34 @@ def write_references(request: ExportRequest, base: Path, kind: type) -> dict:
     """Write noise and samples of the trainer's own sampler; return their prompts and call, and their pictures."""
     from safetensors.torch import save_file
 
-    student, net = request.student, request.student.net
-    cond = Prompts(base)(PROMPTS) | ({"w": torch.full((len(PROMPTS),), float(request.w))} if net.guided else {})
+    student, net, device = request.student, request.student.net, request.device
+    cond = Prompts(base, dtype=request.dtype, device=device)(PROMPTS)
+    cond |= {"w": torch.full((len(PROMPTS),), float(request.w))} if net.guided else {}
+    cond = {name: value.to(device) for name, value in cond.items()}
     student_map = FixedGap(student, gap_of(request.grid, request.sampler)) if net.flow_map else student
     enter, leave = LAYOUTS.get(type(net).__name__, (lambda x: x, lambda x, shape: x))
     shape = (len(PROMPTS), *net.shape)
     packed = enter(torch.empty(shape)).shape
-    generator = torch.Generator().manual_seed(SEED)
-    draw = lambda: torch.randn(packed, generator=generator)
-    noise = draw()
-    x, solver = leave(noise, shape), SAMPLERS[request.sampler]
+    generator, solver = torch.Generator().manual_seed(SEED), SAMPLERS[request.sampler]
+    noise = torch.randn(packed, generator=generator)
+    # The stock scheduler of a table draws in the dtype of the latents, that of a flow in float32.
+    drawn = getattr(torch, request.dtype) if isinstance(student.schedule, Table) else torch.float32
+    x = leave(noise, shape).to(device)
     for t, s in zip(request.grid.times, request.grid.times[1:]):
-        t, s = (torch.full((len(PROMPTS),), time) for time in (t, s))
-        x = solver(student_map, x, t, s, noise=leave(draw(), shape) if solver.stochastic else None, **cond)
+        t, s = (torch.full((len(PROMPTS),), time, device=device) for time in (t, s))
+        fresh = torch.randn(packed, generator=generator, dtype=drawn).float() if solver.stochastic else None
+        x = solver(student_map, x, t, s, noise=None if fresh is None else leave(fresh, shape).to(device), **cond)
+    x = x.float().cpu()
     save_file({"noise": noise, "samples": enter(x).contiguous()}, request.staging / "reference.safetensors")
     sizes = output_size(net, net.shape)
     if "use_resolution_binning" in inspect.signature(kind.__call__).parameters:
         sizes["use_resolution_binning"] = False
-    return {"reference": {"seed": SEED, "prompts": PROMPTS, "call": sizes}} | pictures(base, x)
+    return {"reference": {"seed": SEED, "prompts": PROMPTS, "call": sizes}} | pictures(base, x, device)
 
 
-def pictures(base: Path, x: Tensor) -> dict[str, Tensor]:
+def pictures(base: Path, x: Tensor, device: str = "cpu") -> dict[str, Tensor]:
     """The samples in pixels, of a video its first, middle and last frame; nothing where no autoencoder decodes them."""
-    pixels = Latent(base).decode(x).clamp(-1, 1)
+    pixels = Latent(base, device=device).decode(x).clamp(-1, 1)
     if pixels.ndim == 5:
         frames = sorted({0, pixels.shape[2] // 2, pixels.shape[2] - 1})
         pixels = pixels[:, :, frames].transpose(1, 2).flatten(0, 1)
@@ -234,8 +244,13 @@ def copy_parts(base: Path, out: Path, but: tuple[str, ...]) -> None:
     for part in parts:
         for file in (base / part).rglob("*") if (base / part).is_dir() else ():
             if file.is_file():
-                copy = out / part / file.relative_to(base / part)
+                # The variant of a part that has no other becomes the plain one, which needs no argument to load.
+                name = file.name.replace(".fp16", "") if weight_variant(base / part) == "fp16" else file.name
+                copy = out / part / file.relative_to(base / part).with_name(name)
                 copy.parent.mkdir(parents=True, exist_ok=True)
+                if name != file.name and file.suffix == ".json":  # the index of a split file
+                    write_text(copy, file.read_text(encoding="utf-8").replace(".fp16", ""))
+                    continue
                 try:
                     (os.link if file.suffix in (".safetensors", ".bin") else shutil.copyfile)(file.resolve(), copy)
                 except OSError:  # another file system, or one without links

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from distill import __version__
@@ -15,8 +16,10 @@ from distill.errors import BadInput, suggest
 from distill.export.card import card, picture
 from distill.export.licence import Licence, licence_of
 from distill.export.request import ExportRequest
+from distill.export.verify import TOLERANCES
 from distill.files import atomic_folder, write_json, write_text
 from distill.models.copies import copy_network, share_weights
+from distill.models.families.label import StockNetwork
 from distill.times import Grid
 
 KINDS = ("pipeline", "lora", "single-file", "onnx")
@@ -35,6 +38,8 @@ def export(
     samples: Tensor | None = None,
     w: float | None = None,
     licence: str | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
 ) -> Path:
     """Write `student` in a form that others load, atomically.
 
@@ -49,12 +54,14 @@ def export(
         w: the guidance scale of the student, for the card; folded into the weights of a student with an input w.
         licence: of the weights, as the hub names it; by default that of the pipeline the network was loaded from, and
             "other" where none is known.
+        dtype: of the weights that are written: "float32", "bfloat16" or "float16".
+        device: that draws the reference samples.
 
     Returns:
         The folder, with the weights, distill.json, README.md and reference.safetensors.
 
     Raises:
-        BadInput: `out` exists, or no stock class serves this student in this kind.
+        BadInput: `out` exists, no stock class serves this student in this kind, or the kind has no such dtype.
     """
     from distill.export import folder, lora, onnx, single_file, text  # and diffusers with them
 
@@ -63,10 +70,15 @@ def export(
         raise BadInput(f"'{kind}' is no kind of export: {', '.join(KINDS)} are.{suggest(kind, KINDS)}")
     if sampler not in folder.SAMPLERS:
         raise BadInput(f"sampler '{sampler}' is none of {', '.join(folder.SAMPLERS)}.")
+    if dtype not in TOLERANCES:
+        raise BadInput(f"dtype '{dtype}' must be one of {', '.join(TOLERANCES)}.{suggest(dtype, TOLERANCES)}")
+    if kind == "onnx" and dtype != "float32":
+        raise BadInput(f"ONNX graphs are written in float32: leave dtype {dtype} out.")
+    device = "cpu" if kind == "onnx" else device
     recipe = recipe if isinstance(recipe, str) or recipe is None else _yaml(recipe)
     with atomic_folder(out) as staging:
         terms = Licence(licence) if licence else licence_of(student)
-        request = ExportRequest(*_prepare(student), grid, sampler, w, staging, out.name)
+        request = ExportRequest(*_prepare(student, dtype, device), grid, sampler, w, staging, out.name, dtype, device)
         writers = {
             "pipeline": text if text.takes_text(request.student) else folder,
             "lora": lora,
@@ -76,7 +88,11 @@ def export(
         about = writers[kind].write(request)
         pictures = about.pop("pictures", None)
         samples = pictures if samples is None else samples
-        record = {"distill": __version__, "kind": kind} | about | {"method": method, "metrics": metrics or {}}
+        record = (
+            {"distill": __version__, "kind": kind, "dtype": dtype}
+            | about
+            | {"method": method, "metrics": metrics or {}}
+        )
         record |= terms.record() | {"recipe_hash": recipe and hashlib.sha256(recipe.encode()).hexdigest()}
         if samples is not None:
             picture(samples).save(staging / "samples.png")
@@ -88,13 +104,16 @@ def export(
     return out
 
 
-def _prepare(student: Denoiser) -> tuple[Denoiser, Any]:
-    """A float32 copy of the student on the CPU, an adapter merged into its base; and that adapter."""
+def _prepare(student: Denoiser, dtype: str, device: str) -> tuple[Denoiser, Any]:
+    """A copy of the student in `dtype` on `device`, an adapter merged into its base; and that adapter."""
     with share_weights():  # a network may fill the memory: there is room for one
         student, adapter = copy_network(student), None
     if isinstance(student.net, Delegate):
         adapter, student.net = student.net, student.net.merged()
-    return student.cpu().float().eval(), adapter
+    wanted = getattr(torch, dtype)
+    if isinstance(student.net, StockNetwork):
+        student.net.cast(wanted)
+    return student.to(device, None if isinstance(student.net, StockNetwork) else wanted).eval(), adapter
 
 
 def _share(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,13 @@ from distill import config
 from distill.denoise import Denoiser
 from distill.errors import BadInput
 from distill.files import read_json
+from distill.inspect import drawing
 from distill.inspect.measure import measure
 from distill.metrics import table
 from distill.metrics.evaluate import draw_samples
 from distill.training import launch, load, loggers, run, run_folder
 from distill.training.experiment import Experiment
 from distill.training.run_folder import METRICS
-
-PIXEL_CHANNELS = (1, 3)  # of samples that are images themselves; others are latents, which their pipeline decodes
 
 
 class Run:
@@ -48,6 +48,7 @@ class Run:
     def __init__(self, folder: str | Path, allow: tuple[str, ...] = ()):
         self.folder, self.allow = Path(folder), tuple(allow)
         self.cfg: DictConfig = run_folder.read_config(self.folder)
+        self._sampling: tuple[tuple[str, str], Experiment] | None = None
 
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r})"
@@ -75,21 +76,56 @@ class Run:
             return None
         return read_json(file, f"write it again by `distill eval {self.folder}`, or remove it")
 
-    def sample(self, n: int = 100, seed: int = 0) -> Tensor:
-        """Draw n samples (n, ...) of the student in its own number of steps, from noise of this seed.
+    def sample(
+        self,
+        n: int | None = None,
+        seed: int = 0,
+        *,
+        prompts: Sequence[str] = (),
+        labels: Sequence[int] = (),
+        device: str | None = None,
+        dtype: str = "float32",
+        batch_size: int | None = None,
+    ) -> Tensor:
+        """Draw samples (n, ...) on the CPU of the student in its own number of steps, from noise of this seed.
 
-        Labels are balanced; other conditions are those of the data's first rows.
+        Args:
+            n, seed, prompts, labels, device, dtype, batch_size: as for `distill.sample`.
+
+        Raises:
+            BadInput: prompts or labels that the student does not take, or a device that is not there.
         """
-        z, cond = self.experiment.noise(n, seed)
-        return self.experiment.method.sample(z, cond, generator=torch.Generator().manual_seed(seed))
+        request = drawing.SampleRequest(n, seed, prompts, labels, batch_size)
+        experiment, device = self._placed(device, dtype)
+        return torch.cat([x.cpu() for x in drawing.draw(experiment, request, device, dtype)])
+
+    def _placed(self, device: str | None, dtype: str) -> tuple[Experiment, str]:
+        """The experiment with the student alone on a device in a dtype, kept for the next call; and that device."""
+        device = drawing.choose_device(device)
+        if (device, dtype) == ("cpu", "float32"):
+            return self.experiment, device
+        if self._sampling is None or self._sampling[0] != (device, dtype):
+            self._sampling = None  # free the memory of the last one first
+            experiment = load.open_run(self.folder, self.allow, alone=True)
+            drawing.place(experiment, device, dtype)
+            self._sampling = (device, dtype), experiment
+        return self._sampling[1], device
 
     def evaluate(self, samples: int | None = None) -> dict[str, Any]:
         """Measure teacher, training-free solvers and student; see `distill.evaluate`."""
         return evaluate(self.folder, samples, self.allow)
 
-    def export(self, out: str | Path, kind: str = "pipeline", licence: str | None = None) -> Path:
+    def export(
+        self,
+        out: str | Path,
+        kind: str = "pipeline",
+        licence: str | None = None,
+        *,
+        dtype: str = "float32",
+        device: str | None = None,
+    ) -> Path:
         """Write the student for others; see `distill.export_run`."""
-        return export_run(self.folder, out, self.allow, kind, licence)
+        return export_run(self.folder, out, self.allow, kind, licence, dtype=dtype, device=device)
 
 
 def open_run(folder: str | Path, allow: tuple[str, ...] = ()) -> Run:
@@ -140,33 +176,54 @@ def train(
     return Run(folder, allow)
 
 
-def sample(folder: str | Path, out: str | Path, n: int = 100, seed: int = 0, allow: tuple[str, ...] = ()) -> Path:
-    """Write a picture of n samples of a run's student.
+def sample(
+    folder: str | Path,
+    out: str | Path,
+    n: int | None = None,
+    seed: int = 0,
+    allow: tuple[str, ...] = (),
+    *,
+    prompts: Sequence[str] = (),
+    labels: Sequence[int] = (),
+    device: str | None = None,
+    dtype: str = "float32",
+    batch_size: int | None = None,
+) -> Path:
+    """Write samples of a run's student: single images into a folder, or one picture of all.
 
     Args:
         folder: a run folder.
-        out: the .png file to write; it must not exist.
-        n, seed: how many, and the seed of their noise.
+        out: a folder to make, or a .png file; it must not exist. The folder's files are named by index, seed and label.
+        n: how many; by default one a prompt, or 100.
+        seed: of their noise.
         allow: as for `open_run`.
+        prompts: of a student conditioned on text, repeated in turn; by default the conditions of the data's first rows.
+        labels: of a class-conditional student, repeated in turn; by default all classes in turn.
+        device: "cpu", "cuda" or "cuda:1"; by default an accelerator if there is one.
+        dtype: of the weights, "float32", "bfloat16" or "float16".
+        batch_size: samples of one call; by default `data.batch_size` for text-conditioned students, else 1000.
 
     Raises:
-        BadInput: no run, or an `out` that exists or cannot be written.
+        BadInput: no run, an `out` that exists or cannot be written, prompts or labels that the student does not take, a
+            device that is not there, or a folder for samples that are no images.
 
     Examples:
         >>> distill.sample("runs/toy-tdm", "points.png", n=50).name
         'points.png'
     """
     out = Path(out)
+    request = drawing.SampleRequest(n, seed, prompts, labels, batch_size)
     if out.exists():
-        raise BadInput(f"{out} exists; name another file so nothing is overwritten.")
-    if out.suffix != ".png":
-        raise BadInput(f"{out} must end in .png, the kind of picture that is written.")
+        raise BadInput(f"{out} exists; name another so nothing is overwritten.")
+    if out.suffix not in ("", ".png"):
+        raise BadInput(
+            f"{out} must end in .png, for one picture of all samples, or in nothing, for a folder of images."
+        )
     if not out.parent.is_dir():
-        raise BadInput(f"{out.parent} is no folder; make it, or write the picture elsewhere.")
-    opened = Run(folder, allow)
-    x = opened.sample(n, seed)
-    opened.experiment.suite().picture({f"{opened.experiment.method.grid.steps} evaluations": x}, out)
-    return out
+        raise BadInput(f"{out.parent} is no folder; make it, or write the samples elsewhere.")
+    experiment, device = Run(folder, allow)._placed(device, dtype)
+    write = drawing.write_picture if out.suffix else drawing.write_folder
+    return write(experiment, request, out, device, dtype)
 
 
 def evaluate(folder: str | Path, samples: int | None = None, allow: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -204,6 +261,9 @@ def export_run(
     allow: tuple[str, ...] = (),
     kind: str = "pipeline",
     licence: str | None = None,
+    *,
+    dtype: str = "float32",
+    device: str | None = None,
 ) -> Path:
     """Write a run's averaged student for others, holding no more than one network in memory.
 
@@ -215,6 +275,8 @@ def export_run(
         allow: as for `open_run`.
         kind: "pipeline", "lora", "single-file" or "onnx".
         licence: of the weights, as the hub names it; that of the teacher by default.
+        dtype: of the weights that are written, "float32", "bfloat16" or "float16".
+        device: that draws the reference samples; by default an accelerator if there is one.
 
     Raises:
         BadInput: `out` exists, or no stock class loads this student in this form.
@@ -228,7 +290,8 @@ def export_run(
     if out.exists():
         raise BadInput(f"{out} exists; name another folder so nothing is overwritten.")
     opened = Run(folder, allow)
-    write_export(load.open_run(folder, allow, alone=True), out, opened.metrics, kind, licence)
+    device, metrics = drawing.choose_device(device), opened.metrics
+    write_export(load.open_run(folder, allow, alone=True), out, metrics, kind, licence, dtype, device)
     loggers.log_export(folder, opened.cfg.log, opened.cfg.name, out)
     return out
 
@@ -239,12 +302,14 @@ def write_export(
     metrics: dict[str, Any] | None,
     kind: str = "pipeline",
     licence: str | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
 ) -> Path:
     """Write the averaged student of `experiment` to `out`, with samples on its card where they are images."""
     from distill.export import export
 
-    method, x = experiment.method, None
-    if len(method.shape) == 3 and method.shape[0] in PIXEL_CHANNELS:
+    method, x = experiment.method.to(device), None
+    if len(method.shape) == 3 and method.shape[0] in drawing.PIXEL_CHANNELS:
         x = draw_samples(method.sample, *experiment.noise(64, experiment.cfg.eval.seed), method.student)
     return export(
         method.ema,
@@ -258,4 +323,6 @@ def write_export(
         metrics=metrics,
         w=method.guidance,
         licence=licence,
+        dtype=dtype,
+        device=device,
     )

@@ -17,6 +17,7 @@ from distill.models.copies import copy_network, share_weights
 from distill.models.small import ScalarEmbedding, extra_inputs, null_index
 
 GAP_PERIOD = 8.0  # of the embedding of t - s: flow maps are differentiated in t, so it must vary slowly
+HALF = (torch.bfloat16, torch.float16)
 
 
 class MathAttention(AttnProcessor):
@@ -100,6 +101,15 @@ class StockNetwork(Network):
         self.gap = ScalarEmbedding(dim, period=GAP_PERIOD, zero=True) if flow_map else None
         if math_attention:
             use_math_attention(model)
+
+    def cast(self, dtype: torch.dtype) -> StockNetwork:
+        """Its weights in `dtype`, except those that the stock class keeps in float32 when it loads in half precision."""
+        kept = tuple(self.stock._keep_in_fp32_modules or ()) if dtype in HALF else ()
+        for tensors in (self.named_parameters(), self.named_buffers()):
+            for name, tensor in tensors:
+                if tensor.is_floating_point():
+                    tensor.data = tensor.data.to(torch.float32 if {*name.split(".")} & {*kept} else dtype)
+        return self
 
     @property
     def stock(self) -> Any:
