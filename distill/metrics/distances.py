@@ -52,9 +52,21 @@ def frechet(x: Tensor, y: Tensor) -> float:
     C_x^{1/2} C_y^{1/2}; both roots are symmetric eigendecompositions, C are unbiased covariances. With the features
     of an Inception network this is FID. Biased upwards, roughly by a constant over n: compare only at equal n and m.
     Source: Heusel et al. 2017, https://arxiv.org/abs/1706.08500.
+
+    With fewer samples than features, where C (d, d) would not fit, the trace is the nuclear norm of the (n, m) matrix
+    X Y^T / sqrt((n - 1) (m - 1)) of centred samples, which is the same number.
     """
     x, y = pair(x, y)
-    return frechet_moments(*moments(x), *moments(y))
+    if len(x) * len(y) >= x.shape[1] ** 2:
+        return frechet_moments(*moments(x), *moments(y))
+    distance, scale = (x.mean(0) - y.mean(0)).square().sum(), math.sqrt((len(x) - 1) * (len(y) - 1))
+    cross = torch.zeros(len(x), len(y), dtype=x.dtype, device=x.device)
+    width = max(1, BLOCK // max(len(x), len(y)))
+    for i in range(0, x.shape[1], width):
+        a, b = (part[:, i : i + width] - part[:, i : i + width].mean(0) for part in (x, y))
+        cross += a @ b.T
+        distance += a.square().sum() / (len(x) - 1) + b.square().sum() / (len(y) - 1)
+    return float(distance - 2 * torch.linalg.matrix_norm(cross / scale, "nuc"))
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from distill import config
 from distill.errors import BadInput
@@ -48,13 +50,17 @@ def score(samples: Path, real: Path | None, metrics: Any, allow: tuple[str, ...]
 
 def _plain(images: ImageSet, reference: ImageSet | None, names: list[str]) -> dict[str, float]:
     """Metrics of the pixels themselves."""
-    import torch
-
     if "accuracy" in names:
         raise BadInput("--metrics: accuracy needs a run's labels; leave it out, or give it `features`.")
     if reference is None:
         raise BadInput(f"--metrics: {names[0]} of pixels needs real images; leave it out, or give it `features`.")
-    x, y = (torch.cat(list(each.pixels(slice(None)))) for each in (images, reference))
+    x, y = (_of_one_size(each) for each in (images, reference))
+    if x.shape[1:] != y.shape[1:]:
+        sizes = " and ".join("x".join(map(str, each.shape[:0:-1][:2])) for each in (x, y))
+        raise BadInput(
+            f"--metrics: {names[0]} of pixels needs images of one size, but {images.name} and {reference.name} hold {sizes}; "
+            "resize them by `distill data images`, or give the metric `features`."
+        )
     values: dict[str, float] = {}
     for name in names:
         if name in ("precision", "recall") and name not in values:
@@ -64,6 +70,18 @@ def _plain(images: ImageSet, reference: ImageSet | None, names: list[str]) -> di
         elif name == "mmd":
             values[name] = distances.mmd(x, y)
     return {name: values[name] for name in names}
+
+
+def _of_one_size(images: ImageSet) -> Tensor:
+    """All images (n, C, H, W); raises BadInput where they are of several sizes."""
+    batches = list(images.pixels(slice(None)))
+    sizes = list(dict.fromkeys(f"{batch.shape[3]}x{batch.shape[2]}" for batch in batches))
+    if len(sizes) > 1:
+        raise BadInput(
+            f"{images.name} holds images of {len(sizes)} sizes ({', '.join(sizes[:3])}{', ...' * (len(sizes) > 3)}), and "
+            "metrics of pixels need one; resize them by `distill data images`, or give the metric `features`."
+        )
+    return torch.cat(batches)
 
 
 def metric_settings(names: str | None, settings: list[str]) -> dict[str, Any]:
