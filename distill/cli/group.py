@@ -55,6 +55,9 @@ class Verbs(click.Group):
 
     def invoke(self, ctx: click.Context):
         try:
+            if not ctx.params.get("debug"):
+                for library in ("TRANSFORMERS", "DIFFUSERS"):  # read when they are imported
+                    os.environ.setdefault(f"{library}_VERBOSITY", "error")
             with warnings.catch_warnings():
                 warnings.filterwarnings("default", category=UserWarning, module=r"distill\.")
                 warnings.showwarning = _show_warning

@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 VIDEO = ("Wan", "CogVideoX", "LTX")
-# Stock networks whose files ComfyUI reads: U-Nets and Wan by the extra LoRA file, SD3 and FLUX by diffusers' own names.
-COMFYUI = {
-    "lora": (
-        "UNet2DConditionModel",
-        "SD3Transformer2DModel",
-        "FluxTransformer2DModel",
-        "WanTransformer3DModel",
-    ),
-    "single-file": ("UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel"),
-}
+# Stock networks of which a file is in the layout of the original code, which ComfyUI reads: the extra LoRA file of U-Nets
+# and Wan, the single file of U-Nets. tests/export/test_card.py converts each back. Other files are for diffusers alone.
+COMFYUI = {"lora": ("UNet2DConditionModel", "WanTransformer3DModel"), "single-file": ("UNet2DConditionModel",)}
 
 
 def kind_phrase(record: dict) -> str:

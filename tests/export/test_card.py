@@ -1,9 +1,21 @@
 from __future__ import annotations
 
+import hashlib
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
+from distill import config
+from distill.denoise import Denoiser
+from distill.export import export, lora, single_file
 from distill.export.card import card, picture
+from distill.export.snippet import COMFYUI
+from distill.export.verify import verify
+from distill.models.diffusers import DiT, load, schedule_of, tiny
+from distill.solvers import DDIM, solve
+from distill.times import Grid
 
 RECORD = {
     "distill": "0.1.0",
@@ -40,12 +52,14 @@ def test_card_code_runs_as_six_lines_of_stock_diffusers():
     [
         ("lora", "UNet2DConditionModel", True),
         ("lora", "WanTransformer3DModel", True),
-        ("lora", "FluxTransformer2DModel", True),
+        ("lora", "FluxTransformer2DModel", False),
+        ("lora", "SD3Transformer2DModel", False),
         ("lora", "LTXVideoTransformer3DModel", False),
         ("lora", "SanaTransformer2DModel", False),
         ("lora", "CogVideoXTransformer3DModel", False),
         ("single-file", "UNet2DConditionModel", True),
         ("single-file", "WanTransformer3DModel", False),
+        ("single-file", "FluxTransformer2DModel", False),
         ("single-file", "SanaTransformer2DModel", False),
         ("pipeline", "UNet2DConditionModel", False),
     ],
@@ -92,3 +106,99 @@ def test_picture_puts_samples_side_by_side(channels, mode):
     assert sheet.mode == mode and sheet.size == (8, 8)
     gray = sheet.convert("L")
     assert [gray.getpixel(p) for p in ((0, 0), (4, 0), (0, 4), (4, 4))] == [0, 255, 255, 0]
+
+
+# -- what a card says of other programs -----------------------------------------------------------------------------
+
+
+def factors(network, names):
+    """Factors (A, B) of rank 2 for linear layers by their names."""
+    layers = {n: m for n, m in network.named_modules() if isinstance(m, torch.nn.Linear) and n.endswith(names)}
+    assert layers
+    return {n: (torch.randn(2, m.in_features), torch.randn(m.out_features, 2)) for n, m in layers.items()}
+
+
+def same(found, expected):
+    assert found.keys() == expected.keys()
+    for key in found:
+        assert torch.equal(found[key].squeeze(), expected[key].squeeze()), key
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_the_extra_lora_file_of_a_unet_has_kohyas_layout(name):
+    from diffusers.loaders import lora_conversion_utils as stock
+
+    unet = load(f"tiny:{name}", null=None).net.stock
+    pairs = factors(unet, ("to_q", "to_out.0", "ff.net.2", "time_emb_proj"))
+    found, alphas = stock._convert_non_diffusers_lora_to_diffusers(lora.kohya_keys(pairs), unet_name="unet")
+    expected = {}
+    for layer, (down, up) in pairs.items():  # by the names that diffusers used before peft
+        stem = f"unet.{layer.replace('to_out.0', 'to_out')}" + ("_lora" if ".to_" in layer else ".lora")
+        expected |= {f"{stem}.down.weight": down, f"{stem}.up.weight": up}
+    same({k.replace(".processor", ""): v for k, v in found.items()}, expected)
+    assert set(alphas.values()) <= {2.0}
+
+
+def test_the_extra_lora_file_of_wan_has_the_layout_of_its_own_code():
+    from diffusers.loaders import lora_conversion_utils as stock
+
+    pairs = factors(load("tiny:wan", null=None).net.stock, ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"))
+    found = stock._convert_non_diffusers_wan_lora_to_diffusers(dict(lora.wan_keys(pairs)))
+    same(found, lora.stock_keys(pairs, "transformer"))
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_the_single_file_of_a_unet_has_the_layout_of_the_original_code(name):
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    unet = load(f"tiny:{name}", null=None).net.stock
+    file = single_file.originals(unet.state_dict(), unet.config.layers_per_block)
+    back = convert_ldm_unet_checkpoint({single_file.ROOT + k: v for k, v in file.items()}, dict(unet.config))
+    same(dict(back), unet.state_dict())
+
+
+def test_those_three_layouts_are_all_that_cards_promise():
+    assert COMFYUI == {
+        "lora": ("UNet2DConditionModel", "WanTransformer3DModel"),
+        "single-file": ("UNet2DConditionModel",),
+    }
+
+
+# -- what it says to call -------------------------------------------------------------------------------------------
+
+
+def test_the_code_of_a_class_conditional_card_runs_as_written_and_draws_the_students_samples(tmp_path, monkeypatch):
+    """`DiTPipeline` guides by default, with class 1000; the card's call does not, and `verify` makes the same call."""
+    torch.manual_seed(0)
+    student = tiny.shake(
+        Denoiser(DiT(size=8, width=16, depth=1, heads=2, classes=3), schedule_of("DDIMScheduler"), "v")
+    )
+    out = export(student, 4, "ode", tmp_path / "dit")
+    record = json.loads((out / "distill.json").read_text())
+    assert record["call"] == {"num_inference_steps": 4, "guidance_scale": 1.0}
+    text = (out / "README.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    assert "guidance_scale=1.0, " not in code and "num_inference_steps=4, guidance_scale=1.0" in code
+    assert "by default `DiTPipeline` guides with class 1000" in " ".join(text.split())
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code, names)
+    assert (tmp_path / "sample.png").exists() and len(names["images"]) == 10
+    labels = torch.tensor([i % 3 for i in range(10)])
+    noise = torch.randn(10, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    drawn = names["pipe"](
+        labels.tolist(), **record["call"], generator=torch.Generator().manual_seed(1), output_type="np"
+    ).images
+    ours = solve(student, noise, Grid.uniform(4).times, DDIM(), label=labels)
+    assert (torch.from_numpy(drawn)[..., 0] - (ours[:, 0] / 2 + 0.5).clamp(0, 1)).abs().max() < 1e-4
+    assert verify(out) < 1e-5
+
+
+def test_the_recipe_on_the_shipped_teachers_card_is_one_that_is_read(tmp_path):
+    folder = Path(__file__).parents[2] / "checkpoints" / "digits-teacher"
+    recipe = (folder / "README.md").read_text().split("```yaml\n")[1].split("```")[0]
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    cfg = config.load([tmp_path / "recipe.yaml"])
+    assert cfg.engine.precision == "32" and cfg.name == "digits-teacher"
+    record = json.loads((folder / "distill.json").read_text())
+    assert record["recipe_hash"] == hashlib.sha256(recipe.encode()).hexdigest()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -171,3 +173,14 @@ def test_exports_in_half_precision_are_verified_once(runs, tmp_path, name, kind,
             assert {str(weights.get_tensor(key).dtype) for key in weights.keys()} == {"torch.bfloat16"}  # noqa: SIM118
     card = (out / "README.md").read_text()
     assert "dtype=torch.bfloat16" in card and "import torch\n" in card and "| weights | bfloat16 |" in card
+
+
+def test_what_other_libraries_say_and_draw_does_not_come_first(runs, tmp_path):
+    """In a real process: no warnings of transformers on optional packages, no bars of components and weights."""
+    for verb in (
+        ("sample", str(runs / "tdm"), str(tmp_path / "out"), "--prompt", "a cat"),
+        ("eval", str(runs / "tdm")),
+    ):
+        done = subprocess.run([sys.executable, "-m", "distill.cli", *verb], capture_output=True, text=True)
+        assert done.returncode == 0 and "torchvision" not in done.stderr and "Loading" not in done.stderr, done.stderr
+        assert done.stdout and not done.stdout.startswith("[")

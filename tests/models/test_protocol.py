@@ -74,6 +74,7 @@ class Everything(Network):
         "here",
         ("there", None),
     )
+    scheduler_settings = {"shift": 5.0}
     needs_null = True
 
     def __init__(self):

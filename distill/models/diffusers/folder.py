@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -48,6 +49,20 @@ def shapes_only() -> Iterator[None]:
         yield
     finally:
         _SHAPES_ONLY.reset(token)
+
+
+@contextmanager
+def without_loading_bars() -> Iterator[None]:
+    """Within this context diffusers and transformers draw no progress bars for the components and weights they load."""
+    libraries = (sys.modules.get("diffusers.utils.logging"), sys.modules.get("transformers.utils.logging"))
+    switched = [library for library in libraries if library is not None and library.is_progress_bar_enabled()]
+    for library in switched:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in switched:
+            library.enable_progress_bar()
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -122,9 +137,10 @@ def load_weights(kind: Any, folder: Path, **kw: Any) -> Any:
         mend = "save the pickled weights again as safetensors" if list(folder.glob("*.bin")) else "copy them there"
         raise BadInput(f"{folder}: the network's weights (*.safetensors) are missing: {mend}.")
     try:
-        model, report = kind.from_pretrained(
-            folder, use_safetensors=True, variant=variant or None, **kw, output_loading_info=True
-        )
+        with without_loading_bars():
+            model, report = kind.from_pretrained(
+                folder, use_safetensors=True, variant=variant or None, **kw, output_loading_info=True
+            )
     except Exception as error:  # diffusers, safetensors and torch raise different classes
         raise BadInput(f"{folder}: the weights cannot be read, copy the folder again ({error}).") from error
     if wrong := report["missing_keys"] or report["mismatched_keys"]:

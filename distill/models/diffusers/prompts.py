@@ -23,6 +23,7 @@ from distill.models.diffusers.folder import (
     pipeline_variant,
     read_config,
     takes_first_frame,
+    without_loading_bars,
 )
 from distill.models.diffusers.schedulers import read_json, stock_class
 
@@ -46,9 +47,12 @@ def partial_pipeline(
     absent = {part: None for part, value in index.items() if isinstance(value, list) and not part.startswith(parts)}
     with torch.device("meta"):
         shapes = {part: stock_class(index[part][1]).from_config(read_config(folder, part)) for part in config_parts}
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(
-        folder, **absent | shapes, dtype=dtype_of(dtype), use_safetensors=True, variant=pipeline_variant(folder)
-    )
+    import transformers.utils.logging  # noqa: F401  # so that its bars can be switched off
+
+    with without_loading_bars():
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+            folder, **absent | shapes, dtype=dtype_of(dtype), use_safetensors=True, variant=pipeline_variant(folder)
+        )
     for part, module in pipeline.components.items():
         if isinstance(module, torch.nn.Module) and part not in config_parts:
             module.to(device)
