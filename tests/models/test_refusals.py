@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import diffusers
 import pytest
 import torch
 
+from distill import config
 from distill.denoise import Guided
 from distill.errors import BadInput
 from distill.models.diffusers import Geometry, Prompts, grid_of, load, tiny
@@ -16,7 +18,9 @@ from distill.models.diffusers.prompts import Latent
 from distill.models.families.refusals import REFUSALS
 from distill.noise import VE
 from distill.solvers import DDIM, solve
+from distill.training.experiment import build_experiment
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 FLUX, UNET = "flux", "sd15"
 # pipeline class, base, changes of the network's config, changes of model_index.json, what the message must name
 KINDS = [
@@ -224,3 +228,26 @@ def test_settings_of_a_loaded_scheduler_are_replaced():
         match="FlowMatchEulerDiscreteScheduler has no setting 'flow_shift'.* It has base_image_seq_len, .*shift, ",
     ):
         load("tiny:wan", null=None, scheduler={"flow_shift": 5.0})
+
+
+def test_the_shift_of_wan_at_720p_and_a_config_that_sets_it():
+    folder = tiny.folder("wan")
+    assert load(folder, null=None).net.scheduler_settings == {}
+    asked = ["model=tiny", "roles.teacher.scheduler={shift: 5.0}", "train.steps=1"]
+    experiment = build_experiment(config.load([CONFIGS / "wan" / "tdm.yaml"], asked))
+    roles = [experiment.method.teacher, experiment.method.student, experiment.method.ema]
+    assert [role.schedule.shift for role in roles] == [5.0] * 3
+    assert experiment.method.student.net.scheduler_settings == {"shift": 5.0}  # through the adapter too
+    with pytest.raises(BadInput, match=r"has no setting 'shft'. Did you mean 'shift'\? It has .*use_dynamic_shifting"):
+        build_experiment(
+            config.load([CONFIGS / "wan" / "tdm.yaml"], ["model=tiny", "roles.teacher.scheduler={shft: 5}"])
+        )
+
+
+def test_the_scheduler_of_wans_own_folder_takes_its_flow_shift(tmp_path):
+    pipe = tiny.wan()
+    stock = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    pipe.register_modules(scheduler=diffusers.UniPCMultistepScheduler(**stock))
+    pipe.save_pretrained(tmp_path / "wan")
+    assert load(tmp_path / "wan", null=None).schedule.shift == 3.0
+    assert load(tmp_path / "wan", null=None, scheduler={"flow_shift": 5.0}).schedule.shift == 5.0
