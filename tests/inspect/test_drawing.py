@@ -111,6 +111,8 @@ def test_labels_are_asked_by_name(runs, tmp_path):
     opened = distill.open_run(runs / "digits")
     sevens, all_classes = opened.sample(10, labels=[7]), opened.sample(10)
     assert torch.equal(sevens[7], all_classes[7]) and not torch.equal(sevens[3], all_classes[3])
+    both, threes = opened.sample(10, labels=[7, 3]), opened.sample(10, labels=[3])
+    assert torch.equal(both[::2], sevens[::2]) and torch.equal(both[1::2], threes[1::2])
     distill.sample(runs / "digits", tmp_path / "plain", 11)
     assert names(tmp_path / "plain")[10] == "00010-seed0-label0.png"  # as balanced labels are drawn
 

@@ -135,8 +135,8 @@ def test_folders_with_weights_in_half_precision_only(tmp_path, parts):
 def ltx_with_timestep():
     pipe = tiny.ltx()
     torch.manual_seed(3)
-    config = dict(pipe.vae.config) | {"timestep_conditioning": True}
-    vae = tiny.shake(diffusers.AutoencoderKLLTXVideo.from_config(config), 0.05)
+    settings = {key: value for key, value in pipe.vae.config.items() if not key.startswith("_")}
+    vae = tiny.shake(diffusers.AutoencoderKLLTXVideo(**settings | {"timestep_conditioning": True}), 0.05)
     pipe.register_modules(vae=vae)
     return pipe
 
@@ -193,7 +193,7 @@ def test_the_time_of_flux_is_rounded_as_by_the_stock_pipeline(tmp_path, monkeypa
     pipe.save_pretrained(tmp_path / "flux")
     pipe.to(torch.bfloat16)
     model = load(tmp_path / "flux", dtype="bfloat16", size=(8, 8))
-    sigmas = [1.0, 0.907, 0.7561, 0.3333]
+    sigmas = [0.998, 0.966, 0.951, 0.942]  # each is rounded to another number if it is divided first
     seen = {"stock": [], "ours": []}
 
     def watch(network, name):
