@@ -50,10 +50,10 @@ def sample(
     from distill.data.sources import text
     from distill.inspect import results
 
-    told = [*prompts, *(text.prompts(file) if file else [])]
-    how = {"prompts": told, "labels": labels, "device": device, "dtype": dtype, "batch_size": batch_size}
+    texts = [*prompts, *(text.prompts(file) if file else [])]
+    how = {"prompts": texts, "labels": labels, "device": device, "dtype": dtype, "batch_size": batch_size}
     written = results.sample(run_folder, out, count, seed, allowed(), **how)
-    click.echo(f"{written}: {count or len(told) or 100} samples.")
+    click.echo(f"{written}: {count or len(texts) or 100} samples.")
 
 
 @main.command("eval")

@@ -28,7 +28,7 @@ def choose_device(device: str | None) -> str:
     """The device of this name; without a name an accelerator if there is one, else "cpu".
 
     Raises:
-        BadInput: torch knows no such device, or this machine has none.
+        BadInput: torch has no such device, or this machine has none.
     """
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -70,7 +70,7 @@ class SampleRequest:
         self.rows = self.count or len(self.prompts) or DEFAULT_COUNT
 
 
-def place(experiment: Experiment, device: str, dtype: str) -> None:
+def move_student(experiment: Experiment, device: str, dtype: str) -> None:
     """Move the averaged student of `experiment` to `device`, with its weights in `dtype`.
 
     Raises:
@@ -139,9 +139,9 @@ def _conditions(
         others = experiment.noise(request.rows, request.seed)[1]
 
     def encoded(rows: Tensor) -> Conditions:
-        told = [request.prompts[i % len(request.prompts)] for i in rows.tolist()]
+        own_prompts = [request.prompts[i % len(request.prompts)] for i in rows.tolist()]
         own = {name: value[rows] for name, value in others.items() if name not in first}
-        return own | encode(told)
+        return own | encode(own_prompts)
 
     return encoded
 

@@ -107,7 +107,7 @@ class Run:
         if self._sampling is None or self._sampling[0] != (device, dtype):
             self._sampling = None  # free the memory of the last one first
             experiment = load.open_run(self.folder, self.allow, alone=True)
-            drawing.place(experiment, device, dtype)
+            drawing.move_student(experiment, device, dtype)
             self._sampling = (device, dtype), experiment
         return self._sampling[1], device
 

@@ -125,7 +125,7 @@ def test_samples_and_exports_go_where_they_are_told(runs, monkeypatch):
     assert drawing.choose_device(None) == "cuda"
     for name in ("tdm", "lcm_lora", "digits"):
         experiment = distill.open_run(runs / name).experiment
-        drawing.place(experiment, "meta", "bfloat16")
+        drawing.move_student(experiment, "meta", "bfloat16")
         assert {(p.device.type, p.dtype) for p in experiment.method.ema.parameters()} == {("meta", torch.bfloat16)}
 
 
