@@ -17,8 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distill import config
 from distill.cli import main
+from distill.denoise import network_of
 from distill.errors import BadInput
 from distill.inspect.check import findings
+from distill.inspect.check.base import CheckContext, first_samples
+from distill.inspect.check.updates import DryRun
 from distill.models.diffusers import folder, load, tiny
 from distill.models.diffusers import loading as teacher
 from distill.models.heads import FeatureExtractor, Head
@@ -160,15 +163,36 @@ def test_two_steps_on_its_tiny_twin(name, tmp_path):
     assert kept == (not cfg.data.samples) and len(list((tmp_path / "run" / "samples").glob("*.png"))) == 2
 
 
+def _null_changes_gradients(experiment, folder) -> bool:
+    """Whether another null condition changes the gradient of a step."""
+    steps = DryRun(CheckContext(experiment, folder, 1, first_samples(experiment.data)))
+    before, method = steps.all(), experiment.method
+    _, cond = CheckContext(experiment, folder, 1, steps.batch).samples(1)
+    draw = torch.Generator().manual_seed(0)
+    other = {
+        name: torch.randn(v.shape, generator=draw) if v.is_floating_point() else v
+        for name, v in method.teacher.null(cond).items()
+    }
+    for role in (*method.frozen, *method.trainable):
+        network_of(getattr(method, role)).set_null(other)
+    after = steps.all()
+    pairs = [(g, after[role].gradients[n]) for role in before for n, g in before[role].gradients.items()]
+    return any(a is not None and not torch.allclose(a, b, rtol=1e-4, atol=0) for a, b in pairs)
+
+
 @pytest.mark.parametrize("name", SIZED)
 def test_the_checks_raise_no_false_alarm_on_its_tiny_twin(name, tmp_path):
-    found = findings(build_experiment(config.load([CONFIGS / f"{name}.yaml"], ["model=tiny"])), tmp_path)
+    experiment = build_experiment(config.load([CONFIGS / f"{name}.yaml"], ["model=tiny"]))
+    found = findings(experiment, tmp_path)
     print(name, *found, sep="\n")
     assert not [str(f) for f in found if f.level == "FAIL"]
     assert {f.name for f in found} >= {"data", "start", "grid", "gradients", "sign", "rates"}
     by_name = {f.name: f for f in found}
     assert by_name["guidance"].level == "ok", "guidance, null condition and text change what the teacher says"
-    assert "could not be tried" not in str(by_name["pipeline"])
+    assert by_name["conditions"].level == "ok", "the text, and guidance where there is some, change what is learnt"
+    assert ("and with guidance" in by_name["conditions"].text) == (experiment.method.guidance != 1)
+    assert _null_changes_gradients(experiment, tmp_path) == (experiment.method.guidance != 1)
+    assert not any("failed to run" in f.text for f in found)
     assert by_name["pipeline"].level == (
         "ok" if name.split("/")[0] in ("sd15", "sdxl", "pixart", "cogvideox") else "skipped"
     )

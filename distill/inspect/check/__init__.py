@@ -14,21 +14,28 @@ from typing import Any
 import torch
 
 from distill.errors import BadInput
-from distill.inspect.check import conventions, guidance, settings
+from distill.inspect.check import conventions, guidance, numerics, rates, samples, settings, signs, start, updates
 from distill.inspect.check.base import CheckContext, Finding, Findings, device_of, first_samples, untouched
-from distill.inspect.check.updates import dry_run
+from distill.inspect.check.updates import DryRun, Turn
 from distill.training.experiment import build_experiment
 
 CHECKS: dict[str, Callable[[CheckContext], Findings]] = {
-    "data": settings.data,
+    "data": samples.data,
     "teacher": conventions.denoises,
     "pipeline": conventions.matches_stock,
     "guidance": guidance.guides,
-    "start": guidance.starts_equal,
+    "start": start.starts_equal,
+    "finite": numerics.finite,
     "grid": settings.serves,
     "batch": settings.batches,
     "disk": settings.disk,
     "settings": settings.settings,
+}
+UPDATE_CHECKS: dict[str, Callable[[CheckContext, DryRun, dict[str, Turn]], Findings]] = {
+    "gradients": updates.gradients,
+    "conditions": updates.learns_conditions,
+    "sign": signs.signs,
+    "rates": rates.rates,
 }
 
 
@@ -49,9 +56,27 @@ def findings(experiment: Any, folder: Path, world: int = 1) -> list[Finding]:
             context = CheckContext(experiment, Path(folder), world, batch)
             for name, function in CHECKS.items():
                 out += _run(name, function, context)
-            out += _run("update", dry_run, context)
+            out += _dry_run(context)
     finally:
         method.to(before)
+    return out
+
+
+def _dry_run(context: CheckContext) -> list[Finding]:
+    """The checks that compute a training step."""
+    out = _run("gradients", updates.frozen, context)
+    if context.x is not None and not context.readable:
+        return out + [Finding.skipped("the samples are not finite.", name) for name in UPDATE_CHECKS]
+    steps: list[tuple[DryRun, dict[str, Turn]]] = []
+
+    def first(context: CheckContext) -> Findings:
+        dry = DryRun(context)
+        steps.append((dry, dry.all()))
+        yield from ()
+
+    out += _run("update", first, context)
+    for name, function in UPDATE_CHECKS.items() if steps else ():
+        out += _run(name, lambda context, check=function: check(context, *steps[0]), context)
     return out
 
 

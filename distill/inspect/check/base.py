@@ -44,7 +44,7 @@ class Finding:
         return cls("FAIL", text, name)
 
     def __str__(self) -> str:
-        return f"{self.level:8}{self.name:10}{self.text}"
+        return f"{self.level:8}{self.name:11}{self.text}"
 
 
 Findings = Iterator[Finding]
@@ -156,6 +156,12 @@ def device_of(engine: Any) -> torch.device:
     if engine.accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0) % torch.cuda.device_count())
     return torch.device("cpu")
+
+
+def autocast(context: CheckContext) -> torch.autocast:
+    """The run's own precision of computation."""
+    dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(str(context.cfg.engine.precision))
+    return torch.autocast(context.method.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def shortened(values: list[str], most: int = 4) -> str:

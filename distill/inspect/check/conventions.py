@@ -27,7 +27,8 @@ from distill.noise import Table
 from distill.solvers import DDIM, Renoise, solve
 from distill.times import Grid
 
-BETTER = 0.8  # another convention whose error is below this share of the present one's is the right one
+BETTER = 0.8  # another convention whose error is below this share of the present one's fits better
+FINALISTS = 4  # alternatives that are tried at all times, of those that are best at a third of them
 SHIFTS = (1 / 3, 0.5, 2.0, 3.0)
 SCALES = (0.13025, 0.18215, 0.2, 0.5, 0.67, 1.5, 2.0, 5.0, 1 / 0.18215, 1 / 0.13025)
 
@@ -45,15 +46,25 @@ def denoises(context: CheckContext) -> Findings:
         yield Finding.fail(f"roles.{role}.schedule: {fault}")
         return
     fit = ConventionFit(model, context.x, context.cond)
-    now = fit.score()
+    now, allowed = fit.score(), largest_error(context.x)
     mend, error = _alternative(fit, role, now)
-    allowed = 1.1 + 4 / math.sqrt(context.x.numel())
-    if mend and error < BETTER * now:
-        yield Finding.fail(f"{mend} (error {error:.2f} instead of {now:.2f} of the best linear denoiser's).")
-    elif now > allowed or not math.isfinite(now):
+    if mend and error < BETTER * now and error <= allowed:
+        certain = now > BETTER  # below, the present conventions fit too: data that differ a little may do that
+        text = f"{mend} (error {error:.2f} instead of {now:.2f} of the best linear denoiser's)."
+        yield Finding("FAIL" if certain else "WARN", text)
+    elif not math.isfinite(now):
         yield Finding.fail(
-            f"roles.{role} denoises worse than a linear map (error {now:.2f} of its; at most 1 is right): "
-            "its prediction, schedule, time or scale of the data is wrong, or it is not trained."
+            f"roles.{role} returns values that are not finite; look at its weights, and at engine.precision."
+        )
+    elif now > allowed:
+        yield Finding.fail(
+            f"roles.{role} denoises worse than a linear map (error {now:.2f} of its; at most 1 is right), and "
+            + (
+                "no other prediction type, time, sign, scale or orientation that was tried fits: the data may not be of "
+                "the kind that it was trained on (other pictures, order of channels or autoencoder), or it is not trained."
+                if has_network(model)
+                else "it has no network: it is not the law of this data."
+            )
         )
     else:
         rises = all(b > a - 0.1 for a, b in pairwise(fit.errors))
@@ -67,13 +78,18 @@ def denoises(context: CheckContext) -> Findings:
             yield Finding.warn(f"roles.{role}'s error does not rise with the noise ({shape}); look at its schedule.")
 
 
+def largest_error(x: Tensor) -> float:
+    """The error over the best linear denoiser's up to which a model counts as trained on x, sampling error included."""
+    return 1.1 + 4 / math.sqrt(x.numel())
+
+
 class ConventionFit:
     """The error of a model under several conventions, on fixed samples and noise, over that of the best linear denoiser."""
 
     def __init__(self, model: Any, x: Tensor, cond: dict[str, Tensor]):
         big = sum(p.numel() for p in model.parameters()) > 2e7
         n = min(len(x), 16 if big else 32 if x[0].numel() > 16 else 256)
-        self.model, self.x, self.cond = model.eval(), x[:n], {k: v[:n] for k, v in cond.items()}
+        self.model, self.x, self.cond, self.all = model.eval(), x[:n], {k: v[:n] for k, v in cond.items()}, x
         self.v = float((x - x.mean(0)).square().mean())
         self.z = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)[:n]
         self.times = _times(model.schedule, math.sqrt(self.v), 5 if big else 8)
@@ -81,33 +97,43 @@ class ConventionFit:
         self.raw: dict[float, Tensor] = {}  # the network's outputs at its own times
 
     @torch.no_grad()
-    def score(self, prediction: str | None = None, time_map: Any = None, scale: float = 1.0) -> float:
-        """exp of the mean over times of log(error / w) under another prediction type, time input or scale of the data.
+    def score(
+        self,
+        prediction: str | None = None,
+        time_map: Any = None,
+        data_map: Any = None,
+        sign: float = 1.0,
+        screen: bool = False,
+    ) -> float:
+        """exp of the mean over times of log(error / w) under another prediction type, time input, data or sign.
 
         Args:
             time_map: t to the time that the network gets.
+            data_map: the samples to those that the network is asked about.
+            sign: multiplies the network's output.
+            screen: use every third time only.
         """
         logs, errors, schedule = [], [], self.model.schedule
-        x = self.x * scale
-        for time in self.times:
+        x = data_map(self.x) if data_map else self.x
+        v = self.v if data_map is None else float(data_map(self.all).sub(data_map(self.all).mean(0)).square().mean())
+        for time in self.times[1::3] if screen else self.times:
             t = torch.full((len(x),), time, device=x.device)
             x_t = schedule.add_noise(x, t, self.z)
-            if time_map is None and prediction is None:
+            if time_map is None and prediction is None and sign == 1:
                 estimate = self.model(x_t, t, **self.cond)
             else:
-                out = self._native(x_t, time, time_map(t) if time_map else t, scale)
+                out = sign * self._native(x_t, time, time_map(t) if time_map else t, data_map is not None)
                 estimate = to_x(self.model, out, x_t, t, prediction or self.model.prediction)
             alpha, sigma = (float(c) for c in schedule(t[:1]))
-            v = self.v * scale**2
             errors.append(float((estimate - x).square().mean()) / v)
             logs.append(math.log(max(errors[-1] * (alpha**2 * v + sigma**2) / sigma**2, 1e-12)))
-        if prediction is None and time_map is None and scale == 1:
+        if prediction is None and time_map is None and data_map is None and sign == 1:
             self.errors = errors
         value = sum(logs) / len(logs)
         return math.exp(min(value, 50)) if math.isfinite(value) else math.inf
 
-    def _native(self, x_t: Tensor, time: float, network_time: Tensor, scale: float) -> Tensor:
-        if scale != 1 or float(network_time[0]) != torch.tensor(time).item():
+    def _native(self, x_t: Tensor, time: float, network_time: Tensor, mapped: bool) -> Tensor:
+        if mapped or float(network_time[0]) != torch.tensor(time).item():
             return self.model.native(x_t, network_time, **self.cond)
         if time not in self.raw:
             self.raw[time] = self.model.native(x_t, network_time, **self.cond)
@@ -152,16 +178,27 @@ def _alternative(fit: ConventionFit, role: str, now: float) -> tuple[str, float]
     """The convention with the smallest error besides the configured one, as a sentence, and that error."""
     if not has_network(fit.model):
         return "", math.inf
-    error, mend = min((fit.score(**change), mend) for change, mend in _alternatives(fit.model, role, now > BETTER))
-    return mend, error
+    samples = fit.all if now > BETTER else None
+    others = list(_alternatives(fit.model, role, samples))
+    screened = [fit.score(**change, screen=True) for change, _ in others]
+    near = sorted(range(len(others)), key=lambda i: screened[i])[:FINALISTS]
+    errors = {i: fit.score(**others[i][0]) for i in sorted(near)}
+    best = min(errors.values())
+    i = next(i for i, error in errors.items() if error <= 1.03 * best)  # of ties the first
+    return others[i][1], errors[i]
 
 
-def _alternatives(model: Any, role: str, scales: bool) -> Iterator[tuple[dict[str, Any], str]]:
-    """Arguments of `ConventionFit.score` for other conventions, and the change to make if one fits."""
+def _alternatives(model: Any, role: str, samples: Tensor | None = None) -> Iterator[tuple[dict[str, Any], str]]:
+    """Arguments of `ConventionFit.score` for other conventions, and what to do where one is right.
+
+    Args:
+        samples: the data, where maps of it are to be tried too.
+    """
     for kind in PREDICTIONS:
         if kind not in (model.prediction, "edm") and "edm" != model.prediction:
             mend = f"{model.prediction} fits the network worse than {kind}; set {kind}"
             yield {"prediction": kind}, f"roles.{role}.prediction: {mend}"
+    yield {"sign": -1.0}, f"roles.{role}: the network's output has the opposite sign of {model.prediction}; negate it"
     for shift in SHIFTS:
         yield (
             {"time_map": lambda t, k=shift: k * t / (1 + (k - 1) * t)},
@@ -177,11 +214,43 @@ def _alternatives(model: Any, role: str, scales: bool) -> Iterator[tuple[dict[st
             {"time_map": lambda t, k=factor: t * k},
             f"roles.{role}: the network counts time in units of {1 / factor:g}; give it {factor:g} t",
         )
-    for scale in SCALES if scales else ():
+    if samples is not None:
+        for data_map, mend in _data_maps(samples, role):
+            yield {"data_map": data_map}, f"data: {mend}"
+
+
+def _data_maps(samples: Tensor, role: str) -> Iterator[tuple[Any, str]]:
+    """Maps of the samples that undo a usual mistake, and what to do where one is right."""
+    for scale in SCALES:
         yield (
-            {"scale": scale},
-            f"data: the samples are not on the scale of roles.{role}; multiply them by about {scale:.3g}",
+            lambda x, k=scale: k * x,
+            f"the samples are not on the scale of roles.{role}; multiply them by about {scale:.3g}",
         )
+    yield lambda x: -x, f"the samples have the opposite sign of what roles.{role} was trained on; negate them"
+    write = "give their range when the data is written"
+    yield lambda x: 2 * x - 1, f"the samples fill [0, 1], and roles.{role} was trained on [-1, 1]; {write}"
+    yield lambda x: 1 - 2 * x, f"the samples fill [0, 1] with 0 for white; invert them, and {write}"
+    yield lambda x: x / 127.5 - 1, f"the samples fill [0, 255], and roles.{role} was trained on [-1, 1]; {write}"
+    shape = samples.shape[1:]
+    pixels = len(shape) == 3 and shape[0] in (1, 3)
+    if pixels and float(samples.min()) < 0 and float(samples.abs().max()) > 1.01:
+        low, high = samples.amin((0, -2, -1), keepdim=True), samples.amax((0, -2, -1), keepdim=True)
+        yield (
+            lambda x: 2 * (x - low) / (high - low).clamp(min=1e-6) - 1,
+            f"the pixels are normalised by a mean and a standard deviation, and roles.{role} was trained on [-1, 1]; "
+            f"undo that, and {write}",
+        )
+    if len(shape) == 3 and shape[0] == 3:
+        yield lambda x: x.flip(1), f"the channels are in reverse order for roles.{role}; write RGB instead of BGR"
+    if len(shape) == 3 and shape[1] == shape[2]:
+        for turns in range(4):
+            for mirrored in (False, True):
+                if turns or mirrored:
+                    names = ["mirrored"] * mirrored + [f"turned by {90 * turns} degrees"] * (turns > 0)
+                    yield (
+                        lambda x, k=turns, m=mirrored: (x.flip(-1) if m else x).rot90(-k, (-2, -1)),
+                        f"the pictures are {' and '.join(names)} for roles.{role}; write them upright",
+                    )
 
 
 # -- the stock pipeline ------------------------------------------------------------------------------------------

@@ -1,17 +1,19 @@
-"""Checks of guidance and initialisation: conditions change the teacher, w = 1 is conditional, student equals teacher."""
+"""Guidance: whether conditions change the teacher, the null condition is one, and w is in our convention and of a usual size."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from distill.denoise import has_network, network_of
+from distill.denoise import network_of
 from distill.errors import BadInput
 from distill.inspect.check.base import CheckContext, Finding, Findings
 from distill.inspect.check.conventions import ConventionFit
-from distill.models.lora import LoRAAdapter
-from distill.noise import bcast
+
+CLASSES = 16  # of a network, that the null condition is compared with
+SPREAD = 3.0  # of the guided estimate over the data's, above which few-step students saturate
 
 
 def guides(context: CheckContext) -> Findings:
@@ -81,77 +83,77 @@ def _conditions(context: CheckContext, role: str, model: Any, used: bool) -> Fin
             f"roles.{role}: the null condition {same}, so guidance does nothing; "
             "give the network a null class that it was trained on.",
         )
+    elif wrong := _null_is_a_condition(context, role, model, x_t, t, cond, free):
+        yield Finding(level, wrong)
     elif context.readable and not context.random and _prefers_none(model, context):
         yield Finding.warn(
             f"roles.{role} denoises better without its condition than with it; the classes of the data may be "
             "numbered differently from the model's."
         )
+    elif wide := _spread(context, model):
+        yield Finding.warn(wide)
     else:
         yield Finding.ok(
             f"the condition changes the {role}'s estimate by {apart:.0%}; w = {context.method.guidance:g}, 1 is conditional."
         )
 
 
+def _null_is_a_condition(
+    context: CheckContext, role: str, model: Any, x_t: Tensor, t: Tensor, cond: dict[str, Tensor], free: Tensor
+) -> str:
+    """The fault of a null condition that is a class of the network, or the condition of a sample; "" if it is neither."""
+    net = network_of(model)
+    size = free.norm().clamp(min=1e-12)
+    for label in range(min(net.classes, CLASSES)) if "label" in cond and net.classes > 1 else ():
+        if (
+            float((model(x_t, t, **cond | {"label": torch.full_like(cond["label"], label)}) - free).norm() / size)
+            < 1e-6
+        ):
+            return (
+                f"roles.{role}: the null condition is class {label}, so guidance would push away from that class; give "
+                "the network a null class that it was trained on, or set guidance: 1."
+            )
+    replaced = [name for name in cond if name != "label" and name not in net.null_keeps]
+    if not replaced or not all(name in context.cond for name in replaced):
+        return ""
+    null, n = model.null(context.cond), len(context.cond[replaced[0]])
+    for i in range(n):
+        if all(bool((null[name][i] == context.cond[name][i]).all()) for name in replaced):
+            equal = sum(all(bool((null[k][j] == context.cond[k][j]).all()) for k in replaced) for j in range(n))
+            if equal < n:  # all equal: "equals the condition" says so
+                return (
+                    f"roles.{role}: the null condition is the condition of sample {i} of the data; encode the empty prompt "
+                    "with the encoder of the data, or remove samples without a caption."
+                )
+    return ""
+
+
+def _spread(context: CheckContext, model: Any) -> str:
+    """The fault of a w at which estimates of x leave the data: their spread over the data's, at high noise."""
+    w, drawn = float(context.method.guidance), context.cfg.method.get("guidance_range")
+    if w <= 1 or drawn is not None or context.random or not context.readable or len(context.x) < 32:
+        return ""
+    x, cond = context.samples(64)
+    draw, wide, plain = torch.Generator().manual_seed(3), 0.0, 0.0
+    data = (x - x.mean(0)).norm()
+    for time in (0.7, 0.85, 0.95):
+        t = torch.full((len(x),), time, device=x.device)
+        x_t = model.schedule.add_noise(x, t, torch.randn(x.shape, generator=draw).to(x))
+        free, given = model(x_t, t, **model.null(cond)), model(x_t, t, **cond)
+        guided = free + w * (given - free)
+        wide = max(wide, float((guided - guided.mean(0)).norm() / data))
+        plain = max(plain, float((given - given.mean(0)).norm() / data))
+    if wide <= SPREAD or wide <= SPREAD * plain:
+        return ""
+    fitting = 1 + (w - 1) * (2 - plain) / (wide - plain)  # the spread grows nearly linearly in w
+    return (
+        f"method.guidance: at w = {w:g} the teacher's guided estimates spread {wide:.1f} times as widely as the data, "
+        f"so students of few steps saturate; lower it, to about {max(fitting, 1):.2g}."
+    )
+
+
 def _prefers_none(model: Any, context: CheckContext) -> bool:
+    if float((context.x - context.x.mean(0)).square().mean()) == 0:
+        return False
     conditional = ConventionFit(model, context.x, context.cond).score()
     return conditional > 1.02 * ConventionFit(model, context.x, model.null(context.cond)).score()
-
-
-@torch.no_grad()
-def starts_equal(context: CheckContext) -> Findings:
-    """The student equals the teacher before its first update, at every w and s."""
-    teacher, student, given = (
-        context.method.role("teacher"),
-        context.method.student,
-        context.cfg.roles.get("student"),
-    )
-    if not (has_network(student) and has_network(teacher)):
-        yield Finding.skipped("there is no teacher with a network.")
-        return
-    if context.method.warm_start:
-        yield Finding.skipped(
-            f"the student first imitates the teacher for {context.method.warm_start} steps (method.warm_start)."
-        )
-        return
-    ours, theirs = student.net, teacher.net
-    shapes = {k: v.shape for k, v in ours.state_dict().items()}
-    if not isinstance(ours, LoRAAdapter) and any(shapes.get(k) != v.shape for k, v in theirs.state_dict().items()):
-        yield Finding.skipped("student and teacher have different networks.")
-        return
-    gap = _gap(context, student, teacher)
-    if gap <= 1e-4:
-        yield Finding.ok(f"the student is the teacher before its first update (difference {gap:.0e}).")
-        return
-    copied = given is None or isinstance(given, str) or _source(given) == _source(context.cfg.roles.get("teacher"))
-    yield Finding(
-        "FAIL" if copied else "WARN",
-        f"roles.student differs from the teacher before its first update (difference {gap:.2g}); "
-        + (
-            "something changed its weights, or its new inputs w and s do not start at zero."
-            if copied
-            else "leave it out to start from the teacher's weights, or set method.warm_start."
-        ),
-    )
-
-
-def _source(settings: Any) -> Any:
-    return (
-        (settings.get("_target_"), settings.get("path"))
-        if hasattr(settings, "get") and settings.get("path")
-        else settings
-    )
-
-
-def _gap(context: CheckContext, student: Any, teacher: Any) -> float:
-    x, cond = context.samples(8)
-    draw, worst = torch.Generator().manual_seed(2), 0.0
-    for w, frac in ((1.0, 1.0), (4.0, 0.3)):
-        t = (0.05 + 0.9 * torch.rand(len(x), generator=draw)).to(x.device)
-        x_t = bcast(t, x) * torch.randn(x.shape, generator=draw).to(x) + x
-        conditions = {"w": torch.full_like(t, w)} if network_of(student).guided else {}
-        conditions |= {"s": frac * t} if network_of(student).flow_map else {}
-        theirs = teacher(x_t, t, **cond)
-        worst = max(
-            worst, float((student(x_t, t, **cond, **conditions) - theirs).abs().max() / theirs.abs().max().clamp(min=1))
-        )
-    return worst

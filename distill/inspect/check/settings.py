@@ -1,4 +1,4 @@
-"""Checks without networks: data, batches, grid, disk space, and settings without effect in a run of this length."""
+"""Checks of settings: batches, grid, disk, and settings that never come into play."""
 
 from __future__ import annotations
 
@@ -7,98 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from distill.denoise import GaussianMixture, network_of
+from distill.denoise import network_of
 from distill.errors import BadInput
 from distill.inspect.check.base import CheckContext, Finding, Findings
 from distill.training import checkpoints
 
-
-def data(context: CheckContext) -> Findings:
-    """Finite values, range, standard deviation and labels of the first samples."""
-    info, findings = context.experiment.data.info, list(_labels(context))
-    if context.x is None:
-        yield from findings or [Finding.ok("conditions only.")]
-        return
-    x = context.x.float()
-    bad = int((~torch.isfinite(x)).flatten(1).any(1).sum())
-    if bad:
-        yield Finding.fail(
-            f"{bad} of the first {len(x)} samples hold NaN or infinity; write the data again without them."
-        )
-        return
-    if len(x) > 1 and float(x.std(0).max()) == 0:
-        yield Finding.fail(f"the first {len(x)} samples are all the same; look at how the data was written.")
-    findings += [*_range(x, info), *_moments(context, x, info)]
-    yield from findings or [
-        Finding.ok(
-            f"{len(x)} samples of mean {x.mean():.2f} and standard deviation {x.std():.2f}, within "
-            f"[{x.min():.2f}, {x.max():.2f}]."
-        )
-    ]
-
-
-def _range(x: torch.Tensor, info: Any) -> Findings:
-    most, whole = float(x.abs().max()), info.dtype.startswith(("uint", "int"))
-    if most > 1.01 and (whole or info.range != (-1.0, 1.0)):
-        low, high = info.range
-        yield Finding.fail(
-            f"values reach {most:.3g} though the stored range [{low:g}, {high:g}] stands for [-1, 1]; "
-            "correct the range and write the data again."
-        )
-    elif x.ndim == 4 and x.shape[1] in (1, 3) and 1.01 < most:
-        yield Finding.warn(
-            f"values reach {most:.3g}; pixels lie within [-1, 1], so give their range when the data is written."
-        )
-    elif x.ndim == 4 and x.shape[1] in (1, 3) and x.shape[-1] > 4 and float(x.min()) >= 0:
-        yield Finding.warn("no value is below 0; pixels fill [-1, 1], so give their range when the data is written.")
-
-
-def _moments(context: CheckContext, x: torch.Tensor, info: Any) -> Findings:
-    mean, std = float(x.mean()), float(x.std())
-    if (
-        info.std
-        and len(x) >= 64
-        and (not 0.67 < std / info.std < 1.5 or abs(mean - (info.mean or 0.0)) > 0.5 * info.std)
-    ):
-        yield Finding.fail(
-            f"mean and standard deviation are {mean:.2f} and {std:.2f}, but {info.path or 'the data'} says "
-            f"{info.mean:.2f} and {info.std:.2f}; write the data again."
-        )
-    stated = {"method.sigma_data": getattr(getattr(context.method, "chart", context.method), "sigma_data", None)}
-    for role in (*context.method.frozen, *context.method.trainable):
-        model = getattr(context.method, role)
-        if getattr(model, "prediction", None) == "edm":
-            stated[f"roles.{role}.sigma_data"] = model.sigma_data
-    size = math.sqrt(mean**2 + std**2)
-    for key, value in stated.items():
-        if value and not 0.5 < size / value < 2:
-            level = "WARN" if 0.25 < size / value < 4 else "FAIL"
-            yield Finding(
-                level, f"{key}: {value:g} stands for the size of the data, which is {size:.2f}; set it to that."
-            )
-
-
-def _labels(context: CheckContext) -> Findings:
-    label, info = context.batch.get("label"), context.experiment.data.info
-    roles = (getattr(context.method, r) for r in (*context.method.frozen, *context.method.trainable))
-    classes = max((network_of(role).classes for role in roles), default=0)
-    if label is None or not info.classes:
-        if classes:
-            yield Finding.warn(f"the network has {classes} classes but the data no labels: every sample is 'no class'.")
-        return
-    if bool((label >= info.classes).any()) or bool((label < -1).any()):
-        yield Finding.fail(f"labels reach {int(label.max())}, but there are {info.classes} classes, counted from 0.")
-    elif len(label) >= 32 and info.classes > 1 and len(label.unique()) == 1:
-        yield Finding.fail(
-            f"the first {len(label)} labels are all {int(label[0])} though there are {info.classes} classes; "
-            "write the labels again, and shuffle."
-        )
-    elif not classes and not any(
-        isinstance(getattr(context.method, r), GaussianMixture) for r in context.method.frozen
-    ):
-        yield Finding.warn(f"the data has {info.classes} classes and no network takes them; they are not used.")
+SHRINK = 1e-3  # share of the weights that decay may take in a step
 
 
 def batches(context: CheckContext) -> Findings:
@@ -114,8 +28,9 @@ def batches(context: CheckContext) -> Findings:
             "engine.devices or engine.accumulate."
         )
     if count and n > count:
-        yield Finding.fail(
-            f"data.batch_size: {n} is more than the {count} samples there are; lower it, or give more data."
+        yield Finding.warn(
+            f"data.batch_size: {n} is more than the {count} samples there are, so each comes more than once in a batch; "
+            "lower it, or give more data."
         )
     elif count and total > count:
         yield Finding.warn(f"{conditions}, but there are {count} samples; each comes more than once in a step.")
@@ -194,28 +109,49 @@ def settings(context: CheckContext) -> Findings:
         if decay and decay < 1 and (half := math.log(2) / -math.log(decay)) > steps:
             key = "method.ema" if name == "ema" else f"the decay of {name}"
             texts.append(
-                f"{key}: {decay:g} has a half-life of {half:,.0f} steps, and the run has {steps}; only its ramp "
-                "(1 + n)/(10 + n) counts."
+                f"{key}: {decay:g} forgets half in {half:,.0f} steps, and the run has {steps}; only its ramp "
+                "(1 + n)/(10 + n) counts; lower it, or train longer."
             )
     for role, optim in method.optim.items():
         if optim.warmup >= steps:
-            texts.append(f"optim.{role}.warmup: {optim.warmup} steps are not over when the run is ({steps} steps).")
+            texts.append(
+                f"optim.{role}.warmup: {optim.warmup} steps are not over when the run is ({steps} steps); lower it."
+            )
         if optim.lr == 0:
-            texts.append(f"optim.{role}.lr: 0 trains nothing.")
+            texts.append(f"optim.{role}.lr: 0 trains nothing; raise it.")
+        texts += _moments(role, optim)
     for key, value in _lengths(method):
         if value >= steps:
             texts.append(
-                f"method.{key}: {value} steps, but the run has {steps}; its own loss is never reached in full."
+                f"method.{key}: {value} steps, but the run has {steps}; its own loss is never reached in full; lower it, or "
+                "train longer."
             )
     for key in ("validate_every", "save_every"):
         if train[key] > steps:
-            texts.append(f"train.{key}: {train[key]} is never reached in {steps} steps.")
+            texts.append(f"train.{key}: {train[key]} is never reached in {steps} steps; lower it, or train longer.")
     for key in ("keep_best", "patience"):
         if train[key] and not train.validate_every:
             texts.append(f"train.{key}: nothing is validated on the way; set train.validate_every.")
     if method.grid.steps > 64 and method.role("teacher") is not None:
-        texts.append(f"method.grid: {method.grid.steps} steps are many for a few-step student.")
-    yield from map(Finding.warn, texts) if texts else [Finding.ok(f"all settings take effect within {steps} steps.")]
+        texts.append(f"method.grid: {method.grid.steps} steps are many for a few-step student; lower it.")
+    yield from map(Finding.warn, texts) if texts else [Finding.ok(f"all settings come into play in {steps} steps.")]
+
+
+def _moments(role: str, optim: Any) -> list[str]:
+    """Averages of an Adam optimizer, and a weight decay that eats the weights."""
+    texts, betas = [], [float(b) for b in optim.betas or ()]
+    if "Adam" in optim.name and len(betas) == 2 and betas[0] > betas[1]:
+        texts.append(
+            f"optim.{role}.betas: {betas} averages the gradient longer than its square; the first is that of the gradient: "
+            "swap them."
+        )
+    shrink = optim.lr * optim.weight_decay
+    if optim.name == "AdamW" and shrink > SHRINK:
+        texts.append(
+            f"optim.{role}.weight_decay: {optim.weight_decay:g} halves the weights in {math.log(2) / shrink:.0f} steps at the "
+            f"rate {optim.lr:g}; lower it."
+        )
+    return texts
 
 
 def _lengths(method: Any) -> list[tuple[str, int]]:

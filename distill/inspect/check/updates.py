@@ -1,33 +1,21 @@
-r"""Dry run of one training step: gradients reach the right networks, updates descend, learning rates are in range.
-
-Two sign tests, both without updating weights. For a role with weights theta and gradient g of its loss L,
-
-    slope = (L(theta + h g/|g|) - L(theta - h g/|g|)) / (2 h |g|)
-
-on the same samples and random numbers is 1 if g is the exact gradient of L. Losses with detached targets have other
-values, but -1 means that the gradient is reversed. Second, the student's output is shifted by a constant offset a b
-(direction b, size a): the student's loss must pull it back, d/da L(a) - d/da L(-a) > 0, and a critic must follow it.
-"""
+"""Dry run of one training step: gradients reach the right networks, and conditions and guidance change them."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distill.denoise import has_network
+from distill.denoise import Guided, network_of
+from distill.errors import BadInput
 from distill.inspect.check.base import CheckContext, Finding, Findings, shortened
-from distill.methods.optim import optimizer_of
 from distill.methods.placement import Placement
 
-BATCH = 32  # samples per step
-SEEDS = (1, 2, 3)  # seeds of the offset directions b
-PUSH = 0.5  # size of the offset, in standard deviations of the network's output
-STUDENT_LIMIT, CRITIC_LIMIT = -0.5, -0.1  # a pull below these has the wrong sign; an untrained student's may be weak
-SIGN = {"x": 1.0, "edm": 1.0, "v": -1.0, "flow": -1.0, "eps": -1.0}  # sign of dx / d(network output)
+BATCH = 32  # samples of a step
 
 
 @dataclass
@@ -110,32 +98,22 @@ class DryRun:
         return seen
 
 
-def dry_run(context: CheckContext) -> Findings:
-    """The checks `gradients`, `sign` and `rates`, which compute a step without updating weights."""
-    frozen = [
+def frozen(context: CheckContext) -> Findings:
+    """Frozen roles that require gradients."""
+    names = [
         f"{role}.{n}"
         for role in context.method.frozen
         for n, v in getattr(context.method, role).named_parameters()
         if v.requires_grad
     ]
-    if frozen:
+    if names:
         yield Finding.fail(
-            f"frozen roles require gradients ({shortened(frozen)}); call requires_grad_(False) "
-            "on them, and never train them.",
-            "gradients",
+            f"frozen roles require gradients ({shortened(names)}); call requires_grad_(False) "
+            "on them, and never train them."
         )
-    if context.x is not None and not context.readable:
-        for name in ("gradients", "sign", "rates"):
-            yield Finding.skipped("the samples are not finite.", name)
-        return
-    steps = DryRun(context)
-    seen = steps.all()
-    for name, function in (("gradients", _gradients), ("sign", _signs), ("rates", _rates)):
-        for finding in function(context, steps, seen):
-            yield Finding(finding.level, finding.text, name)
 
 
-def _gradients(context: CheckContext, steps: DryRun, seen: dict[str, Turn]) -> Findings:
+def gradients(context: CheckContext, steps: DryRun, seen: dict[str, Turn]) -> Findings:
     healthy = True
     for role in context.method.trainable:
         if role not in seen:
@@ -170,156 +148,83 @@ def _gradients(context: CheckContext, steps: DryRun, seen: dict[str, Turn]) -> F
         )
 
 
-# -- sign --------------------------------------------------------------------------------------------------------
+# -- what is learnt ------------------------------------------------------------------------------------------------
 
 
-def _signs(context: CheckContext, steps: DryRun, seen: dict[str, Turn]) -> Findings:
-    remarks, clear, (pulls, critics) = [], True, ({}, []) if context.random else _pulls(context, steps)
-    for role in (r for r in context.method.trainable if r in seen):
-        pull, slope = pulls.get(role, []), _slope(steps, role, seen[role], 0)
-        limit = CRITIC_LIMIT if role in critics else STUDENT_LIMIT
-        if pull and max(pull) < limit:
-            clear = False
-            yield Finding.fail(
-                f"{role}'s update "
-                + (
-                    "moves away from the student instead of following it"
-                    if role in critics
-                    else "moves a shifted student further away"
-                )
-                + f" (pull {sum(pull) / len(pull):+.2f}); a sign in its loss is wrong, or teacher and critic are swapped."
-            )
-        elif (
-            not (pull and min(pull) > -limit)
-            and _reversed(slope)
-            and _reversed(_slope(steps, role, steps.all(7)[role], 7))
-        ):
-            clear = False
-            yield Finding.fail(
-                f"{role}'s gradient has the wrong sign: a step against it increases the loss; a sign in its loss is wrong."
-            )
-        numbers = [] if slope is None else [f"slope {slope:.2f}"]
-        remarks.append(
-            f"{role} {', '.join([*numbers, *([f'pull {sum(pull) / len(pull):+.2f}'] if pull else [])]) or 'zero gradient'}"
+def learns_conditions(context: CheckContext, steps: DryRun, seen: dict[str, Turn]) -> Findings:
+    """Whether a step's gradients change with the conditions, and with guidance where there is some."""
+    method, net = context.method, network_of(context.method.student)
+    names = [n for n in context.cond if n == "label" and net.classes or n in net.conditions]
+    names = [n for n in names if n not in net.null_keeps]
+    if not names:
+        yield Finding.skipped("the student takes no condition of the data.")
+        return
+    if method.role("teacher") is None or not any(_size(turn) > 0 for turn in seen.values()):
+        # an untrained network may start with a branch of zeros for its conditions
+        yield Finding.skipped("it needs a teacher, and a gradient that is not zero.")
+        return
+    batch = steps.batch
+    others = _others(context, batch, names)
+    if all(bool((others[n] == batch[n]).all()) for n in names):
+        yield Finding.skipped("all samples have the same condition.")
+        return
+    steps.batch = batch | others
+    changed = steps.all()
+    steps.batch = batch
+    if all(_same(seen[role], changed[role]) for role in seen):
+        yield Finding.fail(
+            f"no turn's gradient changes with the condition ({', '.join(names)}), so the student would not learn it; pass "
+            "the conditions to the networks in the method's losses."
         )
-    if clear:
-        yield Finding.ok(f"no turn has the wrong sign: {'; '.join(remarks)}.")
+        return
+    used = method.guidance != 1 or context.cfg.method.get("guidance_range") is not None
+    if not used or "weak" in method.frozen or not net.null_class:
+        yield Finding.ok(f"gradients change with the condition ({', '.join(names)}).")
+        return
+    with _without_guidance():
+        changed = steps.all()
+    if all(_same(seen[role], changed[role]) for role in seen):
+        yield Finding.warn(
+            f"method.guidance: {method.guidance:g} changes no turn's gradient, so the student learns the unguided teacher; "
+            f"{type(method).__name__} does not use it in its losses: set guidance: 1, or take another method."
+        )
+        return
+    yield Finding.ok(f"gradients change with the condition ({', '.join(names)}) and with guidance.")
 
 
-def _reversed(slope: float | None) -> bool:
-    return slope is not None and abs(slope + 1) < 0.15
+def _others(context: CheckContext, batch: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+    """Other conditions for the same samples: the null condition, or without one those of the next sample."""
+    cond = {n: v for n, v in batch.items() if n in context.cond}
+    try:
+        null = network_of(context.method.student).null(cond)
+        if any(bool((null[n] != cond[n]).any()) for n in names):
+            return {n: null[n] for n in names}
+    except BadInput:
+        pass
+    return {n: cond[n].roll(1, 0) for n in names}
 
 
-@torch.no_grad()
-def _slope(steps: DryRun, role: str, turn: Turn, seed: int) -> float | None:
-    """The loss's slope along its own gradient, over the gradient's norm; None if the numbers are too small to decide."""
-    own = dict(getattr(steps.method, role).named_parameters())
-    gradients = {n: g for n, g in turn.gradients.items() if g is not None}
-    norm = torch.stack([g.float().norm() for g in gradients.values()]).norm().item() if gradients else 0.0
-    size = torch.stack([own[n].float().norm() for n in gradients]).norm().item() if gradients else 0.0
-    if not (norm > 0 and size > 0) or norm == float("inf"):
-        return None
-    h = min(0.01 * abs(turn.value) / norm, 1e-3 * size)
-    if 2 * h * norm < 1e-5 * abs(turn.value) or h == 0:
-        return None
-    before, values = {n: own[n].clone() for n in gradients}, []
-    for sign in (1, -1):
-        for n, g in gradients.items():
-            own[n].copy_(before[n] + sign * h / norm * g)
-        with torch.enable_grad():
-            values.append(steps(steps.of[role], seed)[role].value)
-    for n, value in before.items():
-        own[n].copy_(value)
-    return (values[0] - values[1]) / (2 * h * norm)
+@contextmanager
+def _without_guidance() -> Iterator[None]:
+    """Within it every guided model returns the conditional one's estimate."""
+
+    def native(self: Guided, x_t: Tensor, t: Tensor, w: Any = None, **cond: Any) -> Tensor:
+        inputs = {"w": torch.ones_like(t)} if network_of(self.denoiser).guided else {}
+        return self.denoiser(x_t, t, **inputs, **cond)
+
+    guided, Guided.native = Guided.native, native  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        Guided.native = guided  # type: ignore[method-assign]
 
 
-def _pulls(context: CheckContext, steps: DryRun) -> tuple[dict[str, list[float]], list[str]]:
-    """Role -> how strongly it is pulled back (student) or follows (critics), by seed, in units of its gradient."""
-    method = context.method
-    nets = [r for r in method.trainable if has_network(getattr(method, r))]
-    critics = [r for r in nets if r != "student"]
-    if "student" not in nets or "student" not in steps.of or ("head" in method.trainable and not critics):
-        return {}, []  # a purely adversarial loss has no meaningful direction before its head is trained
-    pulls: dict[str, list[float]] = {r: [] for r in nets}
-    for seed in SEEDS:
-        for probed in (["student"], critics):
-            if not probed:
-                continue
-            pair = [_pushed(context, steps, nets, probed, sign, seed) for sign in (1, -1)]
-            for role in probed:
-                up, down = (each.get(role) for each in pair)
-                if up is not None and down is not None and max(abs(up), abs(down)) > 0:
-                    pull = (up - down) / (abs(up) + abs(down))
-                    pulls[role].append(pull if role == "student" else -pull)
-    return {r: v for r, v in pulls.items() if v}, critics
+def _size(turn: Turn) -> float:
+    return max((float(g.abs().max()) for g in turn.gradients.values() if g is not None), default=0.0)
 
 
-def _pushed(
-    context: CheckContext, steps: DryRun, nets: list[str], probed: list[str], sign: int, seed: int
-) -> dict[str, float]:
-    """dL/da of the probed roles; the student is pushed off by `sign`, and the critics with it unless they are probed."""
-    method, device = context.method, context.method.device
-    draw = torch.Generator().manual_seed(seed)
-    b = torch.randn(method.shape, generator=draw).to(device)
-    with ExitStack() as hooks:
-        for role in nets:
-            denoiser = getattr(method, role)
-            a = torch.tensor(float(sign) if role == "student" or role not in probed else 0.0, device=device)
-            if role in probed:
-                steps.placement.pushed[role] = a.requires_grad_(True)
-            push = _push(a, b * PUSH * SIGN[denoiser.prediction])
-            hooks.callback(denoiser.net.register_forward_hook(push).remove)
-        try:
-            seen = steps.all(seed)
-        finally:
-            steps.placement.pushed = {}
-    return {r: seen[r].pulls.get(r) for r in probed if r in seen}
-
-
-def _push(a: Tensor, b: Tensor) -> Any:
-    return lambda net, args, out: out + a.to(out.dtype) * b.to(out.dtype)
-
-
-# -- learning rates ----------------------------------------------------------------------------------------------
-
-
-def _rates(context: CheckContext, steps: DryRun, seen: dict[str, Turn]) -> Findings:
-    ratios, sound = [], True
-    for role, turn in seen.items():
-        ratio = _ratio(context, role, turn)
-        if ratio is None:
-            continue
-        key, lr = f"optim.{role}.lr", context.method.optim[role].lr
-        ratios.append(f"{role} {ratio:.0e}")
-        if not ratio <= 1:
-            sound = False
-            yield Finding.fail(
-                f"{key}: {lr:g} makes the first update {ratio:.1g} times as large as the weights; lower it."
-            )
-        elif ratio > 0.1 or ratio < 1e-7:
-            sound = False
-            yield Finding.warn(
-                f"{key}: {lr:g} makes the first update {ratio:.0e} of the weights, and 1e-7 to 1e-1 is usual; "
-                f"{'lower' if ratio > 0.1 else 'raise'} it."
-            )
-    if sound:
-        yield Finding.ok(f"first update over weights: {', '.join(ratios) or 'all gradients are zero at the start'}.")
-
-
-@torch.no_grad()
-def _ratio(context: CheckContext, role: str, turn: Turn) -> float | None:
-    """|update| / |weights| of one step at the full learning rate; none for a zero gradient or zero weights."""
-    settings, own = context.method.optim[role], dict(getattr(context.method, role).named_parameters())
-    if not any(g is not None and bool(g.any()) for g in turn.gradients.values()):
-        return None
-    before = {n: v.detach().clone() for n, v in own.items()}
-    for n, v in own.items():
-        v.requires_grad_(True).grad = turn.gradients[n]
-    if settings.clip:
-        torch.nn.utils.clip_grad_norm_(list(own.values()), settings.clip)
-    optimizer_of(settings, list(own.values()), role).step()
-    moved = torch.stack([(v - before[n]).norm() for n, v in own.items()]).norm().item()
-    size = torch.stack([v.norm() for v in before.values()]).norm().item()
-    for n, v in own.items():
-        v.copy_(before[n]).grad = None
-    return moved / size if size else None
+def _same(one: Turn, other: Turn) -> bool:
+    """Whether two gradients are equal but for rounding."""
+    pairs = [(a, other.gradients[n]) for n, a in one.gradients.items()]
+    scale = 1e-6 * max(_size(one), _size(other))
+    return all((a is None) == (b is None) and (a is None or float((a - b).abs().max()) <= scale) for a, b in pairs)
