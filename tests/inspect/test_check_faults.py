@@ -300,7 +300,7 @@ def looped(experiment, batches):
     return experiment
 
 
-@fault("data", "repeats its first batch of 16 samples", "let it go on to the next batch")
+@fault("data", "repeats its first batch of 16 samples", "let it continue with the next batch")
 def one_batch_for_ever(shards, tmp, patch):
     return looped(digits(shards), 1)
 
@@ -508,7 +508,7 @@ def null_is_a_caption(shards, tmp, patch):
 # -- the start ---------------------------------------------------------------------------------------------------------
 
 
-@fault("start", "roles.student does not answer as the teacher before its first update", "something changed its weights")
+@fault("start", "roles.student differs from the teacher before its first update", "something changed its weights")
 def student_with_other_weights(shards, tmp, patch):
     experiment = digits(shards)
     with torch.no_grad():
@@ -524,7 +524,7 @@ def new_inputs_not_at_zero(shards, tmp, patch):
     return experiment
 
 
-@fault("start", "roles.critic does not answer as the teacher before its first update", "something changed its weights")
+@fault("start", "roles.critic differs from the teacher before its first update", "something changed its weights")
 def critic_of_zeros(shards, tmp, patch):
     experiment = digits(shards, name="tdm")
     with torch.no_grad():
@@ -533,7 +533,7 @@ def critic_of_zeros(shards, tmp, patch):
     return experiment
 
 
-@fault("start", "roles.critic does not answer as the teacher before its first update", "something changed its weights")
+@fault("start", "roles.critic differs from the teacher before its first update", "something changed its weights")
 def critic_of_random_weights(shards, tmp, patch):
     experiment = digits(shards, name="tdm")
     for p in experiment.method.critic.parameters():
@@ -551,7 +551,7 @@ def critic_of_another_network(shards, tmp, patch):
     return digits(shards, f"roles.critic={critic}", name="tdm")
 
 
-@fault("start", "the average 'ema' does not answer as student", "make it a copy of student")
+@fault("start", "the average 'ema' differs from student", "make it a copy of student")
 def average_of_another_network(shards, tmp, patch):
     experiment = digits(shards)
     for p in experiment.method.ema.parameters():
@@ -621,11 +621,11 @@ class Unlearning(Diffusion):
 
 
 for method, recipe, *words in (
-    ("Away", "consistency", "student's", "a sign is turned in its loss"),
-    ("Uphill", "consistency", "student's", "a sign is turned in its loss"),
-    ("Pushing", "tdm", "student's", "a sign is turned in its loss, or teacher and critic are swapped"),
-    ("Fleeing", "tdm", "critic's", "a sign is turned in its loss, or teacher and critic are swapped"),
-    ("Unlearning", "teacher", "student's", "a sign is turned in its loss"),
+    ("Away", "consistency", "student's", "a sign in its loss is wrong"),
+    ("Uphill", "consistency", "student's", "a sign in its loss is wrong"),
+    ("Pushing", "tdm", "student's", "a sign in its loss is wrong, or teacher and critic are swapped"),
+    ("Fleeing", "tdm", "critic's", "a sign in its loss is wrong, or teacher and critic are swapped"),
+    ("Unlearning", "teacher", "student's", "a sign in its loss is wrong"),
 ):
     fault("sign", *words, name=f"{method.lower()}_loss")(
         lambda shards, tmp, patch, method=method, recipe=recipe: toy(
@@ -634,7 +634,7 @@ for method, recipe, *words in (
     )
 
 
-@fault("sign", "student's update pushes the student further off", "teacher and critic are swapped")
+@fault("sign", "student's update moves a shifted student further away", "teacher and critic are swapped")
 def teacher_and_critic_swapped_on_pictures(shards, tmp, patch):
     return digits(shards, f"method._target_={__name__}.Pushing", name="tdm")
 
@@ -751,7 +751,7 @@ for name, keys, *words in (
     (
         "average_slower_than_the_run",
         ["method.ema=0.9999"],
-        "method.ema: 0.9999 forgets half in 6,931 steps",
+        "method.ema: 0.9999 has a half-life of 6,931 steps",
         "lower it",
     ),
     (

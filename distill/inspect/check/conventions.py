@@ -109,7 +109,7 @@ class ConventionFit:
 
         Args:
             time_map: t to the time that the network gets.
-            data_map: the samples to those that the network is asked about.
+            data_map: the samples to those that the network gets.
             sign: multiplies the network's output.
             screen: use every third time only.
         """

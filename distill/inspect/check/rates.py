@@ -15,7 +15,7 @@ from distill.methods.optim import optimizer_of
 
 FAR = 0.55  # of the data's spread, by which one update may change estimates of x
 SLOW = 0.02  # the same, of all updates of a run together
-LONG = 100  # steps of a run of which SLOW is asked
+LONG = 100  # shortest run to which SLOW applies
 LAG = 0.05  # of the student's update over its weights, below which a critic's cannot follow
 SHRUNK = 0.1  # of an update, that clip or eps may leave
 Gradients = dict[str, Tensor | None]
@@ -91,14 +91,14 @@ def _shrunk(context: CheckContext, role: str, turn: Turn, ratio: float) -> list[
         return [
             Finding.warn(
                 f"optim.{role}.clip: {settings.clip:g} is far below the gradient's norm ({norm:.2g}) and shrinks the update to "
-                f"{ratio / whole:.1g} of what optim.{role}.lr asks; raise it, to 1 as a rule."
+                f"{ratio / whole:.1g} of the step that optim.{role}.lr sets; raise it, to 1 as a rule."
             )
         ]
     if (settings.eps or 0) > 1e-6:
         return [
             Finding.warn(
                 f"optim.{role}.eps: {settings.eps:g} is large beside the gradient (norm {norm:.2g}) and shrinks the update to "
-                f"{ratio / whole:.1g} of what optim.{role}.lr asks; lower it, to 1e-8 as a rule."
+                f"{ratio / whole:.1g} of the step that optim.{role}.lr sets; lower it, to 1e-8 as a rule."
             )
         ]
     return []

@@ -57,16 +57,16 @@ def _repeated(x: Tensor, data: Any) -> Findings:
         )
     elif expected > size >= different and len(x) >= 2 * size and torch.equal(flat[:size], flat[size : 2 * size]):
         yield Finding.fail(
-            f"the data loader repeats its first batch of {size} samples; let it go on to the next batch at each step."
+            f"the data loader repeats its first batch of {size} samples; let it continue with the next batch at each step."
         )
     elif len(x) > 1 and different == 1:
         yield Finding.warn(
-            f"the first {len(x)} samples are all the same, which only a test on one sample wants; otherwise look at how "
+            f"the first {len(x)} samples are all the same, which is right only for a test on one sample; otherwise look at how "
             "the data was written."
         )
     elif different < FEW * expected:
         yield Finding.warn(
-            f"only {different} of the first {len(x)} samples differ, which only a test on few samples wants; otherwise "
+            f"only {different} of the first {len(x)} samples differ, which is right only for a test on few samples; otherwise "
             "look at how the data was written."
         )
 

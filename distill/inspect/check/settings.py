@@ -1,4 +1,4 @@
-"""Checks of settings: batches, grid, disk, and settings that never come into play."""
+"""Checks of settings: batches, grid, disk, and settings that never take effect."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def settings(context: CheckContext) -> Findings:
         if decay and decay < 1 and (half := math.log(2) / -math.log(decay)) > steps:
             key = "method.ema" if name == "ema" else f"the decay of {name}"
             texts.append(
-                f"{key}: {decay:g} forgets half in {half:,.0f} steps, and the run has {steps}; only its ramp "
+                f"{key}: {decay:g} has a half-life of {half:,.0f} steps, and the run has {steps}; only its ramp "
                 "(1 + n)/(10 + n) counts; lower it, or train longer."
             )
     for role, optim in method.optim.items():
@@ -134,7 +134,7 @@ def settings(context: CheckContext) -> Findings:
             texts.append(f"train.{key}: nothing is validated on the way; set train.validate_every.")
     if method.grid.steps > 64 and method.role("teacher") is not None:
         texts.append(f"method.grid: {method.grid.steps} steps are many for a few-step student; lower it.")
-    yield from map(Finding.warn, texts) if texts else [Finding.ok(f"all settings come into play in {steps} steps.")]
+    yield from map(Finding.warn, texts) if texts else [Finding.ok(f"all settings take effect in {steps} steps.")]
 
 
 def _moments(role: str, optim: Any) -> list[str]:

@@ -24,31 +24,31 @@ from distill.inspect.check.updates import DryRun, Turn
 
 SEEDS = (1, 2, 3)  # of the directions in which outputs are pushed off
 PUSH = 0.5  # of the standard deviation of the network's output
-AWAY, FLEES = (
+AWAY, BEHIND = (
     -0.5,
     -0.1,
-)  # mean pulls of student and critics below these go the wrong way, if none is above FLEES
+)  # mean pulls of student and critics below these go the wrong way, if none is above BEHIND
 SIGN = {"x": 1.0, "edm": 1.0, "v": -1.0, "flow": -1.0, "eps": -1.0}  # of the change in x by one in the network's output
 
 
 def signs(context: CheckContext, steps: DryRun, seen: dict[str, Turn]) -> Findings:
     if narrow_kernel(context):
-        yield Finding.skipped("the kernels are too narrow to tell (method.bandwidths).")
+        yield Finding.skipped("the kernels are too narrow (method.bandwidths).")
         return
     remarks, clear, (pulls, critics) = [], True, ({}, []) if context.random else _pulls(context, steps)
     for role in (r for r in context.method.trainable if r in seen):
         pull, slope = pulls.get(role, []), _slope(steps, role, seen[role], 0)
-        limit = FLEES if role in critics else AWAY
-        if pull and max(pull) < FLEES and sum(pull) / len(pull) < limit:
+        limit = BEHIND if role in critics else AWAY
+        if pull and max(pull) < BEHIND and sum(pull) / len(pull) < limit:
             clear = False
             yield Finding.fail(
                 f"{role}'s update "
                 + (
-                    "flees the student instead of following it"
+                    "moves away from the student instead of following it"
                     if role in critics
-                    else "pushes the student further off when it is off"
+                    else "moves a shifted student further away"
                 )
-                + f" (pull {sum(pull) / len(pull):+.2f}); a sign is turned in its loss"
+                + f" (pull {sum(pull) / len(pull):+.2f}); a sign in its loss is wrong"
                 + (", or teacher and critic are swapped." if critics else ".")
             )
         elif (
@@ -56,8 +56,8 @@ def signs(context: CheckContext, steps: DryRun, seen: dict[str, Turn]) -> Findin
         ):
             clear = False
             yield Finding.fail(
-                f"{role}'s gradient points uphill: along its own update the loss grows as fast as it should "
-                "fall; a sign is turned in its loss."
+                f"{role}'s gradient has the wrong sign: along its own update the loss grows as fast as it should "
+                "fall; a sign in its loss is wrong."
             )
         numbers = [] if slope is None else [f"slope {slope:.2f}"]
         remarks.append(
@@ -73,7 +73,7 @@ def _uphill(slope: float | None) -> bool:
 
 @torch.no_grad()
 def _slope(steps: DryRun, role: str, turn: Turn, seed: int) -> float | None:
-    """The loss's slope along its own gradient, over the gradient's norm; none where numbers are too small to tell."""
+    """The loss's slope along its own gradient, over the gradient's norm; none where numbers are too small."""
     own = dict(getattr(steps.method, role).named_parameters())
     gradients = {n: g for n, g in turn.gradients.items() if g is not None}
     norm = torch.stack([g.float().norm() for g in gradients.values()]).norm().item() if gradients else 0.0
@@ -100,7 +100,7 @@ def _pulls(context: CheckContext, steps: DryRun) -> tuple[dict[str, list[float]]
     nets = [r for r in method.trainable if has_network(getattr(method, r))]
     critics = [r for r in nets if r != "student"]
     if "student" not in nets or "student" not in steps.of or ("head" in method.trainable and not critics):
-        return {}, []  # an adversarial loss alone knows no way back before its head is trained
+        return {}, []  # an adversarial loss alone gives no direction before its head is trained
     pulls: dict[str, list[float]] = {r: [] for r in nets}
     for seed in SEEDS:
         for probed in (["student"], critics):

@@ -60,7 +60,7 @@ def _against_teacher(context: CheckContext, role: str, denoiser: Any, teacher: A
     copied = given is None or isinstance(given, str) or _source(given) == _source(context.cfg.roles.get("teacher"))
     yield Finding(
         "FAIL" if copied else "WARN",
-        f"roles.{role} does not answer as the teacher before its first update (difference {gap:.2g}); "
+        f"roles.{role} differs from the teacher before its first update (difference {gap:.2g}); "
         + (
             "something changed its weights, or its new inputs w and s do not start at zero."
             if copied
@@ -77,7 +77,7 @@ def _averages(context: CheckContext) -> Findings:
         gap = _gap(context, getattr(method, name), getattr(method, role))
         if not gap <= EQUAL:
             yield Finding.fail(
-                f"the average '{name}' does not answer as {role} before the first update (difference {gap:.2g}), and what "
+                f"the average '{name}' differs from {role} before the first update (difference {gap:.2g}), and what "
                 f"it holds would stay in the exported weights; make it a copy of {role}."
             )
 
