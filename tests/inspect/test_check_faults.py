@@ -639,7 +639,7 @@ def teacher_and_critic_swapped_on_pictures(shards, tmp, patch):
     return digits(shards, f"method._target_={__name__}.Pushing", name="tdm")
 
 
-@fault("gradients", "the loss of student's turn does not depend on student", "it must call the network with gradient")
+@fault("gradients", "the loss of student's turn does not depend on student", "call its network with gradients enabled")
 def loss_without_its_role(shards, tmp, patch):
     return toy(f"method._target_={__name__}.Detached", name="guidance")
 
@@ -659,7 +659,7 @@ def parameters_that_are_not_used(shards, tmp, patch):
     return experiment
 
 
-@fault("gradients", "student's", "look at its data, precision and weights")
+@fault("gradients", "student's", "check its data, precision and weights")
 def infinite_weights(shards, tmp, patch):
     experiment = toy(name="consistency")
     with torch.no_grad():

@@ -27,7 +27,7 @@ PUSH = 0.5  # of the standard deviation of the network's output
 AWAY, BEHIND = (
     -0.5,
     -0.1,
-)  # mean pulls of student and critics below these go the wrong way, if none is above BEHIND
+)  # mean pulls of student and critics below these have the wrong sign, if none is above BEHIND
 SIGN = {"x": 1.0, "edm": 1.0, "v": -1.0, "flow": -1.0, "eps": -1.0}  # of the change in x by one in the network's output
 
 
@@ -64,7 +64,7 @@ def signs(context: CheckContext, steps: DryRun, seen: dict[str, Turn]) -> Findin
             f"{role} {', '.join([*numbers, *([f'pull {sum(pull) / len(pull):+.2f}'] if pull else [])]) or 'at rest'}"
         )
     if clear:
-        yield Finding.ok(f"no turn goes the wrong way: {'; '.join(remarks)}.")
+        yield Finding.ok(f"no turn has the wrong sign: {'; '.join(remarks)}.")
 
 
 def _uphill(slope: float | None) -> bool:
