@@ -57,7 +57,7 @@ def matching(
         c: width of the pseudo-Huber loss; None for the squared loss.
         weight: an additional factor (B,), such as that of `divergence_weight`.
         normalise: "real" divides by mean|x - D| per sample (DMD, DMD2, TDM). "none" does not: with weight =
-            alpha_u / sigma_u^2 the gradient is that of the KL (Diff-Instruct, https://arxiv.org/abs/2305.18455).
+            (alpha_u / sigma_u)^2 the gradient is that of KL(p_G | p_D) at u (Diff-Instruct, https://arxiv.org/abs/2305.18455).
 
     Raises:
         BadInput: for another `normalise`.

@@ -1,0 +1,180 @@
+"""Mutation testing: single changes of arithmetic, comparisons, constants and signs, each against the module's own fast tests.
+
+    python tests/mutants.py                     # all of distill/losses, and 400 of distill/methods drawn by a seed
+    python tests/mutants.py distill/losses/snr.py
+
+The mutants are those of cosmic-ray. They are never written to disk: a process that has imported torch is forked for each, and the
+fork imports the changed module. A mutant is killed if a test fails, the module does not import, or the tests run four times as
+long. Results are appended to `mutants.csv` and a second run goes on; survivors and their reasons are in tests/mutants.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.abc
+import importlib.util
+import os
+import random
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+OPERATORS = [
+    *(f"ReplaceBinaryOperator_{pair}" for pair in ("Add_Sub", "Sub_Add", "Mul_Div", "Div_Mul", "Pow_Mul", "FloorDiv_Div")),
+    *(f"ReplaceComparisonOperator_{pair}" for pair in ("Lt_LtE", "Lt_GtE", "LtE_Lt", "LtE_Gt", "Gt_GtE", "Gt_LtE")),
+    *(f"ReplaceComparisonOperator_{pair}" for pair in ("GtE_Gt", "GtE_Lt", "Eq_NotEq", "NotEq_Eq", "Is_IsNot", "IsNot_Is")),
+    "ReplaceUnaryOperator_USub_UAdd",
+    "NumberReplacer",
+]
+PRELOADED = ("torch", "torch.utils.checkpoint", "lightning", "omegaconf", "numpy", "scipy.stats", "scipy.linalg", "pytest")
+TESTS = {  # a module's own tests, where they are not named after it; no test that compares with a stored number
+    "losses/flowmap": "losses/test_average_velocity",
+    "methods/base": "methods/test_method training/test_placement training/test_schedules",
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change: the operator's occurrence in a module, and the line before and after."""
+
+    module: str
+    operator: str
+    occurrence: int
+    line: int
+    before: str
+    after: str
+    code: str
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        return self.module, self.operator, str(self.occurrence), self.before
+
+
+def mutants(path: Path) -> list[Mutant]:
+    """All mutants of a module, without those of a bare `*` in a signature."""
+    from cosmic_ray.mutating import mutate_code
+    from cosmic_ray.plugins import get_operator
+
+    source, found = path.read_text(), []
+    for name in OPERATORS:
+        operator, occurrence = get_operator(f"core/{name}")(), 0
+        while (code := mutate_code(source, operator, occurrence)) is not None:
+            pairs = zip(source.splitlines(), code.splitlines())
+            line, before, after = next((i, a, b) for i, (a, b) in enumerate(pairs, 1) if a != b)
+            if before.strip() != "*,":
+                module = str(path.resolve().relative_to(ROOT))
+                found.append(Mutant(module, name, occurrence, line, before.strip(), after.strip(), code))
+            occurrence += 1
+    return found
+
+
+class Replaced(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports one module from other source text."""
+
+    def __init__(self, path: Path, code: str):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        self.package = parts[-1] == "__init__"
+        self.name, self.path, self.code = ".".join(parts[:-1] if self.package else parts), path, code
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname != self.name:
+            return None
+        return importlib.util.spec_from_file_location(
+            fullname, self.path, loader=self, submodule_search_locations=[str(self.path.parent)] if self.package else None
+        )
+
+    def exec_module(self, module):
+        exec(compile(self.code, str(self.path), "exec"), module.__dict__)  # noqa: S102
+
+
+def tests_of(module: str) -> list[str]:
+    """Files of the tests of `distill/KIND/NAME.py`."""
+    kind, name = Path(module).parts[1], Path(module).stem
+    names = TESTS.get(f"{kind}/{name}", f"{kind}/test_{name}").split()
+    return [f"tests/{name}.py" for name in names]
+
+
+def run_tests(files: list[str], mutant: Mutant | None, limit: float) -> tuple[str, float]:
+    """("passed" | "failed" | "timeout", seconds) of the files in a fork that sees the mutant."""
+    started = time.monotonic()
+    child = os.fork()
+    if not child:
+        os.setsid()
+        out = os.open(os.devnull if mutant else "/tmp/mutants-baseline.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(out, 1), os.dup2(out, 2)
+        code = 1
+        try:
+            import pytest
+
+            if mutant:
+                sys.meta_path.insert(0, Replaced(ROOT / mutant.module, mutant.code))
+            quiet = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=", "-m", "not slow"]
+            code = int(pytest.main([*quiet, *files]))
+        finally:
+            os._exit(code)
+    while time.monotonic() - started < limit:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            passed = os.waitstatus_to_exitcode(status) == 0
+            return ("passed" if passed else "failed"), time.monotonic() - started
+        time.sleep(0.02)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return "timeout", time.monotonic() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("modules", nargs="*", type=Path, help="all of losses and a draw of methods by default")
+    parser.add_argument("--draw", type=int, default=400, help="mutants of methods, default 400")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--results", type=Path, default=ROOT / "mutants.csv")
+    options = parser.parse_args()
+    os.chdir(ROOT)
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+    if options.modules:
+        chosen = [m for path in options.modules for m in mutants(path)]
+    else:
+        chosen = [m for path in sorted((ROOT / "distill/losses").glob("*.py")) for m in mutants(path)]
+        of_methods = [m for path in sorted((ROOT / "distill/methods").glob("*.py")) for m in mutants(path)]
+        drawn = random.Random(options.seed).sample(of_methods, min(options.draw, len(of_methods)))
+        chosen += sorted(drawn, key=lambda m: (m.module, m.line))
+    known = {}
+    if options.results.exists():
+        with options.results.open() as file:
+            known = {tuple(row[:4]): row[6] for row in csv.reader(file)}
+    for name in PRELOADED:
+        importlib.import_module(name)
+
+    baseline: dict[str, float] = {}
+    counts: dict[str, list[int]] = {}
+    for mutant in chosen:
+        outcome = known.get(mutant.key)
+        if outcome is None:
+            files = tests_of(mutant.module)
+            if mutant.module not in baseline:
+                outcome, baseline[mutant.module] = run_tests(files, None, 600)
+                if outcome != "passed":
+                    sys.exit(f"the tests of {mutant.module} do not pass without a mutant; see /tmp/mutants-baseline.txt.")
+            outcome, _ = run_tests(files, mutant, 20 + 4 * baseline[mutant.module])
+            outcome = "survived" if outcome == "passed" else "killed"
+            with options.results.open("a") as file:
+                csv.writer(file).writerow([*mutant.key, mutant.after, mutant.line, outcome])
+            if outcome == "survived":
+                print(f"{mutant.module}:{mutant.line}: {mutant.before}  ->  {mutant.after}", flush=True)
+        count = counts.setdefault(mutant.module, [0, 0])
+        count[0] += outcome == "killed"
+        count[1] += 1
+    for module, (killed, total) in counts.items():
+        print(f"{module:40} {killed:4} of {total:4} killed")
+    killed, total = (sum(count[i] for count in counts.values()) for i in (0, 1))
+    print(f"{'all':40} {killed:4} of {total:4} killed, {100 * killed / max(total, 1):.1f} %")
+
+
+if __name__ == "__main__":
+    main()
