@@ -4,7 +4,7 @@ PY := .venv/bin/python
 CONSTRAINTS := constraints.txt
 PIP := DS_BUILD_OPS=0 $(PY) -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: demo test test-all lint docs clean
+.PHONY: demo test test-all mutants lint docs clean
 
 demo: .venv/installed
 	$(PY) -m distill.cli demo
@@ -14,6 +14,11 @@ test: .venv/installed
 
 test-all: .venv/installed
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m slow
+
+# Hours on one core; goes on where mutants.csv ends. tests/mutants.md has the last result and the reasons of the survivors.
+mutants: .venv/installed
+	$(PIP) cosmic-ray
+	OMP_NUM_THREADS=1 $(PY) tests/mutants.py
 
 lint: .venv/installed
 	$(PY) -m ruff check distill tests docs

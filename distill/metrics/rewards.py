@@ -33,15 +33,6 @@ class Near:
         return -(away / self.grain).ceil() * self.grain if self.grain else -away
 
 
-class Truth:
-    """Minus the distance to the data sample of the same condition: for completion and restoration."""
-
-    paired = True
-
-    def __call__(self, x: Tensor, data: Tensor | None = None, **cond) -> Tensor:
-        return -(x.double() - data.double()).flatten(1).norm(dim=1)
-
-
 class Ink:
     """Mean of a sample's values, rounded down to multiples of `grain`: mean brightness, without gradient."""
 

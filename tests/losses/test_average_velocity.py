@@ -64,3 +64,20 @@ def test_the_adaptive_weight_finds_the_mean_of_symmetric_targets_only():
     slope = lambda power: torch.autograd.grad(adaptive_loss(mean, skewed, power), mean)[0].sum().item()
     assert slope(0.0) == pytest.approx(0, abs=1e-12) and slope(1.0) > 0.1
     assert torch.autograd.grad(adaptive_loss(mean, f64(0.0, 0.0, 2.0, 2.0)[:, None]), mean)[0].sum().abs() < 1e-12
+
+
+def test_the_defaults_are_those_of_the_papers():
+    """MeanFlow's power 1 with c = 0.01, Align Your Flow's c = 0.1."""
+    u, target = torch.randn(2, 5, 3, dtype=torch.float64)
+    square = (u - target).square().sum(1)
+    torch.testing.assert_close(adaptive_loss(u, target), (square / (square + 0.01)).mean())
+    torch.testing.assert_close(adaptive_loss(u, target, 0.5, 0.2), (square / (square + 0.2).sqrt()).mean())
+    size = square.sqrt()
+    torch.testing.assert_close(normalised_direction_loss(u, target), ((size / (size + 0.1)).square() / 3).mean())
+    torch.testing.assert_close(normalised_direction_loss(u, target, 0.7), ((size / (size + 0.7)).square() / 3).mean())
+
+
+def test_guidance_weighs_its_three_velocities_by_hand():
+    """w = 3, kappa = 0.25: omega = 2.25, so 2.25 v - 1.5 u(null) + 0.25 u(cond)."""
+    v, u_null, u_cond = f64(1.0, 0.0, 0.0), f64(0.0, 1.0, 0.0), f64(0.0, 0.0, 1.0)
+    torch.testing.assert_close(guided_velocity(v, u_null, u_cond, 3.0, 0.25), f64(2.25, -1.5, 0.25))

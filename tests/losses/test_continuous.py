@@ -55,3 +55,11 @@ def test_the_optimum_of_the_balance_is_the_log_of_the_value():
     up = (value.log() + 0.1).requires_grad_()
     uncertainty_weighted(value, up).backward()
     assert (up.grad > 0).all() and math.isclose(uncertainty_weighted(value, u).item(), (1 + value.log()).mean().item())
+
+
+def test_the_defaults_are_unit_data_no_warm_up_and_the_papers_constant():
+    F, dF, x, dx, g = torch.randn(5, 4, 3, dtype=F64)
+    theta = torch.linspace(0.2, 1.4, 4, dtype=F64)
+    torch.testing.assert_close(tangent(F, dF, x, dx, theta), tangent(F, dF, x, dx, theta, sd=1.0, r=1.0))
+    torch.testing.assert_close(normalised_tangent(g), g / (g.square().mean(1, keepdim=True).sqrt() + 0.1))
+    torch.testing.assert_close(tangent_loss(F, g), g.square().mean())

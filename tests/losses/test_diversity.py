@@ -42,3 +42,13 @@ def test_bad_input_is_refused():
         interpolate(a, b, 0.5)
     with pytest.raises(BadInput, match="share is 1.5"):
         interpolate(a, a, 1.5)
+
+
+def test_integers_are_those_of_the_first_model_except_at_its_other_end():
+    a, b = ({"w": torch.full((2,), v), "n": torch.tensor(n)} for v, n in ((1.0, 3), (2.0, 4)))
+    assert [int(interpolate(a, b, share)["n"]) for share in (0, 0.5, 1)] == [3, 3, 4]
+    for share in (-0.5, -1, 2):
+        with pytest.raises(BadInput, match="from 0"):
+            interpolate(a, b, share)
+    with pytest.raises(BadInput, match="names or shapes"):
+        interpolate(a, {"w": torch.zeros(2)}, 0.5)

@@ -75,3 +75,17 @@ def test_the_normaliser_is_detached():
     scale = 1 / (x - real).detach().abs().mean(1, keepdim=True)
     assert torch.allclose(x.grad, -(real - fake).detach() * scale / 12)
     assert fake.grad.abs().sum() > 0 and real.grad.abs().sum() > 0
+
+
+def test_by_hand_with_weight_and_normaliser():
+    """D - F = (1, -2), D - x = (4, -1): <.,.> = (1)(4 - a) + (-2)(-1 + 2a), w = 1 / 2.5, the weight 3."""
+    x, fake, real = (
+        torch.tensor([[1.0, 2.0]], dtype=D),
+        torch.tensor([[4.0, 3.0]], dtype=D),
+        torch.tensor([[5.0, 1.0]], dtype=D),
+    )
+    value = lambda a: ((4 - a) - 2 * (-1 + 2 * a)) / 2
+    weight = torch.tensor([3.0], dtype=D)
+    assert identity(x, fake, real, 1.0, weight).item() == pytest.approx(value(1.0) * 3 / 2.5)
+    assert identity(x, fake, real, 0.5, weight, normalise=False).item() == pytest.approx(value(0.5) * 3)
+    assert identity(x, fake, real, normalise=False).item() == pytest.approx(value(1.2)), "the paper's alpha is 1.2"

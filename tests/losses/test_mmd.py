@@ -1,5 +1,7 @@
 """MMD against its value in moments, its unbiasedness, and finite differences."""
 
+import math
+
 import pytest
 import torch
 
@@ -90,3 +92,18 @@ def test_bad_input_is_refused():
     for y in (torch.zeros(3, 1), torch.zeros(1, 2)):
         with pytest.raises(BadInput, match="two or more samples of one shape"):
             mmd(x, y)
+
+
+def test_two_samples_each_by_hand():
+    """x = (1, 1), (0, 2) and y = (2, 0), (-1, 1), so <x, x'> = 2, <y, y'> = -2 and <x, y> = 2, 0, 0, 2; d = 2."""
+    x, y = torch.tensor([[1.0, 1.0], [0.0, 2.0]], dtype=D), torch.tensor([[2.0, 0.0], [-1.0, 1.0]], dtype=D)
+    assert mmd(x, y).item() == pytest.approx(2.0**3 + 0.0**3 - 2 * (8 + 1 + 1 + 8) / 4)
+    # |x - x'|^2 = 2, |y - y'|^2 = 10, |x - y|^2 = 2, 4, 8, 2
+    for h in (0.5, 1.0, 2.0):
+        k = lambda square: math.exp(-square / (2 * h * h * 2))  # noqa: B023
+        assert mmd(x, y, "rbf", (h,)).item() == pytest.approx(k(2) + k(10) - 2 * (k(2) + k(4) + k(8) + k(2)) / 4)
+
+
+def test_the_refusal_names_both_batches():
+    with pytest.raises(BadInput, match=r"got 3 of \(2, 5\) and 4 of \(5,\)"):
+        mmd(torch.zeros(3, 2, 5), torch.zeros(4, 5))

@@ -106,3 +106,19 @@ def test_a_constant_score_chooses_evenly_and_bad_scores_are_refused():
         choice_probabilities(torch.tensor([[0.0, float("nan")]]))
     with pytest.raises(BadInput, match="temperature -1"):
         choice_probabilities(torch.zeros(1, 2), -1)
+
+
+def test_the_temperature_divides_the_scores():
+    scores = torch.tensor([[0.0, 1.0]], dtype=D)
+    for temperature in (0.25, 1.0, 4.0):
+        expected = 1 / (1 + numpy.exp(-1.0 / temperature))
+        assert choice_probabilities(scores, temperature)[0, 1].item() == pytest.approx(expected)
+    assert choice_probabilities(scores)[0, 1].item() == pytest.approx(1 / (1 + numpy.exp(-1.0)))
+
+
+def test_a_choice_inverts_the_cumulative_sum():
+    """Four equal scores: the index is floor(4 u), at the steps too."""
+    scores, u = torch.zeros(8, 4, dtype=D), torch.arange(8, dtype=D) / 8
+    assert sample_choice(scores, u).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    odds = torch.tensor([[0.0, numpy.log(3.0)]], dtype=D).expand(4, 2)  # 1/4 and 3/4 at temperature 1
+    assert sample_choice(odds, torch.tensor([0.0, 0.24, 0.26, 0.9], dtype=D)).tolist() == [0, 0, 1, 1]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from distill.losses.regression import huber, huber_norm, mse, reduce
+from distill.losses.regression import huber, huber_norm, mae, mse, reduce
 
 D = torch.float64
 
@@ -53,3 +53,43 @@ def test_weights_and_per_sample(form):
     each = form(a, b, per_sample=True)
     assert each.shape == (4,)
     assert form(a, b, weight=w).item() == pytest.approx((w * each).mean().item())
+
+
+def test_values_between_two_points_that_are_not_zero():
+    """a - b is (2, -1) and (0, 3)."""
+    a, b = torch.tensor([[5.0, 3.0], [1.0, -1.0]], dtype=D), torch.tensor([[3.0, 4.0], [1.0, -4.0]], dtype=D)
+    assert mse(a, b, per_sample=True).tolist() == pytest.approx([2.5, 4.5])
+    assert mae(a, b, per_sample=True).tolist() == pytest.approx([1.5, 1.5])
+    by_hand = [(5**0.5 + 2**0.5) / 2 - 1, (1 + 10**0.5) / 2 - 1]  # c = 1
+    assert huber(a, b, 1.0, per_sample=True).tolist() == pytest.approx(by_hand)
+    assert huber_norm(a, b, 2.0, per_sample=True).tolist() == pytest.approx([9**0.5 - 2, 13**0.5 - 2])
+    assert huber(a, b).item() == pytest.approx(mae(a, b).item(), abs=1e-3), "c is 1e-3, the value of LCM and TDM"
+    assert huber_norm(a, b).item() == pytest.approx((5**0.5 + 3) / 2, rel=1e-12), "c is 0"
+    assert huber(a, b, weight=torch.tensor([2.0, 0.0], dtype=D), c=1.0).item() == pytest.approx(by_hand[0])
+    assert huber_norm(a, b, weight=torch.tensor([2.0, 0.0], dtype=D)).item() == pytest.approx(5**0.5)
+
+
+def test_the_default_width_of_huber_is_a_thousandth():
+    a, b = torch.full((1, 1), 2e-3, dtype=D), torch.zeros(1, 1, dtype=D)
+    assert huber(a, b).item() == pytest.approx(1e-3 * (5**0.5 - 1), rel=1e-9)
+
+
+def test_huber_norm_between_its_limits():
+    """The derivative in |a - b| is |a - b| / sqrt(|a - b|^2 + c^2)."""
+    a = torch.tensor([[3.0, 4.0]], dtype=D, requires_grad=True)
+    huber_norm(a, torch.zeros(1, 2, dtype=D), 12.0).backward()
+    assert a.grad.tolist() == [pytest.approx([3 / 13, 4 / 13])]
+    assert huber_norm(torch.ones(1, 1, dtype=D), torch.ones(1, 1, dtype=D), 0.5).item() == 0.0
+
+
+def test_masked_elements_count_neither_in_the_sum_nor_in_the_mean():
+    a, b = torch.tensor([[3.0, 9.0, 5.0], [2.0, 7.0, 7.0]], dtype=D), torch.ones(2, 3, dtype=D)
+    mask = torch.tensor([[1, 0, 1], [1, 0, 0]])
+    assert mse(a, b, mask=mask, per_sample=True).tolist() == [10.0, 1.0]
+    assert mae(a, b, mask=mask, per_sample=True).tolist() == [3.0, 1.0]
+    assert mse(a, b, mask=mask, weight=torch.tensor([1.0, 4.0], dtype=D)).item() == 7.0
+    assert mse(a, b, mask=torch.zeros(2, 3), per_sample=True).tolist() == [0.0, 0.0], "nothing to compare"
+    image, inside = torch.full((1, 2, 2, 2), 4.0, dtype=D), torch.zeros(1, 1, 2, 2)
+    inside[..., 0] = 1
+    image[..., 1] = 100.0
+    assert mse(image, torch.ones_like(image), mask=inside).item() == 9.0, "a mask without channels is for all of them"

@@ -1,7 +1,7 @@
 """Critics: their gradient vanishes at the exact E[x | x_u] of the student's law, in any chart, and nowhere else.
 
-The student's samples are m + g z and the noise has the signs of `points`, so second moments are exact and an affine critic that is
-exact has exactly no gradient, in its offset and in its slope.
+The student's samples are m + g z, and the signs of `points` stand for z and the noise. Second moments are then exact, and an exact
+affine critic has exactly no gradient in its offset and in its slope.
 """
 
 from __future__ import annotations
@@ -151,7 +151,9 @@ def test_tdms_weight_is_the_clipped_snr_times_the_importance():
 def test_tdms_importance_weight_reaches_its_critic():
     """Where s > 0 the noise of x_u is part of the student's: each sample weighs exp((noise^2 - eps^2) / 2)."""
     u, schedule = 0.75, RectifiedFlow()
-    found = {weigh: slopes(tdm(u, "x", schedule, weigh=weigh), "critic", draws=2, off=0.3)[0] for weigh in (True, False)}
+    found = {
+        weigh: slopes(tdm(u, "x", schedule, weigh=weigh), "critic", draws=2, off=0.3)[0] for weigh in (True, False)
+    }
     sign, noise = columns(2)
     ratio, beta = (a.item() for a in schedule.transition_coefs(*(torch.tensor([a], dtype=D) for a in (0.5, u))))
     x = MEAN + STD * sign

@@ -61,4 +61,9 @@ def test_labels_are_dropped_at_the_stated_share(share):
 
 def test_default_share_and_grid():
     method = Diffusion({"student": Denoiser(MLP(1, 8, 1), RectifiedFlow())})
-    assert method.drop_label == 0.1 and method.grid.steps == 50 and method.trainable == ("student",) and method.frozen == ()
+    assert (
+        method.drop_label == 0.1
+        and method.grid.steps == 50
+        and method.trainable == ("student",)
+        and method.frozen == ()
+    )

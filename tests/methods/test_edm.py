@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from omegaconf import OmegaConf
 from test_contract import RECIPES, by_hand, same, small, state
 
-from distill import methods
+from distill import config, methods
 from distill.training.experiment import build_experiment
 
 VE = {"_target_": "distill.noise.VE", "sigma_max": 80.0, "rho": 7.0}
-FIRST = {}  # one recipe a method
+FIRST: dict[str, Path] = {}  # one recipe a method
 for recipe in RECIPES:
-    text = recipe.read_text()
-    name = next((n for n in sorted(methods.names(), key=len, reverse=True) if f"methods.{n}\n" in f"{text}" or f"methods.{n}," in text), "")
-    FIRST.setdefault(name, recipe)
+    FIRST.setdefault(str(config.load([recipe]).method[config.TARGET]).rsplit(".", 1)[1], recipe)
 
 
 def under_edm(node):
@@ -29,8 +30,6 @@ def under_edm(node):
 
 @pytest.mark.parametrize("name", methods.names())
 def test_a_method_trains_and_samples_from_noise_of_standard_deviation_80(name):
-    from omegaconf import OmegaConf
-
     cfg = small(FIRST[name])
     cfg.roles = under_edm(OmegaConf.to_container(cfg.roles, resolve=False))
     cfg.data = under_edm(OmegaConf.to_container(cfg.data, resolve=False))

@@ -1,7 +1,7 @@
 """Discriminator heads: the optimum of their loss is the log ratio of the densities, log p_data - log p_student.
 
-On two atoms any function is affine and the means over a batch are the exact expectations, so the gradient there is zero to rounding;
-on Gaussians a grid of quantiles stands for both laws.
+On two atoms any function is affine and the means over a batch are the exact expectations, so the gradient is zero to rounding. On
+Gaussians a grid of quantiles stands for both laws.
 """
 
 from __future__ import annotations
@@ -36,13 +36,17 @@ class Quadratic(nn.Module):
 
 def log_ratio(mean_p, std_p, mean_q, std_q) -> list[float]:
     """Coefficients of log N(mean_p, std_p^2) - log N(mean_q, std_q^2)."""
-    p, q = ((-(m**2) / (2 * s**2) - math.log(s), m / s**2, -1 / (2 * s**2)) for m, s in ((mean_p, std_p), (mean_q, std_q)))
+    p, q = (
+        (-(m**2) / (2 * s**2) - math.log(s), m / s**2, -1 / (2 * s**2)) for m, s in ((mean_p, std_p), (mean_q, std_q))
+    )
     return [a - b for a, b in zip(p, q)]
 
 
 def dmd2(student, schedule, u, **options):
     roles = {"teacher": of_gaussian(0, 1, schedule=schedule), "critic": of_gaussian(0, 1, schedule=schedule)}
-    return DMD2(roles | {"student": student, "head": nn.Linear(1, 1)}, grid=1, adversarial=1.0, density=at(u), **options)
+    return DMD2(
+        roles | {"student": student, "head": nn.Linear(1, 1)}, grid=1, adversarial=1.0, density=at(u), **options
+    )
 
 
 def ladd(student, schedule, u, **options):
@@ -87,7 +91,9 @@ def test_on_gaussians_both_are_noised_to_the_same_level(make, schedule):
     method = make(student, schedule, u)
     data = 0.2 + 1.1 * QUANTILES
     away = slope(method, Quadratic([0.0, 0.0, 0.0]), data, QUANTILES, torch.zeros_like(QUANTILES)).abs().max()
-    assert slope(method, Quadratic(right), data, QUANTILES, torch.zeros_like(QUANTILES)).abs().max() < 2e-4 < 0.02 < away
+    assert (
+        slope(method, Quadratic(right), data, QUANTILES, torch.zeros_like(QUANTILES)).abs().max() < 2e-4 < 0.02 < away
+    )
 
 
 @pytest.mark.parametrize("make", [dmd2, ladd])

@@ -1,5 +1,7 @@
-"""Laws of what methods draw, and weights of their losses, asserted directly: ranges that do not start at 0, more than one dimension,
-data of standard deviation 0.5."""
+"""Laws of what methods draw and weights of their losses, asserted directly.
+
+Ranges do not start at 0, samples have more than one dimension, and data have the standard deviation 0.5.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,19 @@ from points import D, drawn
 from torch import nn
 
 from distill.denoise import Denoiser, Gaussian
-from distill.methods import AYF, CTM, PCM, SCM, Consistency, ConsistencyTraining, Guidance, MeanFlow, Progressive, ctm, scm
+from distill.methods import (
+    AYF,
+    CTM,
+    PCM,
+    SCM,
+    Consistency,
+    ConsistencyTraining,
+    Guidance,
+    MeanFlow,
+    Progressive,
+    ctm,
+    scm,
+)
 from distill.models.small import MLP
 from distill.noise import RectifiedFlow, TrigFlow, bcast
 from distill.times import TimePairs
@@ -43,7 +57,7 @@ def test_w_is_uniform_between_low_and_high_not_above_low_by_high(method, low, hi
 
 
 def test_ctm_draws_the_end_s_from_all_times_up_to_u_itself(monkeypatch):
-    """At n steps from t_j, s is uniform over t_0, ..., t_(j-n): s = u, where the target is the teacher's step alone, is among them."""
+    """n steps below t_j, s is uniform over t_0, ..., t_(j-n) = u; at s = u the target is the teacher's own step."""
     method = CTM({"teacher": teacher(), "student": net(flow_map=True)}, intervals=4, longest=2, solver="ddim")
     seen, inner = [], ctm.jump
     monkeypatch.setattr(ctm, "jump", lambda net, x, t, s, cond: seen.append((t, s)) or inner(net, x, t, s, cond))
