@@ -53,16 +53,16 @@ LAWS = ("ayf", "consistency", "ctm", "ect", "guidance", "meanflow", "pcm", "prog
 UNUSED = ("cacheprovider", "xdist", "unraisableexception", "anyio", "terminalreporter")  # half of a short run's time
 TESTS = {  # of modules whose tests are not in `tests/KIND/test_NAME.py` alone; none compares with a stored number
     "losses/flowmap": "losses/test_average_velocity",
-    "methods/base": "methods/test_dmd2 methods/test_guidance methods/test_edm methods/test_contract",
+    "methods/base": "methods/test_method",
     "methods/diversity": "methods/test_diversity_rewarded",
     "methods/dmd2": "methods/test_critics methods/test_heads methods/test_dmd2",
     "methods/dpo": "methods/test_critics methods/test_dpo",
     "methods/ladd": "methods/test_heads methods/test_ladd",
     "methods/mmd": "methods/test_mmd_ddm",
-    "methods/module": "training/test_nonfinite training/test_stock_trainer",
-    "methods/nonfinite": "training/test_nonfinite",
-    "methods/optim": "training/test_nonfinite training/test_stock_trainer",
-    "methods/placement": "training/test_nonfinite training/test_stock_trainer",
+    "methods/module": "methods/test_method",
+    "methods/nonfinite": "methods/test_method",
+    "methods/optim": "methods/test_method",
+    "methods/placement": "methods/test_method",
     "methods/sid": "methods/test_critics methods/test_sid",
     "methods/tdm": "methods/test_critics methods/test_tdm",
     **{f"methods/{name}": f"methods/test_laws methods/test_{name}" for name in LAWS},
@@ -167,6 +167,9 @@ def main() -> None:
     parser.add_argument("modules", nargs="*", type=Path, help="all of losses and a draw of methods by default")
     parser.add_argument("--draw", type=int, default=400, help="mutants of methods, default 400")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--part", default="1/1", help="I/N: the I-th of N parts, for several processes with results of their own"
+    )
     parser.add_argument("--results", type=Path, default=ROOT / "mutants.csv")
     options = parser.parse_args()
     os.chdir(ROOT)
@@ -179,6 +182,8 @@ def main() -> None:
         of_methods = [m for path in sorted((ROOT / "distill/methods").glob("*.py")) for m in mutants(path)]
         drawn = random.Random(options.seed).sample(of_methods, min(options.draw, len(of_methods)))
         chosen += sorted(drawn, key=lambda m: (m.module, m.line))
+    part, parts = map(int, options.part.split("/"))
+    chosen = chosen[len(chosen) * (part - 1) // parts : len(chosen) * part // parts]
     known = {}
     if options.results.exists():
         with options.results.open() as file:

@@ -1,6 +1,6 @@
 """Critics: their gradient vanishes at the exact E[x | x_u] of the student's law, in any chart, and nowhere else.
 
-The student's samples are m + g z, and the signs of `points` stand for z and the noise. Second moments are then exact, and an exact
+The student's samples are m + g z, and the signs of `points` stand for z and the noise. Second moments are then exact, so an exact
 affine critic has exactly no gradient in its offset and in its slope.
 """
 
