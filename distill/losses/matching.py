@@ -91,7 +91,7 @@ def divergence_weight(
     """
     if name not in DIVERGENCES:
         raise BadInput(f"divergence '{name}' must be one of {', '.join(DIVERGENCES)}.{suggest(name, DIVERGENCES)}")
-    h = DIVERGENCES[name](log_ratio.detach().exp().clamp(low, high))
+    h = DIVERGENCES[name](log_ratio.detach().clamp(-10, 10).exp().clamp(low, high))
     return h / h.mean() if normalise else h
 
 

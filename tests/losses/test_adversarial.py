@@ -103,6 +103,33 @@ def test_discriminate_reaches_no_sample_and_adds_the_named_penalty():
     assert (near - plain).item() == pytest.approx(0.3 * approximate_r1(f(real), f(real + 0.1 * noise), 0.1).item())
 
 
+def test_the_approximate_r1_by_hand():
+    """Changes of -1/2 and 1 over a step of 1/2: (1 + 4) / 2 / 2."""
+    logit, perturbed = torch.tensor([1.0, 2.0], dtype=D), torch.tensor([1.5, 1.0], dtype=D)
+    assert approximate_r1(logit, perturbed, 0.5).item() == pytest.approx(1.25)
+    patches = torch.stack([logit + 3, logit - 3], 1)
+    assert approximate_r1(patches, torch.stack([perturbed, perturbed], 1), 0.5).item() == pytest.approx(1.25)
+
+
+def test_values_on_both_sides_of_the_margins():
+    real, fake = torch.tensor([0.5, 3.0], dtype=D), torch.tensor([-0.25, -2.0], dtype=D)
+    assert discriminator_loss(real, fake, "hinge").item() == pytest.approx((0.5 + 0) / 2 + (0.75 + 0) / 2)
+    assert generator_loss(fake, "hinge").item() == pytest.approx(1.125)
+    soft = lambda a: math.log1p(math.exp(a))
+    expected = (soft(-0.5) + soft(-3.0)) / 2 + (soft(-0.25) + soft(-2.0)) / 2
+    assert discriminator_loss(real, fake).item() == pytest.approx(expected)
+    assert generator_loss(fake).item() == pytest.approx((soft(0.25) + soft(2.0)) / 2)
+
+
+def test_a_loss_without_gradient_does_not_make_the_ratio_infinite():
+    x = torch.ones(2, 2, dtype=D, requires_grad=True)
+    assert gradient_ratio(x, x.sum(), 0.0 * x.sum()).item() == pytest.approx(2.0 / 1e-8)
+
+
+def test_auto_is_at_most_a_tenth():
+    assert MAX_RATIO == 0.1, "docs/methods/dmd2.md compares this bound with other codebases"
+
+
 def test_balance_equals_the_gradient_norms():
     x = torch.randn(4, 3, dtype=D, requires_grad=True)
     main, extra = x.square().sum(), 7 * x.pow(3).sum()
@@ -135,30 +162,3 @@ def test_weight_without_balance_is_unchanged_and_other_values_raise():
     assert extra_loss_weight(0.3, False, x, x.sum(), x.sum()) == 0.3
     with pytest.raises(BadInput, match="balance: 'atuo' must be false, true or auto. Did you mean 'auto'"):
         extra_loss_weight(0.3, "atuo", x, x.sum(), x.sum())
-
-
-def test_the_approximate_r1_by_hand():
-    """Changes of -1/2 and 1 over a step of 1/2: (1 + 4) / 2 / 2."""
-    logit, perturbed = torch.tensor([1.0, 2.0], dtype=D), torch.tensor([1.5, 1.0], dtype=D)
-    assert approximate_r1(logit, perturbed, 0.5).item() == pytest.approx(1.25)
-    patches = torch.stack([logit + 3, logit - 3], 1)
-    assert approximate_r1(patches, torch.stack([perturbed, perturbed], 1), 0.5).item() == pytest.approx(1.25)
-
-
-def test_values_on_both_sides_of_the_margins():
-    real, fake = torch.tensor([0.5, 3.0], dtype=D), torch.tensor([-0.25, -2.0], dtype=D)
-    assert discriminator_loss(real, fake, "hinge").item() == pytest.approx((0.5 + 0) / 2 + (0.75 + 0) / 2)
-    assert generator_loss(fake, "hinge").item() == pytest.approx(1.125)
-    soft = lambda a: math.log1p(math.exp(a))
-    expected = (soft(-0.5) + soft(-3.0)) / 2 + (soft(-0.25) + soft(-2.0)) / 2
-    assert discriminator_loss(real, fake).item() == pytest.approx(expected)
-    assert generator_loss(fake).item() == pytest.approx((soft(0.25) + soft(2.0)) / 2)
-
-
-def test_a_loss_without_gradient_does_not_make_the_ratio_infinite():
-    x = torch.ones(2, 2, dtype=D, requires_grad=True)
-    assert gradient_ratio(x, x.sum(), 0.0 * x.sum()).item() == pytest.approx(2.0 / 1e-8)
-
-
-def test_auto_is_at_most_a_tenth():
-    assert MAX_RATIO == 0.1, "docs/methods/dmd2.md compares this bound with other codebases"
