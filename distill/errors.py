@@ -1,4 +1,4 @@
-"""BadInput, the exception whose message is written for users."""
+"""BadInput and LostProcess, the exceptions whose messages are written for users."""
 
 from __future__ import annotations
 
@@ -10,6 +10,14 @@ class BadInput(ValueError):
     """Input that cannot be used. The message is one sentence that names the key, file or shard and how to fix it.
 
     The command line prints it without a traceback and exits with code 2.
+    """
+
+
+class LostProcess(RuntimeError):
+    """Another process that the run waits for, a rank or a data worker, has ended or does not answer.
+
+    The message is one sentence. The command line prints it without a traceback and exits with code 1: the same command
+    may succeed when it is repeated with --resume.
     """
 
 

@@ -79,11 +79,22 @@ def read_json(path: str | Path, mend: str = "write it again, or remove it") -> A
 
 
 def read_csv(path: str | Path) -> list[dict[str, str]]:
-    """The rows of a CSV file by column; no rows where there is no file."""
+    """The rows of a CSV file by column; no rows where there is no file.
+
+    Raises:
+        BadInput: it is not a table of text, or a row has more cells than the head.
+    """
     if not Path(path).exists():
         return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise BadInput(f"{path} is damaged ({error}); bring it back from a copy, or remove it.") from None
+    for line, row in enumerate(rows, start=2):
+        if None in row:
+            raise BadInput(f"{path}: line {line} is damaged: it has more cells than the first; remove that line.")
+    return rows
 
 
 def write_csv(path: str | Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:

@@ -320,16 +320,18 @@ def defined(room: str):
                 yield found.name, name, value
 
 
-@pytest.mark.parametrize("room", ["data", "metrics"])
+@pytest.mark.parametrize("room", ["data", "metrics", "models", "methods"])
 def test_what_reads_and_writes_files_may_not_be_named(room):
-    """Every function, and of distill.data every class that is no source of batches."""
+    """Every function but the loader of teachers, and of distill.data every class that is no source of batches."""
     refused = 0
     for module, name, value in defined(room):
+        if f"{module}.{name}" == "distill.models.diffusers.loading.load":
+            continue
         if isinstance(value, types.FunctionType) or (room == "data" and not hasattr(value, "loader")):
             with pytest.raises(BadInput, match="is no part of a run|is private|is not a "):
                 config.resolve(f"{module}.{name}")
             refused += 1
-    assert refused > 50
+    assert refused > 10
 
 
 @pytest.mark.parametrize(

@@ -179,8 +179,21 @@ def test_a_hostile_run_folder_is_refused_by_every_verb(target):
     config.save(cfg, "runs/a/config.yaml")
     Path("victim").write_text("mine")
     before = tiny.files(Path("."))
-    for verb in (("sample", "runs/a", "a.png"), ("eval", "runs/a"), ("export", "runs/a", "out"), ("report", "runs/a")):
-        refuses(distill(*verb), "--allow os again" if target == "os.remove" else "is no part of a run")
+    for verb in (
+        ("sample", "runs/a", "a.png"),
+        ("eval", "runs/a"),
+        ("export", "runs/a", "out"),
+        ("report", "runs/a"),
+        ("merge", "runs/a", "runs/a", "out"),
+        ("train", "runs/a/config.yaml", "name=a", "--resume"),
+        ("train", "runs/a/config.yaml", "name=b"),
+        ("check", "runs/a/config.yaml"),
+        ("bench", "runs/a/config.yaml"),
+        ("plan", "runs/a/config.yaml"),
+    ):
+        named_again = target == "os.remove" and verb[1] == "runs/a"
+        outside = "is outside distill" if target == "os.remove" else "is no part of a run"
+        refuses(distill(*verb), "--allow os again" if named_again else outside)
     assert tiny.files(Path(".")) == before
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import click
 
 from distill import __version__
-from distill.errors import BadInput
+from distill.errors import BadInput, LostProcess
+from distill.training import launch
 
 ALLOW = "distill.allow"  # in click's meta of a command
 _stock_showwarning = warnings.showwarning
@@ -27,6 +28,13 @@ def _show_warning(message, category, filename, *rest) -> None:
 def _describe_os_error(error: OSError) -> str:
     where = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     return f"{where}; check permissions and free space."
+
+
+def _say(text: str) -> None:
+    """Print an error as one line; of several ranks that meet the same one, one prints it."""
+    line = " ".join(text.split())
+    if launch.first_to_say(line):
+        click.echo(f"distill: {line}", err=True)
 
 
 def _remember_allow(ctx: click.Context, option: click.Parameter, packages: tuple[str, ...]) -> None:
@@ -68,12 +76,16 @@ class Verbs(click.Group):
         except (BadInput, OSError) as error:
             if ctx.find_root().params.get("debug"):
                 raise
-            text = str(error) if isinstance(error, BadInput) else _describe_os_error(error)
-            click.echo(f"distill: {' '.join(text.split())}", err=True)
-            sys.exit(2)
+            _say(str(error) if isinstance(error, BadInput) else _describe_os_error(error))
+            launch.leave(2)
+        except LostProcess as error:
+            if ctx.find_root().params.get("debug"):
+                raise
+            _say(str(error))
+            sys.exit(1)
         except KeyboardInterrupt:
-            click.echo("distill: interrupted.", err=True)
-            sys.exit(130)
+            _say("interrupted.")
+            launch.leave(130)
 
 
 @click.group(cls=Verbs, params=[_allow_option()], context_settings={"help_option_names": ["-h", "--help"]})

@@ -47,6 +47,7 @@ def train(configs: tuple[str, ...], runs: Path, resume: bool, resume_if_exists: 
     """
     from distill.training import launch
 
+    launch.leave_if_ended()
     cfg = _load(configs)
     if launch.needs_spawn(cfg.engine):
         sys.exit(launch.spawn_processes(cfg.engine.devices))
@@ -70,7 +71,7 @@ def train(configs: tuple[str, ...], runs: Path, resume: bool, resume_if_exists: 
     if is_rank_zero() and unfinished:
         click.echo("Repeat the command with --resume to continue.")
     if unfinished:
-        sys.exit(REQUEUE if experiment.preempted else 130)
+        launch.leave(REQUEUE if experiment.preempted else 130)
 
 
 @main.command()

@@ -28,11 +28,22 @@ class _Source(typing.Protocol):
     def loader(self, rank: int = 0, world: int = 1, start: int = 0) -> Iterator[dict]: ...
 
 
-# Of these modules a config may name only classes of this kind, since they also have functions that write or delete files.
+@typing.runtime_checkable
+class _Network(typing.Protocol):
+    """What a config may name in `distill.models` and `distill.methods`: a torch module."""
+
+    def forward(self, *inputs: Any) -> Any: ...
+    def state_dict(self) -> dict[str, Any]: ...
+
+
+# Of these modules a config may name only classes of this kind: they also hold functions that read, write and delete files.
 KINDS = {
     "data": (_Source, "a data source"),
     "metrics": (Callable, "a reward or a feature network"),
+    "models": (_Network, "a network"),
+    "methods": (_Network, "a method"),
 }
+LOADER = "distill.models.diffusers.loading.load"  # the one function of these modules that a config may call
 
 
 def resolve(dotted: str, allow: tuple[str, ...] = (), where: str = TARGET) -> Any:
@@ -108,6 +119,8 @@ def _check_definition(dotted: str, target: Any, allow: tuple[str, ...], where: s
         raise BadInput(f"{where}: '{dotted}' is no part of a run: it is defined in {'.'.join(module)}.")
     wanted: Any
     wanted, name = KINDS.get(room, (None, ""))
+    if f"{target.__module__}.{target.__qualname__}" == LOADER:
+        return
     if wanted and not (isinstance(target, type) and issubclass(target, wanted)):
         raise BadInput(f"{where}: '{dotted}' is not {name}, the only kind of object of distill.{room} in a config.")
     if "allow" in signature(target):
@@ -214,16 +227,24 @@ _PLAIN = {int: (int,), float: (int, float), str: (str,), bool: (bool,)}
 
 
 def _typed(value: Any, parameter: inspect.Parameter, target: Any, where: str) -> Any:
-    """Check a value against an annotation of int, float, str, bool or a union of them; others are not checked."""
+    """Check a value against an annotation of int, float, str, bool, classes of distill, or a union; others pass."""
     hint = _hint(parameter, target)
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    if not all(o in _PLAIN or o is type(None) for o in options):
+    if not all(o in _PLAIN or o is type(None) or _is_ours(o) for o in options):
         return value
+    ours = any(map(_is_ours, options))
+    if ours and not isinstance(value, (str, bool, int, float)):
+        return value  # an object, which may do without the class
     accepted = tuple(t for o in options for t in (_PLAIN.get(o) or (type(None),)))
     if isinstance(value, bool) and bool not in accepted or not isinstance(value, accepted):
         names = " or ".join("none" if o is type(None) else o.__name__ for o in options)
-        raise BadInput(f"{where}: expected {names}, got {value!r} of type {type(value).__name__}.")
+        mend = f"; describe an object by its {TARGET}" if ours else ""
+        raise BadInput(f"{where}: expected {names}, got {value!r} of type {type(value).__name__}{mend}.")
     return float(value) if float in options and int not in options and isinstance(value, int) else value
+
+
+def _is_ours(option: Any) -> bool:
+    return isinstance(option, type) and _ours(option.__module__)
 
 
 def _hint(parameter: inspect.Parameter, target: Any) -> Any:

@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from distill.config import launcher
 from distill.data.info import Info
 from distill.data.shards.resume import STATE, ResumableFolder
 from distill.data.shards.sample import Sample
@@ -225,14 +226,14 @@ def encode(config: EncodeConfig, workers: int = 1, progress: Progress = print) -
         progress(f"{config.out}: complete already.")
         return None
     jobs = folder.plan.jobs
-    rank, world = int(_env("RANK", "SLURM_PROCID", 0)), int(_env("WORLD_SIZE", "SLURM_NTASKS", 1))
+    rank, world = launcher.rank_and_world()
     share = [n for n, job in enumerate(jobs) if n % world == rank and not folder.done(job)]
     progress(f"{config.out}: {len(jobs) - folder.missing()} of {len(jobs)} shards exist.")
     workers = min(workers, len(share))
     if workers > 1:
         _run_workers(config, share, workers, progress)
     else:
-        _write_shards(share, _local_rank(), encoder, folder, progress)
+        _write_shards(share, launcher.local_rank(), encoder, folder, progress)
     return folder.finish(_info(encoder, folder.plan))
 
 
@@ -313,7 +314,7 @@ def _run_workers(config: EncodeConfig, share: list[int], workers: int, progress:
 def _work(config: EncodeConfig, share: list[int], worker: int, workers: int) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     encoder, folder = _begin(config)
-    _write_shards(share, _local_rank() * workers + worker, encoder, folder, lambda line: None)
+    _write_shards(share, launcher.local_rank() * workers + worker, encoder, folder, lambda line: None)
 
 
 def _write_shards(share: list[int], number: int, encoder: Encoder, folder: ResumableFolder, progress: Progress) -> None:
@@ -371,12 +372,3 @@ def _latent_shape(encoder: Encoder) -> tuple[int, ...]:
     if frames:
         return encoder.geometry.latents((3, frames, *size))
     return *shape[:2], *encoder.geometry.latents((3, *size))[1:]
-
-
-def _local_rank() -> int:
-    """Number of this process on its machine."""
-    return int(_env("LOCAL_RANK", "SLURM_LOCALID", 0))
-
-
-def _env(torchrun: str, slurm: str, default: int) -> str | int:
-    return os.environ.get(torchrun) or os.environ.get(slurm) or default

@@ -6,10 +6,11 @@ validations, gradient norms and update sizes are compared with their earlier val
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import lightning
@@ -35,7 +36,8 @@ class Rule:
     """The accepted range [low, high] of one metric, and the text and remedy of its alarm.
 
     `against`: "ratio" divides by the reference's value, which must be at least `least`; "excess" subtracts it; "" uses
-    the value itself.
+    the value itself. In `text` and `remedy`, REFERENCE stands for what the student is compared with, [text] is for methods
+    with a critic and <text> for those with a teacher; `worded` settles them.
     """
 
     kind: str
@@ -46,6 +48,12 @@ class Rule:
     remedy: str
     against: str = "ratio"
     least: float = 1e-6
+
+    def worded(self, teacher: bool = True, critic: bool = True) -> Rule:
+        """This rule in words that fit a method: compared with its teacher or with the data, with a critic or without."""
+        remedy = re.sub(r"\[(.*?)\]", r"\1" if critic else "", self.remedy)
+        remedy = re.sub(r"<(.*?)>", r"\1" if teacher else "", remedy)
+        return replace(self, text=self.text.replace("REFERENCE", "teacher" if teacher else "data"), remedy=remedy)
 
     def reading(self, row: Mapping[str, float], reference: Mapping[str, float]) -> float | None:
         """None if the run does not measure it, or there is no reference value."""
@@ -63,16 +71,16 @@ RULES = (
         "diversity",
         0.5,
         float("inf"),
-        "the diversity of samples with one condition is {:.2g} x the teacher's",
-        "lower optim.student.lr, raise method.student_every (critic turns per student turn), or use the best checkpoint",
+        "the diversity of samples with one condition is {:.2g} x the REFERENCE's",
+        "lower optim.student.lr[, raise method.student_every (critic turns per student turn)], or use the best checkpoint",
     ),
     Rule(
         "mode loss",
         "coverage",
         0.5,
         float("inf"),
-        "the coverage of the data is {:.2g} x the teacher's",
-        "use a mode-covering divergence (method.divergence: js or kl) or a head, or lower guidance",
+        "the coverage of the data is {:.2g} x the REFERENCE's",
+        "lower optim.student.lr< or guidance>[, or use a mode-covering divergence (method.divergence: js or kl) or a head]",
         least=0.3,
     ),
     Rule(
@@ -80,8 +88,8 @@ RULES = (
         "beyond",
         -float("inf"),
         0.1,
-        "the share of values outside the range of the data is {:.2g} above the teacher's",
-        "lower guidance or optim.student.lr",
+        "the share of values outside the range of the data is {:.2g} above the REFERENCE's",
+        "lower <guidance or >optim.student.lr",
         against="excess",
     ),
     Rule(
@@ -89,16 +97,17 @@ RULES = (
         "contrast",
         0.5,
         1.5,
-        "the contrast is {:.2g} x the teacher's",
-        "above 1 lower guidance or optim.student.lr; below 1 raise method.student_every (critic turns per student turn)",
+        "the contrast is {:.2g} x the REFERENCE's",
+        "above 1 lower <guidance or >optim.student.lr; below 1 [raise method.student_every (critic turns per student turn) or "
+        "]train longer",
     ),
     Rule(
         "frequency",
         "high_frequency",
         0.25,
         4.0,
-        "energy at high frequencies is {:.2g} x the teacher's",
-        "below 1 samples are blurred: use more steps or a head; above 1 they are noisy: lower the head's weight or the "
+        "energy at high frequencies is {:.2g} x the REFERENCE's",
+        "below 1 samples are blurred: use more steps[ or a head]; above 1 they are noisy: lower [the head's weight or ]the "
         "learning rate",
     ),
     Rule(
@@ -125,7 +134,9 @@ RULES = (
 def rules_for(method: Any) -> tuple[Rule, ...]:
     """All rules; without those for lost modes if a reward moves the student's distribution away from the data's."""
     moved = method.metric is not None
-    return tuple(rule for rule in RULES if not (moved and rule.kind == "mode loss"))
+    has_teacher, has_critic = method.role("teacher") is not None, "critic" in method.trainable
+    rules = (rule for rule in RULES if not (moved and rule.kind == "mode loss"))
+    return tuple(rule.worded(has_teacher, has_critic) for rule in rules)
 
 
 def halfway_step(method: Any) -> float:
@@ -147,7 +158,7 @@ class MetricMonitor:
         warm: steps of the warm start, which are ignored.
     """
 
-    def __init__(self, half: float, warm: int = 0, rules: Iterable[Rule] = RULES):
+    def __init__(self, half: float, warm: int = 0, rules: Iterable[Rule] = tuple(rule.worded() for rule in RULES)):
         self.half, self.warm, self.rules = half, warm, tuple(rules)
         self.healthy: dict[str, str] = {}  # kind -> when it was last inside, in words
         self.raised: set[str] = set()

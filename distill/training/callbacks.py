@@ -11,7 +11,7 @@ import lightning
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console(soft_wrap=not sys.stdout.isatty())  # whole lines in log files
+console = Console(markup=False, emoji=False, soft_wrap=not sys.stdout.isatty())  # names as they are, lines whole
 PRINT_EVERY = 10.0  # seconds between lines of progress without a terminal
 
 
@@ -74,10 +74,14 @@ class ProgressBar(lightning.Callback):
 
 
 class MetricLogger(lightning.Callback):
-    """Writes `method.logs` to every logger on each `every`-th step."""
+    """Writes `method.logs` to every logger on each `every`-th step.
+
+    A logger that fails is a warning, once for each kind of event: the run goes on.
+    """
 
     def __init__(self, loggers: list, every: int = 10):
         self.loggers, self.every = loggers, every
+        self.failed: set[tuple[str, str]] = set()
 
     def on_train_start(self, trainer, method):
         self.last, self.at = method.step, time.monotonic()
@@ -102,7 +106,16 @@ class MetricLogger(lightning.Callback):
     def log_event(self, kind: str, *arguments: Any) -> None:
         """Call the method `kind` of every logger that has it."""
         for logger in self.loggers:
-            getattr(logger, kind, lambda *arguments: None)(*arguments)
+            try:
+                getattr(logger, kind, lambda *arguments: None)(*arguments)
+            except Exception as error:  # of a dashboard, its network or the disk: each its own class
+                self._warn(type(logger).__name__, kind, error)
+
+    def _warn(self, name: str, kind: str, error: Exception) -> None:
+        if (name, kind) not in self.failed:
+            self.failed.add((name, kind))
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            console.print(f"WARNING: {name} failed at '{kind}' ({text}); the run goes on.", highlight=False)
 
 
 class PeriodicCallback(lightning.Callback):
@@ -177,9 +190,13 @@ class CheckpointCallback(PeriodicCallback):
             self._call(method)
 
     def on_train_end(self, trainer, method):
+        self.finish(method)
+
+    def finish(self, method):
+        """Save the last step, unless that was done, and wait until it is on the disk."""
         if self.writer:
             self.writer.wait()
-        super().on_train_end(trainer, method)
+        super().on_train_end(None, method)
         if self.writer:
             self.writer.wait()
 

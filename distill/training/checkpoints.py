@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import threading
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -38,8 +39,8 @@ def save(folder: str | Path, state: dict[str, Any], keep: int = 2, keep_best: in
         folder.mkdir(parents=True, exist_ok=True)
         recover(folder)
         for left in folder.glob(f"{STAGING}*"):  # by a process that was killed
-            shutil.rmtree(left)
-        staging.mkdir()
+            shutil.rmtree(left, ignore_errors=True)
+        staging.mkdir(exist_ok=True)
         with open(staging / STATE, "wb") as file:
             torch.save(state, file)
             _flush(file)
@@ -122,7 +123,13 @@ def prune(folder: str | Path, keep: int, keep_best: int = 0) -> None:
     found, values = complete(folder), scores(folder)
     ranked = sorted((p for p in found if p.name in values), key=lambda p: values[p.name])
     for old in set(found[:-keep]) - set(ranked[:keep_best]):
-        _drop(old)
+        try:
+            _drop(old)
+        except OSError as error:
+            warnings.warn(
+                f"Checkpoint {old} could not be removed ({error.strerror or error}); the run goes on, remove it by hand.",
+                stacklevel=2,
+            )
 
 
 def drop_after(path: Path) -> None:
@@ -132,18 +139,19 @@ def drop_after(path: Path) -> None:
 
 
 def _drop(path: Path) -> None:
-    aside = path.with_name(
-        f"{STAGING}{path.name}"
-    )  # renamed first, so that a kill during removal leaves no partial checkpoint
+    if path.is_symlink():
+        path.unlink()  # to a checkpoint that was moved elsewhere
+        return
+    aside = path.with_name(f"{STAGING}{path.name}")  # a kill within the removal leaves no half of a checkpoint
     os.replace(path, aside)
     shutil.rmtree(aside)
 
 
 def scores(folder: str | Path) -> dict[str, float]:
-    """Checkpoint's name -> its validation score, lower is better."""
+    """Checkpoint's name -> its validation score, lower is better; empty if the file is damaged."""
     try:
-        return json.loads((Path(folder) / SCORES).read_text())
-    except (OSError, ValueError):
+        return {str(name): float(value) for name, value in json.loads((Path(folder) / SCORES).read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
         return {}
 
 
@@ -156,11 +164,15 @@ def score(folder: str | Path, step: int, value: float) -> None:
 
 
 def rank(scores: dict[str, float], best: str) -> float:
-    """The score that ranks checkpoints, lower is better; `best` is "min NAME" or "max NAME" of one of `scores`."""
+    """The score to keep the best by, lower is better; `best` is "min NAME" or "max NAME" of one of `scores`.
+
+    NaN, the score of samples that are not finite, is the worst there is.
+    """
     direction, _, name = best.rpartition(" ")
     if direction not in ("", "min", "max") or name not in scores:
         raise BadInput(f"train.best: '{best}' must be min or max and one of {', '.join(scores)}.")
-    return -scores[name] if direction == "max" else scores[name]
+    value = -scores[name] if direction == "max" else scores[name]
+    return value if value == value else float("inf")
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -178,9 +190,12 @@ def manifest(path: Path) -> dict[str, Any]:
     """A checkpoint's manifest; empty if it is damaged."""
     try:
         found = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError):
+        well_formed = all({"bytes", "crc32"} <= facts.keys() for facts in found["files"].values())
+        if not (well_formed and isinstance(found["step"], int)):
+            return {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return found
 
 
 def complete(folder: str | Path) -> list[Path]:
@@ -218,7 +233,11 @@ def load(path: str | Path, mapped: bool = False) -> dict[str, Any]:
     try:
         if not intact(path):
             raise ValueError("its bytes have changed since it was written")
-        return torch.load(path / STATE, map_location="cpu", weights_only=True, mmap=mapped)
+        state = torch.load(path / STATE, map_location="cpu", weights_only=True, mmap=mapped)
+        steps = {path.name, *(f"step-{found['step']:08d}" for found in (manifest(path), state))}
+        if len(steps) > 1:
+            raise ValueError(f"its folder, manifest and state are of different steps: {', '.join(sorted(steps))}")
+        return state
     except Exception as error:
         raise BadInput(f"Checkpoint {path} cannot be read ({str(error).splitlines()[0]}); {mend(path)}.") from error
 

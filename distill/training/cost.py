@@ -13,6 +13,7 @@ import lightning
 import torch
 
 from distill.files import write_json
+from distill.training.callbacks import console
 from distill.training.run_folder import is_rank_zero, world
 
 
@@ -32,13 +33,20 @@ class CostRecorder(lightning.Callback):
     def on_train_end(self, trainer, method):
         if not is_rank_zero():
             return
-        before = json.loads(self.path.read_text()) if self.path.exists() else {}
         kind, peak = peak_memory()
-        found = {
-            "memory": kind,
-            "peak_bytes": max(peak, before.get("peak_bytes", 0) if before.get("memory") == kind else 0),
-        }
-        write_json(self.path, found | {"device": device(), "processes": world()})
+        found = {"memory": kind, "peak_bytes": max(peak, self._before(kind))}
+        try:
+            write_json(self.path, found | {"device": device(), "processes": world()})
+        except OSError as error:
+            console.print(f"{self.path} could not be written ({error.strerror}); the run goes on.", highlight=False)
+
+    def _before(self, kind: str) -> int:
+        """The highest of the run's earlier parts; 0 if there is none of this kind of memory, or the file is damaged."""
+        try:
+            before = json.loads(self.path.read_text())
+            return int(before["peak_bytes"]) if before["memory"] == kind else 0
+        except (OSError, ValueError, TypeError, KeyError):
+            return 0
 
 
 def peak_memory() -> tuple[str, int]:

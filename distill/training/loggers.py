@@ -10,26 +10,29 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import BadInput
-from distill.files import markdown_table
-from distill.training.records import AlarmFile, MetricsFile
+from distill.files import markdown_table, write_text
+from distill.training.records import AlarmFile, MetricsFile, read_metrics
 
 
 class WandbLogger:
     """A Weights & Biases run; offline without an API key, and it never prompts.
 
     `log` is the config's section. `log.wandb`: auto (WANDB_MODE if set, else online when there is a key), online, offline.
-    The run id is kept in `folder/wandb_id` and runs are opened with `resume="allow"`, so that `wandb sync` joins the
-    offline parts of a restarted run.
+    The run id is kept in `folder/wandb_id`, and every process announces that it may resume that run, so that `wandb sync`
+    joins the offline parts of a restarted run. wandb writes offline rows in blocks of 32 KiB and a killed process loses the
+    last one, so a run that goes on from step `until` logs again what `metrics.csv` has of the killed part; the step up to
+    which everything was written is kept in `folder/wandb_step`.
 
     Raises:
         BadInput: online without a key, or wandb refuses to start.
     """
 
-    def __init__(self, folder: Path, log: Any, name: str, config: dict[str, Any], files: list[Path] = ()):
+    def __init__(
+        self, folder: Path, log: Any, name: str, config: dict[str, Any], files: list[Path] = (), until: int = -1
+    ):
         import wandb
 
-        mode = log.wandb
-
+        mode, self.whole, self.last = log.wandb, folder / "wandb_step", until
         if mode == "auto":
             mode = os.environ.get("WANDB_MODE") or ("online" if has_api_key() else "offline")
         if mode == "online" and not has_api_key():
@@ -58,7 +61,20 @@ class WandbLogger:
             text = " ".join(str(error).split())
             raise BadInput(f"wandb did not start ({text}); take log.wandb=offline and sync later.") from error
 
+        self._refill(folder, until)
+
+    def _refill(self, folder: Path, until: int) -> None:
+        written = self.whole.read_text().strip() if self.whole.exists() else ""
+        since = max(int(written) + 1 if written.isdigit() else 0, self.run.step)  # online, the server's
+        rows: dict[int, dict[str, float]] = {}
+        for row in read_metrics(folder) if until >= 0 else ():
+            if since <= row["step"] <= until:
+                rows.setdefault(int(row["step"]), {}).update(row)
+        for step, row in sorted(rows.items()):
+            self.run.log({name: value for name, value in row.items() if name != "step"}, step=step)
+
     def write(self, row: dict[str, Any], step: int) -> None:
+        self.last = max(self.last, step)
         self.run.log(row, step=step)
 
     def picture(self, name: str, path: Path, step: int, caption: str) -> None:
@@ -84,6 +100,8 @@ class WandbLogger:
 
     def close(self) -> None:
         self.run.finish()
+        if self.last >= 0:
+            write_text(self.whole, str(self.last))
 
 
 def has_api_key() -> bool:
@@ -160,7 +178,7 @@ def open_loggers(
     if "tensorboard" in log.to:
         opened.append(TensorBoardLogger(folder, config, until))
     if "wandb" in log.to and log.wandb != "disabled":
-        opened.append(WandbLogger(folder, log, name, config, files))
+        opened.append(WandbLogger(folder, log, name, config, files, until))
 
 
 def log_export(folder: Path, log: Any, name: str, path: Path) -> bool:

@@ -52,6 +52,8 @@ def record_provenance(folder: Path, step: int) -> tuple[dict[str, Any], list[Pat
         before = json.loads(path.read_text())
     except (OSError, ValueError):
         before = []
+    if not isinstance(before, list) or not all(isinstance(entry, dict) for entry in before):
+        before = []  # damaged
     if not before or {k: v for k, v in before[-1].items() if k != "step"} != about:
         write_json(path, [*before, {"step": step} | about])
         if diff:

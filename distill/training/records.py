@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,36 +20,42 @@ from distill.files import read_csv, write_csv, write_text
 class MetricsFile:
     """`metrics.csv`: rows are appended; a row with a new column rewrites the file with all columns.
 
-    `until`: the step from which a run continues; rows of later steps, which a killed process left, are dropped.
+    `until`: the step from which a run goes on; rows of later steps, done in vain by a process that died, are dropped.
+    Rows that the disk refuses are written with the next one.
     """
 
     def __init__(self, path: str | Path, until: int = -1):
         self.path = Path(path)
         self.columns: list[str] = []
+        self.waiting: list[dict[str, Any]] = []
         self.back(until)
 
     def back(self, until: int) -> None:
         """Drop the rows of later steps."""
+        self.waiting = [row for row in self.waiting if row["step"] <= until]
         if self.path.exists():
-            rows = read_csv(self.path)
-            self.columns = list(rows[0]) if rows else []
-            self._rewrite([r for r in rows if str(r["step"]).isdigit() and int(r["step"]) <= until])
+            rows = [r for r in read_csv(self.path) if str(r.get("step")).isdigit() and int(r["step"]) <= until]
+            with open(self.path, newline="", encoding="utf-8") as file:
+                self.columns = next(csv.reader(file), [])
+            write_csv(self.path, self.columns, rows)
 
     def write(self, row: dict[str, Any], step: int) -> None:
-        row = {"step": step, **row}
-        new = [c for c in row if c not in self.columns]
-        if new:
+        self.waiting.append({"step": step, **row})
+        if new := [c for c in dict.fromkeys(c for row in self.waiting for c in row) if c not in self.columns]:
             self._widen(new)
-        with open(self.path, "a", newline="") as file:
-            csv.DictWriter(file, self.columns, restval="").writerow(row)
+        size = self.path.stat().st_size
+        try:
+            with open(self.path, "a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self.columns, restval="").writerows(self.waiting)
+        except OSError:
+            os.truncate(self.path, size)  # of half a row
+            raise
+        self.waiting = []
 
     def _widen(self, new: list[str]) -> None:
-        rows = read_csv(self.path)
-        self.columns = [*self.columns, *new]
-        self._rewrite(rows)
-
-    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
-        write_csv(self.path, self.columns, rows)
+        columns = [*self.columns, *new]
+        write_csv(self.path, columns, read_csv(self.path))
+        self.columns = columns
 
 
 class AlarmFile:
@@ -61,7 +68,8 @@ class AlarmFile:
     def back(self, until: int) -> None:
         """Drop the alarms of later steps."""
         if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines(True) if _step(line) <= until]
+            text = self.path.read_text(errors="replace")
+            kept = [line for line in text.splitlines(True) if _step(line) <= until]
             write_text(self.path, "".join(kept))
 
     def write(self, row: dict[str, Any], step: int) -> None:
@@ -74,8 +82,8 @@ class AlarmFile:
 
 def _step(line: str) -> float:
     try:
-        return json.loads(line)["step"]
-    except ValueError:  # incomplete: the process was killed while it wrote this line
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):  # damaged, or the process died while it wrote this line
         return math.inf
 
 

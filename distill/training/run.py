@@ -27,6 +27,7 @@ from distill.training.alarms import UpdateMonitor
 from distill.training.cost import CostRecorder
 from distill.training.experiment import Experiment, build_experiment
 from distill.training.load import _restore
+from distill.training.lock import RunLock
 from distill.training.rollback import Rollback
 from distill.training.run_folder import CHECKPOINTS
 from distill.training.signals import Signals
@@ -46,14 +47,14 @@ def train(
     folder, cfg.allow = Path(folder), config.record(cfg, allow)
     launch.join_processes(cfg.engine)
     callbacks.console.quiet = not run_folder.is_rank_zero()
-    with Signals() as signals:
-        state, before = run_folder.open_run_folder(folder, resume)
-        dry_run = check and state is None  # it computes a step, so every network needs its own weights
+    with Signals() as signals, RunLock(folder) as lock:
+        state, before = run_folder.open_run_folder(folder, resume, lock)
+        dry_run = check and state is None  # it trains a step, so every network needs weights of its own
         with nullcontext() if dry_run or cfg.engine.strategy not in ("fsdp", "zero3") else share_weights():
             experiment = build_experiment(cfg, allow)
         if resume:
             run_folder.check_same_recipe(cfg, run_folder.read_config(folder))
-        if state and state["step"] >= cfg.train.steps:
+        if state and state["step"] >= cfg.train.steps and run_folder.is_validated(folder, state["step"]):
             _restore(experiment, state, folder)
             callbacks.console.print(f"{folder} has its {state['step']} steps already; raise train.steps to continue.")
             return experiment
@@ -65,7 +66,7 @@ def train(
             experiment.stopped = why
             callbacks.console.print(f"{folder} has stopped at step {state['step']}: {why}", highlight=False)
             return experiment
-        with run_folder.prepare_run_folder(folder, cfg, experiment.method) as opened:
+        with run_folder.prepare_run_folder(folder, cfg, experiment.method, lock) as opened:
             if run_folder.is_rank_zero():
                 _open(opened, cfg, folder, state["step"] if state else -1)
             called = [signals, *_build_callbacks(experiment, folder, opened, tests, before)]
@@ -117,13 +118,14 @@ def _build_callbacks(
 
     experiment.method.nonfinite.limit, experiment.validation = train.nonfinite_limit, validation
     saves = callbacks.CheckpointCallback(intervals, writer, facts)
+    validation.save = saves.finish
     return [
         UpdateMonitor(train.log_every, validation.alarm),
         callbacks.ProgressBar(train.steps, train.log_every),
         record,
         run_folder.ResumeNotice(facts, before),
         CostRecorder(folder / "cost.json"),
-        Rollback(folder / CHECKPOINTS, saves, undone),
+        Rollback(folder / CHECKPOINTS, saves, undone, validation.due),
         validation,
         saves,  # last, so that a checkpoint implies that all rows of its step are written
     ]

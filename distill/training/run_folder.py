@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,12 +15,16 @@ import torch
 import torch.distributed as dist
 
 from distill import __version__, config
+from distill.config import launcher
 from distill.config.schema import Optim
 from distill.errors import BadInput
 from distill.files import write_text
 from distill.training import checkpoints
 from distill.training.callbacks import console
+from distill.training.lock import LOCK, RunLock
+from distill.training.records import history
 
+STOPPED, IDENTITY = "stopped.txt", "run_id"
 CONFIG, METRICS, CHECKPOINTS, NEWEST = "config.yaml", "metrics.json", "checkpoints", "newest_checkpoint"
 INEXACT = {
     "world": "the order of the data, the random draws and the samples of a step",
@@ -34,7 +39,7 @@ def is_rank_zero() -> bool:
     """Whether this process is rank 0, which writes the run's files; from the environment before torch.distributed starts."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
+    return launcher.rank_and_world()[0] == 0
 
 
 def world() -> int:
@@ -42,26 +47,37 @@ def world() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def open_run_folder(folder: Path, resume: bool) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+def open_run_folder(folder: Path, resume: bool, lock: RunLock) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """The state to resume from and its manifest; None and an empty manifest to start at step 0.
 
+    A folder that is resumed is locked first, by rank 0.
+
     Raises:
-        BadInput: without `resume`, the folder exists; with it, there is no run, its newest checkpoint is damaged, or its
-            checkpoints are missing.
+        BadInput: another process trains there; a taken folder without `resume`; with it, no run there, or one whose newest
+            checkpoint is damaged or whose checkpoints are gone.
     """
     if not is_rank_zero():  # rank 0 may have written the config already, but no checkpoint: that takes all ranks
         return _newest(folder) if resume else (None, {})
     exists = (folder / CONFIG).exists()
     if exists and not resume:
         raise BadInput(f"{folder} already holds a run; add --resume to continue it, or give another name=...")
-    if not exists and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if not exists and folder.exists() and not (folder.is_dir() and {p.name for p in folder.iterdir()} <= {LOCK}):
         raise BadInput(f"{folder} exists and is not a run of distill; give another name=... so nothing is overwritten.")
     if resume and not exists:
         raise BadInput(f"{folder} holds no run to resume; leave out --resume to start one.")
     if not resume:
         return None, {}
+    _locked(lock)
     checkpoints.recover(folder / CHECKPOINTS)
     return _newest(folder)
+
+
+def _locked(lock: RunLock) -> None:
+    if not lock.acquire():
+        console.print(
+            f"{lock.path.parent} is on a file system without locks: see to it that no other process trains there.",
+            highlight=False,
+        )
 
 
 def _newest(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
@@ -77,6 +93,7 @@ def _newest(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     if found[-1] not in checkpoints.complete(folder / CHECKPOINTS):
         raise BadInput(f"Checkpoint {found[-1]} is not complete; {checkpoints.mend(found[-1])}.")
     state = checkpoints.load(found[-1])
+    check_own(found[-1], folder)
     if last and last > found[-1].name:
         console.print(f"Checkpoint {last} is missing; continuing from {found[-1].name}.", highlight=False)
     return state, checkpoints.manifest(found[-1])
@@ -88,23 +105,59 @@ def record_latest(path: Path) -> None:
 
 
 def recorded_latest(folder: Path) -> str:
-    """The name of the newest checkpoint that the run wrote; empty if it wrote none."""
-    return (folder / NEWEST).read_text().strip() if (folder / NEWEST).exists() else ""
+    """The name of the newest checkpoint that the run wrote; empty if it wrote none.
+
+    Raises:
+        BadInput: the record is damaged.
+    """
+    if not (folder / NEWEST).exists():
+        return ""
+    name = (folder / NEWEST).read_text(errors="replace").strip()
+    if not re.fullmatch(r"step-\d{8,}", name):
+        raise BadInput(
+            f"{folder / NEWEST} is damaged: it holds {name[:40]!r}, not the name of a checkpoint; remove it."
+        )
+    return name
+
+
+def identity(folder: Path) -> str:
+    """The random name of a run, kept in its folder and in every checkpoint; empty in a folder of an older release."""
+    return (folder / IDENTITY).read_text(errors="replace").strip() if (folder / IDENTITY).exists() else ""
+
+
+def check_own(path: Path, folder: Path) -> None:
+    """Refuse a checkpoint that another run wrote.
+
+    Raises:
+        BadInput: its manifest names another run than the folder does.
+    """
+    written, own = checkpoints.manifest(path).get("run"), identity(folder)
+    if written and own and written != own:
+        raise BadInput(
+            f"Checkpoint {path} is of another run ({written}, and {folder} is {own}); bring back the run's own, or use it in "
+            "the folder that it comes from."
+        )
+
+
+def is_validated(folder: Path, step: int) -> bool:
+    """Whether a run whose steps are done has the validation of its last one: it is saved before it is validated."""
+    return (folder / STOPPED).exists() or any(row["step"] == step for row in history(folder))
 
 
 def manifest_facts(cfg: Any, data: Any, folder: Path) -> dict[str, Any]:
     """Entries of a checkpoint's manifest besides its files."""
     streamed = {} if data.cached else {"workers": data.workers, "window": data.window}
-    identity = folder / "wandb_id"
+    dashboard = folder / "wandb_id"
     return {
         "config": config.fingerprint(cfg),
+        "run": identity(folder),
         "distill": __version__,
         "torch": torch.__version__,
         "world": world(),
         "strategy": cfg.engine.strategy,
         "precision": cfg.engine.precision,
         "order": streamed | {"batch_size": data.batch_size},
-        "wandb": identity.read_text() if identity.exists() else None,
+        "wandb": dashboard.read_text() if dashboard.exists() else None,
     }
 
 
@@ -134,23 +187,29 @@ def resume_notices(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[st
 
 def latest_state(folder: Path) -> dict[str, Any]:
     """The state of a run's newest checkpoint, memory-mapped: tensors are read when they are used."""
-    return checkpoints.load(checkpoints.latest(folder / CHECKPOINTS), mapped=True)
+    newest = checkpoints.latest(folder / CHECKPOINTS)
+    check_own(newest, folder)
+    return checkpoints.load(newest, mapped=True)
 
 
 def read_config(folder: Path) -> Any:
     """A run's config.
 
     Raises:
-        BadInput: the folder is no run.
+        BadInput: the folder is no run, or its config is damaged.
     """
     if not (folder / CONFIG).exists():
         raise BadInput(f"{folder} is not a run folder: it has no {CONFIG}; name a folder that `distill train` made.")
-    return config.checked(config.read(folder / CONFIG))
+    cfg = config.checked(config.read(folder / CONFIG))
+    for key in ("roles", "method", "data"):
+        if not cfg[key] or key != "roles" and config.TARGET not in cfg[key]:
+            raise BadInput(f"{folder / CONFIG} is damaged: it does not describe '{key}'; bring it back from a copy.")
+    return cfg
 
 
 @contextmanager
-def prepare_run_folder(folder: Path, cfg: Any, method: Any) -> Iterator[list[Any]]:
-    """Create `folder` with the run's config; yields a list for its loggers and closes them. Only rank 0 writes.
+def prepare_run_folder(folder: Path, cfg: Any, method: Any, lock: RunLock) -> Iterator[list[Any]]:
+    """`folder`, locked, with the run's config; yields a list for its loggers and closes them. Only rank 0 writes.
 
     A new run that fails before its first step removes its files, so that the same command can be repeated.
     """
@@ -159,8 +218,13 @@ def prepare_run_folder(folder: Path, cfg: Any, method: Any) -> Iterator[list[Any
         yield loggers
         return
     folder.mkdir(parents=True, exist_ok=True)
+    _locked(lock)
+    if new and (folder / CONFIG).exists():
+        raise BadInput(f"{folder} was begun by another process meanwhile; give another name=...")
     try:
         config.save(cfg, folder / CONFIG)
+        if not identity(folder):
+            write_text(folder / IDENTITY, secrets.token_hex(8))
         yield loggers
     except BaseException:
         if new and method.step == 0:
@@ -173,7 +237,13 @@ def prepare_run_folder(folder: Path, cfg: Any, method: Any) -> Iterator[list[Any
 
 def _close(loggers: list[Any]) -> None:
     while loggers:
-        getattr(loggers.pop(), "close", lambda: None)()
+        logger = loggers.pop()
+        try:
+            getattr(logger, "close", lambda: None)()
+        except Exception as error:  # each dashboard has its own; the run has its checkpoints
+            console.print(
+                f"{type(logger).__name__} could not be closed: {' '.join(str(error).split())}", highlight=False
+            )
 
 
 def check_same_recipe(new: Mapping, old: Mapping) -> None:

@@ -15,11 +15,20 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from distill.config.schema import Engine
 from distill.data.base import concatenate
 from distill.data.iteration import rank_and_world
-from distill.errors import BadInput, suggest
+from distill.errors import BadInput, LostProcess, suggest
 from distill.methods.placement import Placement, Replicas
 from distill.training.launch import process_layout
 from distill.training.placement.blocks import recompute, root
 from distill.training.placement.choose import Processes, build_placement
+
+# What torch says of a process that is gone.
+LOST = (
+    "Timed out waiting",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "DataLoader worker",
+    "DataLoader timed",
+)
 
 
 class Batches:
@@ -53,7 +62,8 @@ def fit(
         engine: the config's section: strategy, accelerator, precision and the rest; none for its defaults.
 
     Raises:
-        BadInput: the accelerator or its precision is not available, or settings exclude each other.
+        BadInput: this machine lacks the accelerator, or that the precision; settings that do not go together.
+        LostProcess: another rank or a data worker has ended or does not answer.
         KeyboardInterrupt: the run was interrupted a second time, or before its first step.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -66,6 +76,13 @@ def fit(
         trainer.fit(method, train_dataloaders=Batches(data, method, steps))
     except SystemExit as error:  # Lightning turns KeyboardInterrupt into this, with exit code 1
         raise KeyboardInterrupt from error
+    except RuntimeError as error:
+        if any(sign in str(error) for sign in LOST):
+            raise LostProcess(
+                f"At step {method.step} another rank or a data worker has ended or does not answer "
+                f"({str(error).splitlines()[0]}); its own message says why, --resume goes on from the last checkpoint."
+            ) from error
+        raise
 
 
 def equip(method: lightning.LightningModule, engine: Any) -> None:
@@ -95,7 +112,8 @@ def equip(method: lightning.LightningModule, engine: Any) -> None:
 def _trainer(engine: Any, placement: Placement, steps: int, callbacks: list[lightning.Callback]) -> lightning.Trainer:
     local_world, machines = process_layout()
     alone = not isinstance(placement, Replicas)
-    spread = {"strategy": Processes(placement, cluster_environment=LightningEnvironment()), "num_nodes": machines}
+    ours = LightningEnvironment()  # else lightning itself finds a SLURM job, and ranks that nobody started
+    spread = {"strategy": Processes(placement, cluster_environment=ours), "num_nodes": machines}
     try:
         return lightning.Trainer(
             accelerator=engine.accelerator,
@@ -110,7 +128,7 @@ def _trainer(engine: Any, placement: Placement, steps: int, callbacks: list[ligh
             enable_model_summary=False,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
-            **({} if alone else spread),
+            **({"plugins": [ours]} if alone else spread),
         )
     except Exception as error:  # ValueError, RuntimeError and lightning's own MisconfigurationException
         text = " ".join(str(error).split())

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from distill.files import write_text
@@ -18,9 +21,12 @@ from distill.training.alarms import Alarm, MetricMonitor, halfway_step, rules_fo
 from distill.training.callbacks import MetricLogger, PeriodicCallback, console
 from distill.training.probes import probes
 from distill.training.records import history
-from distill.training.run_folder import is_rank_zero
+from distill.training.run_folder import STOPPED, is_rank_zero
 
-STOPPED = "stopped.txt"
+NOT_FINITE = (
+    "{} of {} samples of the student's average hold NaN or infinity, so every metric is NaN; lower optim.student.lr or "
+    "optim.student.clip, or set engine.precision=32."
+)
 
 
 class Validation(PeriodicCallback):
@@ -63,8 +69,11 @@ class Validation(PeriodicCallback):
         self.fresh: baseline.Scores | None = None  # measured by this process; saved after the run's first step
         self.alarms: list[Alarm] = []
         self.stopped, self.past, self.monitor = "", [], None
+        self.save: Callable[[Any], None] = lambda method: None  # of the last step, before it is validated
+        self.started = self.measured = False
 
     def on_train_start(self, trainer, method):
+        self.started = True
         self.reload_history()
         super().on_train_start(trainer, method)
 
@@ -77,9 +86,16 @@ class Validation(PeriodicCallback):
             trainer.should_stop = True
 
     def on_train_end(self, trainer, method):
+        if method.step >= method.total_steps:
+            self.save(method)
         super().on_train_end(trainer, method)
         if is_rank_zero() and self.baseline is not None and (self.stopped or method.step >= method.total_steps):
             self.summary(method)
+
+    def on_fit_end(self, trainer, method):
+        if not self.started:  # all steps are done, and the process died before it had validated the last one
+            self.reload_history()
+            self.on_train_end(trainer, method)
 
     def reload_history(self) -> None:
         """Read earlier validations from `metrics.csv`, after a restart or a rollback."""
@@ -93,26 +109,49 @@ class Validation(PeriodicCallback):
             for row in self.past:
                 self.monitor.check(row["step"], row, self.reference)
         self.monitor.half = halfway_step(method)
-        own = self.draw(lambda z, cond, noise: method.sample(z, cond, generator=noise), method.student)
-        scores, x = (
-            self.tests.score(own, self.draw.own_cond, quick=True, ranks=self.ranks),
-            self.ranks.gather_to_all(own),
-        )
-        shared = {"batch": self.rows, "ranks": self.ranks, "precision": self.cfg.engine.precision}
-        diagnostics = probes(method, self.z, x, self.cond, self.tests, **shared)
-
-        def decide() -> tuple[list[Alarm], str]:
-            row = scores | collapse_indicators(x, self.cond, self.tests.x) | diagnostics
-            alarms = self.monitor.check(method.step, row, self.reference)
-            self.write(method, x, row)
-            return alarms, plateau(self.past, self.best, self.cfg.train)
-
-        alarms, self.stopped = self.ranks.from_first(decide)
+        alarms, self.stopped = self.report(method)
         for alarm in alarms:
             self.alarm(alarm)
         if self.stopped and is_rank_zero():
             write_text(self.folder / STOPPED, f"step {method.step}: {self.stopped}\n")
             console.print(f"Stopping at step {method.step}: {self.stopped}", highlight=False)
+
+    def report(self, method: Any) -> tuple[list[Alarm], str]:
+        """Draw, score and write; returns the alarms, and why the run should stop or "". All ranks call it.
+
+        A failure is raised by the first validation of a process, where it costs no step; later ones are alarms.
+        """
+        own = self.draw(lambda z, cond, noise: method.sample(z, cond, generator=noise), method.student)
+        x = self.ranks.gather_to_all(own)
+        bad = int((~torch.isfinite(x).flatten(1).all(1)).sum())
+        scores, diagnostics = {}, {}
+        try:
+            if not bad:
+                scores = self.tests.score(own, self.draw.own_cond, quick=True, ranks=self.ranks)
+                shared = {"batch": self.rows, "ranks": self.ranks, "precision": self.cfg.engine.precision}
+                diagnostics = probes(method, self.z, x, self.cond, self.tests, **shared)
+            result = self.ranks.from_first(lambda: self.decide(method, x, scores, diagnostics, bad))
+        except Exception as error:  # of a metric, its network or the disk: each its own class
+            if not self.measured:
+                raise
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            mend = "the run goes on; `distill eval` measures its last checkpoint"
+            return [Alarm(method.step, "validation failed", f"{text}; {mend}.")], ""
+        self.measured = True
+        return result
+
+    def decide(
+        self, method: Any, x: Tensor, scores: dict[str, float], diagnostics: dict[str, float], bad: int
+    ) -> tuple[list[Alarm], str]:
+        """On rank 0: write the scores; the alarms, and why the run should stop. `bad` samples of x are not finite."""
+        if bad:
+            row = dict.fromkeys({*self.reference, self.best.rpartition(" ")[2], self.tests.headline}, math.nan)
+            alarms = [Alarm(method.step, "samples not finite", NOT_FINITE.format(bad, len(x)))]
+        else:
+            row = scores | collapse_indicators(x, self.cond, self.tests.x) | diagnostics
+            alarms = self.monitor.check(method.step, row, self.reference)
+        self.write(method, x, row)
+        return alarms, plateau(self.past, self.best, self.cfg.train)
 
     def alarm(self, alarm: Alarm) -> None:
         """Report an alarm on the console, in `alarms.jsonl` and on the dashboards."""
@@ -151,10 +190,14 @@ class Validation(PeriodicCallback):
         if train.keep_best and self.writer:
             self.writer.score(step, score)
         path = self.folder / "samples" / f"step-{step:08d}.png"
-        path.parent.mkdir(exist_ok=True)
         caption = f"step {step}, {method.grid.steps} evaluations"
-        self.tests.picture({caption: panel_samples(x)}, path)
-        self.record.log_event("picture", "samples", path, step, caption)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            self.tests.picture({caption: panel_samples(torch.nan_to_num(x))}, path)
+            self.record.log_event("picture", "samples", path, step, caption)
+        except Exception as error:  # of a decoder, matplotlib or the disk: each its own class
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            console.print(f"WARNING: {path} could not be drawn ({text}); the run goes on.", highlight=False)
         values = "  ".join(f"{k} {v:.4g}" for k, v in row.items())
         console.print(f"validation at step {step}: {values}", highlight=False)
 

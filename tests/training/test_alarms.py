@@ -93,8 +93,26 @@ def test_half_of_a_run_that_starts_anew_is_half_of_its_last_start(step, clock, w
 
 
 def test_a_method_with_a_metric_is_not_held_to_the_datas_modes():
-    plain, moved = (rules_for(SimpleNamespace(metric=m)) for m in (None, print))
-    assert plain == RULES and {r.kind for r in plain} - {r.kind for r in moved} == {"mode loss"}
+    plain, moved = (rules_for(method(metric=m)) for m in (None, print))
+    assert plain == tuple(r.worded() for r in RULES)
+    assert {r.kind for r in plain} - {r.kind for r in moved} == {"mode loss"}
+
+
+def method(metric=None, teacher=True, trainable=("critic", "student")):
+    return SimpleNamespace(metric=metric, role=lambda name: print if teacher else None, trainable=trainable)
+
+
+@pytest.mark.parametrize("teacher", [True, False])
+@pytest.mark.parametrize("critic", [True, False])
+def test_alarms_speak_of_the_roles_that_the_method_has(teacher, critic):
+    rules = rules_for(method(teacher=teacher, trainable=("student", "critic") if critic else ("student",)))
+    own = [
+        r for r in rules if r.kind not in ("critic lag", "head saturated")
+    ]  # readings that other methods do not have
+    text = " ".join(f"{r.text} {r.remedy}" for r in own)
+    assert ("teacher's" in text) == teacher and ("data's" in text) != teacher and ("guidance" in text) == teacher
+    assert ("critic" in text) == critic and ("head" in text) == critic
+    assert not set("[]<>") & set(text) and "  " not in text and "REFERENCE" not in text
 
 
 # -- between validations ---------------------------------------------------------------------------------------------

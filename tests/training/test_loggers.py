@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 import time
 from pathlib import Path
@@ -171,6 +172,20 @@ def test_offline_a_restarted_run_is_one_run(offline):
     runs = [next(r.run for r in part if r.HasField("run")) for part in parts]
     assert len(runs) == 2 and {r.run_id for r in runs} == {(folder / "wandb_id").read_text()}
     assert all(r.resume for r in runs)
+
+
+def test_offline_rows_that_a_killed_process_lost_are_logged_again(offline, tmp_path):
+    """Its file ends within a block: here it is taken away whole, with the mark that it was closed."""
+    folder = tmp_path / "run"
+    shutil.copytree(offline[0], folder, ignore=shutil.ignore_patterns("wandb"), symlinks=True)
+    assert (folder / "wandb_step").read_text() == "6"
+    (folder / "wandb_step").write_text("2")  # of an earlier part, which was closed
+    tiny.train(folder, *KEYS, "log.wandb=offline", "train.steps=8", resume=True)
+    (file,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
+    found = {r["_step"]: r for r in rows(records(file))}
+    assert [step for step in sorted(found) if "student/loss" in found[step]] == [3, 4, 5, 6, 7, 8]
+    csv = {int(r["step"]): float(r["student/loss"]) for r in tiny.rows(folder) if r["student/loss"]}
+    assert {step: found[step]["student/loss"] for step in (3, 4, 5, 6)} == {step: csv[step] for step in (3, 4, 5, 6)}
 
 
 def test_tensorboard_has_the_same_curves_pictures_and_layout(offline):

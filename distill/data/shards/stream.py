@@ -18,6 +18,7 @@ from distill.data.shards.sample import Sample
 from distill.errors import BadInput
 
 Raw = tuple[Tar, dict | None]  # a shard and the members of one of its samples; None if it could not be read
+TIMEOUT = 1800  # seconds without a batch after which the workers count as lost
 _SHARDS, _WINDOW = 1, 2  # keys of the random draws; the order of cached splits is drawn without such a key
 
 
@@ -152,7 +153,10 @@ def loader(stream: Stream, rank: int, world: int, workers: int, start: int) -> I
     if not workers:
         return iter(lanes)
     # Without a generator, DataLoader would draw from the global one and change the run.
-    return iter(DataLoader(lanes, None, num_workers=workers, collate_fn=_identity, generator=torch.Generator()))
+    generator = torch.Generator()
+    return iter(
+        DataLoader(lanes, None, num_workers=workers, collate_fn=_identity, generator=generator, timeout=TIMEOUT)
+    )
 
 
 def _identity(item: tuple) -> tuple:

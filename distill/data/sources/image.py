@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +36,31 @@ def decode(data: bytes | Path, channels: int | None = None, size: int | tuple[in
         uint8 (C, H, W), rotated by the orientation tag of the camera.
 
     Raises:
-        OSError, ValueError: not an image, truncated, or with more than 8 bits a channel.
+        OSError, ValueError: not an image, truncated, with more than 8 bits a channel, or with more than
+            `PIL.Image.MAX_IMAGE_PIXELS` (89 million), which a file of kilobytes can have.
     """
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
-    with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=_FORMATS) as file:
+    with _open(data) as file:
         if file.mode.startswith(("I", "F")):
             raise ValueError(f"more than 8 bits a channel (mode {file.mode}); keep such data as arrays")
         image = ImageOps.exif_transpose(file)
         pixels = np.array(_opaque(image).convert(_MODES[channels or _channels(file)]))
     pixels = pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
     return pixels if size is None else fit(pixels, size)
+
+
+def _open(data: bytes | Path) -> Any:
+    """The image, of which only the header is read."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            return Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=_FORMATS)
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+            most = f"{(Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} million"
+            raise ValueError(f"more than {most} pixels, which take too much memory; shrink the image") from None
 
 
 def fit(x: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
@@ -75,9 +90,7 @@ def fit(x: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
 
 def probe(data: bytes | Path) -> tuple[int, int, int]:
     """(C, H, W) that `decode` would return, from the header only; raises the same errors."""
-    from PIL import Image
-
-    with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=_FORMATS) as file:
+    with _open(data) as file:
         width, height = file.size
         if file.getexif().get(0x0112, 1) >= 5:  # orientation tag: rotated by 90 degrees
             width, height = height, width

@@ -112,12 +112,12 @@ def json_of(path: Path) -> dict[str, Any]:
 def _alarms(path: Path) -> list[dict[str, Any]]:
     """The alarms of a file with one JSON object per line; an incomplete line of a killed run is skipped."""
     out = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             alarm = json.loads(line)
         except ValueError:
             continue
-        if isinstance(alarm, dict):
+        if isinstance(alarm, dict) and {"step", "kind"} <= alarm.keys():
             message = alarm.get("message", alarm.get("said", ""))  # `said` in files of version 0.1.0
             out.append({key: value for key, value in alarm.items() if key != "said"} | {"message": message})
     return out
