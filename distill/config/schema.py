@@ -153,6 +153,7 @@ MOVED_OBJECTS = {  # classes of an older config; empty: removed
 MOVED_ARGUMENTS = {  # (class, argument) of an older config; empty: removed
     ("distill.data.toy.Tensors", "told"): "conditions",
     ("distill.methods.LADD", "same_noise"): "",
+    ("distill.methods.DistillationDPO", "loser"): "form",
 }
 MOVED = {
     "train.skips": "train.nonfinite_limit",

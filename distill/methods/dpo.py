@@ -1,19 +1,23 @@
 r"""Distillation-DPO (Zhao et al., 2025), https://arxiv.org/abs/2504.11447. Two samples a condition, ranked by a metric:
 
-    winner  min_W |W(x_w,u) - sg x_w|^2;   loser  min_L |L(x_l,u) - sg x_l|^2      (critics, in the network's chart)
-    student d/dx_w  (W - D - p (W - L)) / mean|x_w - D|;   d/dx_l  (l (L - D) - p (W - L)) / mean|x_l - D|
+    critics  min_F |F(x_u) - sg x|^2 in the network's chart: F on all samples, W on winners, L on losers
+    derived  d/dx    ((F - D) - p (W - F)) / mean|x - D|          on all samples
+    paper    d/dx_w  (W - D) / mean|x_w - D|,    d/dx_l  -(L - D) / mean|x_l - D|
 
-l = -1, p = 0 is the paper. p > 0 climbs log p_w/p_l, an increasing function of the reward's rank, and then l = 1 keeps
-all samples near the teacher (derived; see the docs).
+W - F climbs log p_w / p = log 2 C(r), with C the distribution function of the metric r of the student's samples. At p = 0
+the derived form is distribution matching: a student equal to its teacher has no gradient. In the paper's form it has.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from distill.denoise import Guided
+from distill.denoise import Guided, network_of
+from distill.errors import BadInput, suggest
 from distill.losses.matching import matching
 from distill.losses.preference import rank
 from distill.losses.regression import mse
@@ -21,20 +25,37 @@ from distill.methods.base import Method
 from distill.solvers import Renoise
 from distill.times import Uniform
 
+CRITICS = {"derived": ("critic", "winner"), "paper": ("winner", "loser")}
+
+
+class Pairs(NamedTuple):
+    """What the turns of a step share: B pairs of samples, all first ones before all second ones."""
+
+    x: Tensor  # (2B, ...)
+    a_wins: Tensor  # (B,), whether the first of a pair wins
+    t: Tensor  # (2B,), the student's timestep
+    cond: dict[str, Any]  # conditions of the 2B samples
+    sample: Callable[[], Tensor]  # x again, with gradient
+
 
 class DistillationDPO(Method):
-    """A critic for winners, one for losers, and the student.
+    """Two critics and the student. A `flow_map` critic is conditioned on the student's timestep.
 
     Args:
         metric: called `metric(x, data=, **cond) -> (B,)`, higher is better; only ranks.
-        loser: l, weight of the losers' pull towards the teacher; -1 pushes them off it.
-        prefer: p, weight of the pull from losers to winners.
-        spread: the second sample starts from `spread` times the first one's noise (1.1 in the paper); none: its own.
+        form: `derived`, or the published `paper`, which lowers the metric of a student equal to its teacher.
+        prefer: p of the derived form, 0.3 if none; 0 ignores the metric.
+        spread: of the paper's form: the second sample starts from `spread` times the first one's noise (1.1 in the
+            paper); none: from noise of its own.
         student_every: critics' turns for one of the student.
+        normalise: of `losses.matching.matching`; "real" divides by mean|x - D| per sample, "none" does not.
         density, base: law of u; arguments of Method.
+
+    Raises:
+        BadInput: an unknown form, or an option of the other form.
     """
 
-    trainable, frozen = ("winner", "loser", "student"), ("teacher",)
+    trainable: tuple[str, ...] = ("critic", "winner", "student")
     sampler, serving = Renoise(), "renoise"
 
     def __init__(
@@ -42,24 +63,33 @@ class DistillationDPO(Method):
         roles: dict[str, Any],
         *,
         metric: Any,
-        loser: float = -1.0,
-        prefer: float = 0.0,
+        form: str = "derived",
+        prefer: float | None = None,
         spread: float | None = None,
         student_every: int = 1,
+        normalise: str = "real",
         density: Any = None,
         grid: Any = 1,
         **base,
     ):
+        if form not in CRITICS:
+            raise BadInput(f"form '{form}' must be derived or paper.{suggest(form, CRITICS)}")
+        for name, value, own in (("prefer", prefer, "derived"), ("spread", spread, "paper")):
+            if value is not None and form != own:
+                raise BadInput(f"{name} is an option of form: {own}; remove it, or set form: {own}.")
+        self.trainable = (*CRITICS[form], "student")
         super().__init__(roles, grid=grid, **base)
-        self.metric, self.sign, self.prefer, self.spread = metric, loser, prefer, spread
-        self.student_every, self.density = student_every, density or Uniform(0.02, 0.98)
+        self.metric, self.form, self.spread = metric, form, spread
+        self.prefer = 0.3 if prefer is None else prefer
+        self.student_every, self.normalise, self.density = student_every, normalise, density or Uniform(0.02, 0.98)
         self.schedule, self.guided = self.teacher.schedule, Guided(self.teacher, self.guidance)
 
     def turns(self, step):
-        yield "winner", lambda pair, cond, _: self.critic_loss(self.winner, pair[0], cond)
-        yield "loser", lambda pair, cond, _: self.critic_loss(self.loser, pair[1], cond)
+        for role in CRITICS[self.form]:
+            yield role, lambda *pairs, role=role: self.critic_loss(role, Pairs(*pairs))
         if (step + 1) % self.student_every == 0:
-            yield "student", self.student_loss
+            loss = self.student_loss if self.form == "derived" else self.paper_loss
+            yield "student", lambda *pairs: loss(Pairs(*pairs))
 
     def draw(self, x, z, cond):
         z = torch.cat([z, torch.randn_like(z) if self.spread is None else self.spread * z])
@@ -67,26 +97,48 @@ class DistillationDPO(Method):
         student_cond = self.student_conditions(both, len(z))
         x_t, t = self.simulate(z, student_cond)
         with torch.no_grad():
-            a, b = self.student(x_t, t, **student_cond).chunk(2)
-            a_wins = self.reward_of(a, x, cond) >= self.reward_of(b, x, cond)
-        return rank(a, b, a_wins), cond, lambda: rank(*self.student(x_t, t, **student_cond).chunk(2), a_wins)
+            samples = self.student(x_t, t, **student_cond)
+            score_a, score_b = (self.reward_of(half, x, cond) for half in samples.chunk(2))
+        self.log_value("student/score", torch.cat([score_a, score_b]).mean())
+        return Pairs(samples, score_a >= score_b, t, both, lambda: self.student(x_t, t, **student_cond))
 
-    def critic_loss(self, critic, x, cond):
-        u = self.density(len(x), device=x.device, dtype=x.dtype)
-        x_u = self.schedule.add_noise(x, u, torch.randn_like(x))
-        return mse(critic.native(x_u, u, **cond), critic.from_x(x, x_u, u))
+    def predict(self, role, x_u, u, pairs):
+        """E[x | x_u] (n, ...) of a critic, n = 2B or B, in the order of `pairs`; both samples of a pair share a condition."""
+        return getattr(self, role)(x_u, u, **self.critic_conditions(role, pairs, len(u)))
 
-    def student_loss(self, _, cond, sample):
-        x_w, x_l = sample()
-        u, noise = self.density(len(x_w), device=x_w.device, dtype=x_w.dtype), torch.randn_like(x_w)
-        return self.pull(x_w, self.winner, u, noise, cond, 1.0) + self.pull(x_l, self.loser, u, noise, cond, self.sign)
+    def critic_conditions(self, role, pairs, n):
+        step = {"s": pairs.t[:n]} if network_of(getattr(self, role)).flow_map else {}
+        return {k: v[:n] for k, v in pairs.cond.items()} | step
 
-    def pull(self, x, critic, u, noise, cond, weight):
-        """Matching with the gradient (weight (F - D) - p (W - L)) / mean|x - D|, F the sample's own critic."""
+    def noised(self, x):
+        u, noise = self.density(len(x), device=x.device, dtype=x.dtype), torch.randn_like(x)
+        return self.schedule.add_noise(x, u, noise), u, noise
+
+    def critic_loss(self, role, pairs):
+        winners, losers = rank(*pairs.x.chunk(2), pairs.a_wins)
+        x = {"critic": pairs.x, "winner": winners, "loser": losers}[role]
+        (x_u, u, _), critic = self.noised(x), getattr(self, role)
+        native = critic.native(x_u, u, **self.critic_conditions(role, pairs, len(x)))
+        return mse(native, critic.from_x(x, x_u, u))
+
+    def student_loss(self, pairs):
+        x = pairs.sample()
+        x_u, u, _ = self.noised(x)
         with torch.no_grad():
-            x_u = self.schedule.add_noise(x, u, noise)
-            real = self.guided(x_u, u, **cond)
-            fake = real + weight * (critic(x_u, u, **cond) - real)
+            real, fake = self.guided(x_u, u, **pairs.cond), self.predict("critic", x_u, u, pairs)
             if self.prefer:
-                fake = fake - self.prefer * (self.winner(x_u, u, **cond) - self.loser(x_u, u, **cond))
-        return matching(x, fake, real)
+                fake = fake - self.prefer * (self.predict("winner", x_u, u, pairs) - fake)
+        return matching(x, fake, real, normalise=self.normalise)
+
+    def paper_loss(self, pairs):
+        """Winners towards the teacher, losers away from it, at one u and one noise."""
+        x_w, x_l = rank(*pairs.sample().chunk(2), pairs.a_wins)
+        _, u, noise = self.noised(x_w)
+        loss, cond = 0.0, {k: v[: len(u)] for k, v in pairs.cond.items()}
+        for x, role, sign in ((x_w, "winner", 1.0), (x_l, "loser", -1.0)):
+            with torch.no_grad():
+                x_u = self.schedule.add_noise(x, u, noise)
+                real = self.guided(x_u, u, **cond)
+                fake = real + sign * (self.predict(role, x_u, u, pairs) - real)
+            loss = loss + matching(x, fake, real, normalise=self.normalise)
+        return loss

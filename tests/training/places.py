@@ -73,9 +73,8 @@ def dpo(optim):
         grid=2,
         student_every=2,
         prefer=0.3,
-        loser=1.0,
         ema=0.9,
-        optim=optim("student", "winner", "loser"),
+        optim=optim("student", "critic", "winner"),
     )
 
 
