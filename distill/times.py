@@ -55,6 +55,27 @@ class Uniform(Density):
         return self.lo + (self.hi - self.lo) * torch.rand(n, **kw)
 
 
+class Mixture(Density):
+    """Each t from one of several densities, chosen with equal probability.
+
+    Args:
+        densities: at least one Density.
+
+    Raises:
+        BadInput: if there is none.
+    """
+
+    def __init__(self, densities: list[Density]):
+        if not densities:
+            raise BadInput("Mixture: give at least one density.")
+        self.densities = tuple(densities)
+
+    def draw(self, n: int, **kw: Any) -> Tensor:
+        draws = torch.stack([density.draw(n, **kw) for density in self.densities])
+        choice = (len(draws) * torch.rand(n, **kw)).long().clamp_max(len(draws) - 1)
+        return draws.gather(0, choice[None])[0]
+
+
 @dataclass(frozen=True)
 class LogitNormal(Density):
     """logit(t) ~ N(mean, std^2), Esser et al. 2024, https://arxiv.org/abs/2403.03206."""

@@ -23,6 +23,7 @@ SCHEDULES = {
     "vp linear": VPLinear(),
     "vp scaled linear": VPScaledLinear(),
     "ve": VE(),
+    "ve floor": VE(sigma_min=0.002),
     "table": Table([0.999 - 0.99 * n / 99 for n in range(100)]),
 } | ZERO_SNR
 
@@ -147,6 +148,14 @@ def test_known_values():
     assert RectifiedFlow(3.0).sigma(half).item() == pytest.approx(3 * 0.5 / (1 + 2 * 0.5))
     assert RectifiedFlow(3.0).alpha(half).item() == pytest.approx(0.25)
     assert VE().sigma(half).item() == pytest.approx((0.5 * 80 ** (1 / 7)) ** 7)
+    floor = VE(sigma_min=0.002)  # EDM's levels, equation 5 of the paper: sigma_i of i = 0, ..., N - 1 for N = 18, then 0
+    levels = [(80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(18)]
+    t = torch.tensor([1 - i / 17 for i in range(17)], dtype=torch.float64)
+    assert floor.sigma(t).tolist() == pytest.approx(levels[:-1])
+    assert floor.sigma(torch.tensor([1e-12], dtype=torch.float64)).item() == pytest.approx(levels[-1])
+    assert (VE().sigma(t) < 0.002).sum() == 3 and (floor.sigma(t) < 0.002).sum() == 0
+    with pytest.raises(BadInput, match="sigma_min 80 must be"):
+        VE(sigma_min=80.0)
     assert TrigFlow(0.5).sigma(half).item() == pytest.approx(0.5 * math.sin(math.pi / 4))
 
 

@@ -75,24 +75,23 @@ def matching(
     return 0.5 * ((x - y).square() * bcast(scale, x)).flatten(1).mean(1).mean()
 
 
-def divergence_weight(
-    name: str, log_ratio: Tensor, low: float = 0.1, high: float = 20.0, normalise: bool = True
-) -> Tensor:
-    r"""h(r) (B,), detached, with r = exp(log_ratio) clipped to [low, high].
+def divergence_weight(name: str, log_ratio: Tensor, low: float = 0.1, high: float = 20.0) -> Tensor:
+    r"""h(r) / h(1) (B,), detached, with r = exp(log_ratio) clipped to [low, high]. It is 1 where both laws agree.
+
+    Divided by its mean over a batch, the step size does not depend on the divergence.
 
     Args:
         name: an f-divergence, a key of DIVERGENCES.
         log_ratio: an estimate of log p_D - log p_G at x_u (B,), such as the logit of a discriminator.
         low, high: bounds of r.
-        normalise: divide by the mean over the batch, so that the step size does not depend on the divergence.
 
     Raises:
         BadInput: for another name.
     """
     if name not in DIVERGENCES:
         raise BadInput(f"divergence '{name}' must be one of {', '.join(DIVERGENCES)}.{suggest(name, DIVERGENCES)}")
-    h = DIVERGENCES[name](log_ratio.detach().clamp(-10, 10).exp().clamp(low, high))
-    return h / h.mean() if normalise else h
+    h = DIVERGENCES[name]
+    return h(log_ratio.detach().clamp(-10, 10).exp().clamp(low, high)) / h(log_ratio.new_ones(()))
 
 
 def gap(x: Tensor, fake: Tensor, real: Tensor) -> Tensor:

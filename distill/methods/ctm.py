@@ -1,7 +1,7 @@
 r"""Consistency trajectory models (Kim et al. 2023, https://arxiv.org/abs/2310.02279), without their GAN term.
 
 The student g(x_t, t, s) takes the end time s as an input; its jump is the DDIM step G(x_t, t, s) = ddim(g, x_t: t -> s), which is
-sigma_s/sigma_t x_t + (1 - sigma_s/sigma_t) g in EDM's chart. On a grid of N times, for one n for all and t = t_j,
+sigma_s/sigma_t x_t + (1 - sigma_s/sigma_t) g in EDM's chart. On a grid of N intervals, for one n for all and t = t_j,
 u = t_{j-n}, s = t_i <= u per sample:
 
     x_u = n steps of the guided teacher's ODE from x_t
@@ -21,7 +21,7 @@ from distill.denoise import Guided, network_of
 from distill.errors import BadInput
 from distill.losses.regression import mse
 from distill.methods.base import Method
-from distill.noise import at_least_float32
+from distill.noise import at_least_float32, bcast
 from distill.solvers import ddim
 from distill.solvers import solver as solver_of
 from distill.solvers.flowmap import GammaSampler
@@ -33,8 +33,9 @@ class CTM(Method):
     """A student that jumps from any time to any smaller one.
 
     Args:
-        intervals: N, for t_j = j/N.
-        longest: the most teacher steps in one jump from t to u; N by default.
+        intervals: N, for t_j = j/N; 17 for the 18 times of the paper.
+        longest: the most teacher steps n in one jump from t to u; N by default.
+        weighted: draw n with P(n) proportional to n, as the released code does; false: uniformly.
         solver: the teacher's ODE step, by name.
         target_ema: decay of the target network.
         gamma: of the sampler: 0 is deterministic, 1 noises the predicted data afresh at every step.
@@ -52,8 +53,9 @@ class CTM(Method):
         self,
         roles: dict[str, Any],
         *,
-        intervals: int = 18,
+        intervals: int = 17,
         longest: int | None = None,
+        weighted: bool = False,
         solver: str = "heun",
         target_ema: float = 0.999,
         gamma: float = 0.0,
@@ -64,7 +66,7 @@ class CTM(Method):
         super().__init__(roles, averages={"target": ("student", target_ema)}, **base)
         if not network_of(self.student).flow_map:
             raise BadInput("roles.student: CTM needs a network with an input s; set flow_map: true.")
-        self.intervals, self.longest = intervals, min(longest or intervals, intervals)
+        self.intervals, self.longest, self.weighted = intervals, min(longest or intervals, intervals), weighted
         self.solver, self.sampler = solver_of(solver), GammaSampler(gamma)
         self.denoise, self.density = denoise, density or Uniform(1e-3, 1.0)
         self.guided, self.schedule = Guided(self.teacher, self.guidance), self.student.schedule
@@ -78,7 +80,7 @@ class CTM(Method):
         return jump + self.denoise * self.balance(jump, denoise) * denoise
 
     def jump_loss(self, x, z, cond):
-        n = int(torch.randint(1, self.longest + 1, (), generator=self.shared))  # the same on all ranks
+        n = self.draw_steps()
         j = torch.randint(n, self.intervals + 1, (len(x),), device=x.device)
         i = (torch.rand(len(x), device=x.device) * (j - n + 1)).long()
         t, s = self.time(j, x), self.time(i, x)
@@ -92,6 +94,12 @@ class CTM(Method):
         with torch.no_grad(), rewind:
             target = self.landed(x_u, self.time(j - n, x), s, student_cond)
         return mse(e, target)
+
+    def draw_steps(self) -> int:
+        """n in 1..longest, the same on all ranks."""
+        steps = torch.arange(1.0, self.longest + 1)
+        chances = steps if self.weighted else torch.ones_like(steps)
+        return 1 + int(torch.multinomial(chances, 1, generator=self.shared))
 
     def landed(self, x_t, t, s, student_cond):
         """The student's jump from t to s, carried on to the data by the target."""
@@ -118,5 +126,7 @@ class CTM(Method):
 
 
 def jump(student, x_t, t, s, student_cond):
-    """G(x_t, t, s); x_t itself where s = t."""
-    return ddim(student.schedule, student(x_t, t, s=s, **student_cond), x_t, t, s)
+    """G(x_t, t, s); x_t itself where s = t. Rows of t = 0 ask the network elsewhere: log sigma_0 is infinite."""
+    at_data = t == 0
+    x_s = ddim(student.schedule, student(x_t, torch.where(at_data, 0.5, t), s=s, **student_cond), x_t, t, s)
+    return torch.where(bcast(at_data, x_t), x_t, x_s)

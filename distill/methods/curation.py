@@ -75,7 +75,8 @@ class Curation(Method):
         k, n = self.group, len(z)
         wide = {name: v.repeat_interleave(k, 0) for name, v in cond.items()}
         noise = torch.randn(n * k, *z.shape[1:], dtype=z.dtype, device=z.device)
-        x = solve(self.source, noise, self.grid, self.sampler, **self.student_conditions(wide, n * k))
+        start = self.student.schedule.start(noise)
+        x = solve(self.source, start, self.grid, self.sampler, **self.student_conditions(wide, n * k))
         scores = self.reward_of(x, None if data is None else data.repeat_interleave(k, 0), wide).view(n, k)
         kept = sample_choice(scores, torch.rand(n, device=z.device), self.temperature)
         self.log_value("student/score", scores.mean())

@@ -2,7 +2,8 @@ r"""Diffusion-DPO (Wallace et al., 2023), https://arxiv.org/abs/2311.12908.
 
     L = -log sigmoid(-beta [(e_w - e_w^ref) - (e_l - e_l^ref)]),   e = mean |N(x_t, t) - n(x, x_t, t)|^2
 
-with N the student's network and the teacher as the reference, at one t and one noise for winner and loser.
+with N the student's network and the unguided teacher as the reference, at one t and one noise for winner and loser.
+`guidance` shapes the pairs alone.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from distill.denoise import Guided
+from distill.denoise import Guided, network_of
 from distill.errors import BadInput
 from distill.losses.preference import dpo, rank
 from distill.losses.regression import mse
@@ -44,6 +45,7 @@ class DiffusionDPO(Method):
         super().__init__(roles, grid=grid, **base)
         self.metric, self.beta, self.pair_steps = metric, beta, pair_steps
         self.density, self.guided = density or Uniform(1e-3, 1.0), Guided(self.teacher, self.guidance)
+        self.reference = self.guided if network_of(self.teacher).guided else self.teacher
 
     def turns(self, step):
         yield "student", self.loss
@@ -55,7 +57,8 @@ class DiffusionDPO(Method):
         if self.metric is None:
             raise BadInput("DiffusionDPO needs pairs: give method.metric, or data whose batches have the key 'loser'.")
         times = Grid.uniform(self.pair_steps)
-        a, b = (solve(self.guided, noise, times, DDIM(), **cond) for noise in (z, torch.randn_like(z)))
+        starts = (self.teacher.schedule.start(noise) for noise in (z, torch.randn_like(z)))
+        a, b = (solve(self.guided, start, times, DDIM(), **cond) for start in starts)
         return *rank(a, b, self.reward_of(a, x, cond) >= self.reward_of(b, x, cond)), cond
 
     def loss(self, winner, loser, cond):
@@ -66,7 +69,8 @@ class DiffusionDPO(Method):
     def errors(self, x, t, noise, cond):
         """Squared errors (B,) of student and teacher at one noise, in the student's chart."""
         x_t = self.student.schedule.add_noise(x, t, noise)
-        target, native = self.student.from_x(x, x_t, t), self.student.native(x_t, t, **cond)
+        target = self.student.from_x(x, x_t, t)
+        native = self.student.native(x_t, t, **self.student_conditions(cond, len(x)))
         with torch.no_grad():
-            ref = self.student.from_x(self.guided(x_t, t, **cond), x_t, t)
+            ref = self.student.from_x(self.reference(x_t, t, **cond), x_t, t)
         return mse(native, target, per_sample=True), mse(ref, target, per_sample=True)

@@ -78,6 +78,7 @@ class DMD2(Method):
         self.r1, self.r1_step, self.balance = r1, r1_step, check_balance(balance)
         self.regression, self.regression_steps, self.normalise = regression, regression_steps, normalise
         self.density, self.guided = density or Uniform(0.02, 0.98), Guided(self.teacher, self.guidance)
+        self._ratios: tuple = (-1, 1.0, 1)  # step, sum and number of h(r)
 
     def start(self, role, roles):
         if role != "head":
@@ -124,12 +125,22 @@ class DMD2(Method):
             lambda y: self.logit(y, u, cond, step), data_u, x_u, noise, self.r1, self.r1_step
         )
 
+    def ratio_weight(self, log_ratio):
+        """h(r) (B,) over its mean over the ranks, the step's micro-batches so far, and one sample of r = 1.
+
+        That one keeps a batch of one sample from being divided by itself.
+        """
+        h, world = divergence_weight(self.divergence, log_ratio), self.placement.world
+        total, count = self._ratios[1:] if self._ratios[0] == self.step else (1.0, 1)
+        self._ratios = (self.step, total + self.placement.mean(h.sum()) * world, count + len(h) * world)
+        return h * self._ratios[2] / self._ratios[1]
+
     def student_loss(self, data, _, cond, sample, z, step):
         x_u, u = self.noised(x := sample())
         with torch.no_grad():
             real, fake = self.guided(x_u, u, **cond), self.critic(x_u, u, **cond, **step)
         logit = self.logit(x_u, u, cond, step) if self.judged else None
-        weight = None if self.divergence == "reverse_kl" else divergence_weight(self.divergence, logit.mean(1))
+        weight = None if self.divergence == "reverse_kl" else self.ratio_weight(logit.mean(1))
         loss = matching(x, fake, real, weight=weight, normalise=self.normalise)
         self.log_value("student/gap", gap(x, fake, real))
         if self.adversarial:

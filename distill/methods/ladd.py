@@ -94,7 +94,8 @@ class LADD(Method):
     def from_data(self, x, z):
         """Data noised to t_k, k ~ U{1..K} per sample; at t_K = 1 as the sampler starts, from z alone."""
         t, _ = self.grid.segment(self.grid.draw(len(z), device=z.device), z.dtype)
-        return torch.where((t == 1).view(-1, *[1] * (z.ndim - 1)), z, self.schedule.add_noise(x, t, z)), t
+        noise = (t == 1).view(-1, *[1] * (z.ndim - 1))
+        return torch.where(noise, self.schedule.start(z), self.schedule.add_noise(x, t, z)), t
 
     def logit(self, x_u: Tensor, u: Tensor, cond: dict) -> Tensor:
         return self.head(self.read()(x_u, u, **cond))

@@ -4,7 +4,7 @@ The student's K-step ODE trajectory is matched in law to the teacher's at every 
 t = t_k > u >= s = t_{k-1}:
 
     x = G(x_t, t);   x_s = alpha_s x + sigma_s eps(x, x_t);   x_u ~ q(x_u | x_s)
-    critic   min_F  w(u) min(SNR_u, 5) |F(x_u) - sg x|^2
+    critic   min_F  w(u) |F(x_u) - sg x|^2 in the network's chart (v, flow), or w(u) min(SNR_u, 5) |F(x_u) - sg x|^2
     student  d/dx   (F - D_w)(x_u) / mean|x - D_w(x_u)|       through x only
 """
 
@@ -16,10 +16,14 @@ from typing import Any
 import torch
 
 from distill.denoise import Guided
+from distill.errors import BadInput, suggest
 from distill.losses.matching import importance, matching
 from distill.losses.regression import mse
 from distill.methods.base import Method
 from distill.noise import at_least_float32
+
+
+WEIGHTS = ("auto", "native", "snr")
 
 
 class TDM(Method):
@@ -32,7 +36,10 @@ class TDM(Method):
         separate: u stays below the segment's t, so that each segment has its own noise levels; false: below 1, the
             authors' other choice, where the critic is shared by all segments.
         normalise: of `losses.matching.matching`; "real" divides by mean|x - D| per sample, "none" does not.
-        snr_max: clip of the critic's SNR weight.
+        critic_weight: "native" compares the critic's own outputs; "snr" weighs |F - x|^2 by min(SNR, snr_max), as the
+            authors do for an eps-prediction, and gives a flow model's noisiest segment less than 1 % of the loss; "auto"
+            is "snr" for eps- and x-predictions.
+        snr_max: clip of "snr".
         margin: u is at least `margin` above max(s, 0) and below t, as fractions of [0, 1].
         base: arguments of Method.
     """
@@ -49,11 +56,18 @@ class TDM(Method):
         separate: bool = True,
         normalise: str = "real",
         weigh: bool = True,
+        critic_weight: str = "auto",
         snr_max: float = 5.0,
         margin: float = 0.02,
         **base,
     ):
+        if critic_weight not in WEIGHTS:
+            hint = suggest(critic_weight, WEIGHTS)
+            raise BadInput(f"critic_weight '{critic_weight}' must be one of {', '.join(WEIGHTS)}.{hint}")
         super().__init__(roles, **base)
+        if critic_weight == "auto":
+            critic_weight = "snr" if self.critic.prediction in ("eps", "x") else "native"
+        self.critic_weight = critic_weight
         self.student_every, self.huber, self.normalise, self.weigh = student_every, huber, normalise, weigh
         self.separate, self.snr_max, self.margin = separate, snr_max, margin
         self.schedule = self.teacher.schedule
@@ -94,9 +108,10 @@ class TDM(Method):
     def critic_loss(self, path, cond, student_cond):
         with torch.no_grad():
             x, x_u, u, noise = self.segment(path, student_cond)
-        weight = self.schedule.log_snr(u).exp().clamp_max(self.snr_max)
-        if self.weigh:
-            weight = weight * importance(self.schedule.eps(x, x_u, u), noise)
+        weight = importance(self.schedule.eps(x, x_u, u), noise) if self.weigh else torch.ones_like(u)
+        if self.critic_weight == "native":
+            return mse(self.critic.native(x_u, u, **cond), self.critic.from_x(x, x_u, u), weight.to(x))
+        weight = weight * self.schedule.log_snr(u).exp().clamp_max(self.snr_max)
         return mse(self.critic(x_u, u, **cond), x, weight.to(x))
 
     def student_loss(self, path, cond, student_cond):

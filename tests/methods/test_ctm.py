@@ -139,6 +139,46 @@ def test_the_gradient_has_the_slope_of_the_target():
     assert gradient(1.0).abs().sum() > 0
 
 
+class LogSigma(nn.Module):
+    """An EDM network, which embeds log sigma_t: not finite at t = 0."""
+
+    flow_map, shape = True, (2,)
+
+    def __init__(self, schedule):
+        super().__init__()
+        self.schedule, self.gain = schedule, nn.Linear(3, 2)
+
+    def forward(self, x, t, s=None):
+        return self.gain(torch.cat([x, -self.schedule.log_snr(t)[:, None] / 8], 1))
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.002])
+def test_an_edm_network_is_never_asked_for_the_noise_level_zero(floor):
+    schedule = VE(sigma_min=floor)
+    net = Denoiser(LogSigma(schedule), schedule, "edm", sigma_data=STD)
+    method = CTM({"teacher": Gaussian([0.3, 0.3], STD, schedule), "student": net}, intervals=4)
+    x, z = torch.randn(2, 64, 2)
+    for _ in range(8):
+        method._only("student")
+        loss = method.loss(x, z, {})
+        loss.backward()
+        assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in method.student.parameters())
+
+
+def test_jumps_from_the_data_stay_there():
+    student = Denoiser(Exact(VE(), 0.3), VE(), "x")
+    x, zero = torch.randn(5, 2, dtype=F64), torch.zeros(5, dtype=F64)
+    assert torch.equal(jump(student, x, zero, zero, {}), x)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_law_of_n_is_uniform_or_in_proportion_to_n(weighted):
+    method = small(intervals=6, longest=4, weighted=weighted)
+    counts = torch.bincount(torch.tensor([method.draw_steps() for _ in range(8000)]), minlength=6)
+    chances = torch.tensor([0.0, 1, 2, 3, 4, 0]) / 10 if weighted else torch.tensor([0.0, 1, 1, 1, 1, 0]) / 4
+    torch.testing.assert_close(counts / 8000, chances, atol=0.02, rtol=0)
+
+
 def test_s_is_at_most_u_and_n_is_shared(monkeypatch):
     """Two ranks with other noise but the same shared stream take equally many teacher steps."""
     counts = []

@@ -1,6 +1,7 @@
 """DMD2 with exact critics: sign, optimum, guidance, who gets gradient, and how its roles follow the options."""
 
 import copy
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -109,6 +110,44 @@ def test_the_gan_alone_moves_a_student_towards_what_the_head_calls_real():
                 p -= 1e-2 * p.grad
     torch.manual_seed(0)
     assert method.student_loss(*shared) < before
+
+
+@pytest.mark.parametrize("parts", [1, 2, 6])
+def test_the_weights_of_a_divergence_are_normalised_over_ranks_and_micro_batches(parts):
+    """Two ranks of 6 samples in `parts` micro-batches: h(r) over the mean of all so far and one sample of r = 1."""
+    log_ratios = torch.randn(2, 6, dtype=torch.float64)
+    methods = [small(divergence="js") for _ in range(2)]
+    for rank, method in enumerate(methods):
+        method.placement.world = 2
+        rest = iter(log_ratios[1 - rank].chunk(parts))
+        h_of = lambda r: 2 * r.exp() / (1 + r.exp())  # r / (1 + r), 1 at r = 1
+        method.placement.mean = lambda total, rest=rest: (total + h_of(next(rest)).sum()) / 2
+    h = 2 * log_ratios.sigmoid()
+    for i, ours in enumerate(zip(*(row.chunk(parts) for row in log_ratios))):
+        seen = h[:, : (i + 1) * 6 // parts]
+        for method, log_ratio in zip(methods, ours):
+            expected = 2 * log_ratio.sigmoid() * (1 + seen.numel()) / (1 + seen.sum())
+            assert torch.allclose(method.ratio_weight(log_ratio), expected)
+    methods[0].step += 1
+    methods[0].placement.mean = lambda total: total
+    methods[0].placement.world = 1
+    first = methods[0].ratio_weight(torch.tensor([2.0], dtype=torch.float64))
+    assert first.item() == pytest.approx(2 * (h := 2 / (1 + math.exp(-2))) / (1 + h)) and first > 1.2, "a new step"
+
+
+def test_a_divergence_changes_the_gradient_of_a_single_sample():
+    """Divided by a mean over itself, the weight of a micro-batch of one would be 1 whatever the divergence."""
+    gradients = []
+    for name in ("reverse_kl", "kl"):
+        torch.manual_seed(0)
+        method = small(grid=1, divergence=name)
+        method.logit = lambda *_: torch.full((1, 1), math.log(4.0), dtype=torch.float64)
+        torch.manual_seed(1)
+        shared = method.draw(torch.zeros(1, 2).double(), torch.randn(1, 2).double(), {})
+        in_turn(method, "student")
+        method.student_loss(*shared).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in method.student.parameters() if p.grad is not None]))
+    assert torch.allclose(gradients[1], gradients[0] * 4 * 2 / (1 + 4)) and gradients[0].norm() > 0
 
 
 def test_balance_makes_the_weights_of_two_losses_comparable():

@@ -5,9 +5,11 @@ import copy
 import pytest
 import torch
 from affine import Affine, Labelled, in_turn, of_gaussian, pull, touched
+from exact import student as formula
 from torch import nn
 
 from distill.denoise import Denoiser, Gaussian
+from distill.errors import BadInput
 from distill.losses.matching import importance
 from distill.methods import TDM
 from distill.models.small import MLP
@@ -186,6 +188,67 @@ def test_the_path_is_the_samplers_own():
     with torch.no_grad():
         x = method.student(path[0], torch.full((8,), 1 / 3, dtype=D), **conditions)
     assert torch.allclose(x, method.sample(z, {}), atol=1e-12)
+
+
+def quadrature(weight, shift, k, steps=4, margin=0.02):
+    """E_u of `weight(alpha_u, sigma_u)` over segment k of a uniform grid, u as the method draws it."""
+    low, high = max((k - 1) / steps, margin), k / steps - margin
+    schedule, u = RectifiedFlow(shift), torch.linspace(low, high, 20_001, dtype=D)
+    alpha, sigma = schedule(u)
+    return (torch.trapezoid(weight(alpha, sigma), u) / (high - low)).item()
+
+
+WEIGHT = {  # of an error of the flow; x - F = sigma times it
+    "native": lambda alpha, sigma: torch.ones_like(sigma),
+    "auto": lambda alpha, sigma: torch.ones_like(sigma),
+    "snr": lambda alpha, sigma: (alpha / sigma).square().clamp_max(5.0) * sigma**2,
+}
+SHARES = {(3.0, "snr"): (0.007, 0.07, 0.31, 0.61), (3.0, "auto"): (0.25, 0.25, 0.25, 0.25)}
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("weight", WEIGHT)
+def test_a_flow_critics_error_counts_in_each_segment_as_the_formula_says(weight, shift):
+    """The critic is off by 1 in its own output everywhere; noisiest segment first."""
+    schedule, losses = RectifiedFlow(shift), []
+    critic = formula(lambda x_u, u, **_: x_u / schedule.sigma(u)[:, None] + 1, schedule, "flow", guided=False)
+    net = Denoiser(MLP(1, 8, 1), schedule).double()
+    method = TDM({"teacher": net, "student": net, "critic": critic}, grid=4, critic_weight=weight, weigh=False)
+    path, zeros = torch.zeros(4, 4000, 1, dtype=D), torch.zeros(4000, 1, dtype=D)
+    for k in (4, 3, 2, 1):
+        torch.manual_seed(0)
+        t, s = method.grid.segment(torch.full((4000,), k), D)
+        u = s.clamp_min(0.02) + (t - 0.02 - s.clamp_min(0.02)) * torch.rand(4000, dtype=D)
+        method.segment = lambda *_, u=u: (zeros, torch.randn(4000, 1, dtype=D), u, zeros)  # x = 0: its flow is x_u / sigma_u
+        losses.append(method.critic_loss(path, {}, {}).item())
+    expected = [quadrature(WEIGHT[weight], shift, k) for k in (4, 3, 2, 1)]
+    assert losses == pytest.approx(expected, rel=0.03, abs=1e-3)
+    if (shift, weight) in SHARES:
+        assert [loss / sum(losses) for loss in losses] == pytest.approx(SHARES[shift, weight], abs=0.011)
+
+
+@pytest.mark.parametrize(("prediction", "chosen"), [("eps", "snr"), ("x", "snr"), ("v", "native"), ("flow", "native")])
+def test_the_critics_weight_follows_its_prediction(prediction, chosen):
+    net = Denoiser(MLP(1, 8, 1), VPLinear(), prediction)
+    roles = {"teacher": net, "student": net, "critic": copy.deepcopy(net)}
+    assert TDM(roles).critic_weight == chosen
+    assert TDM(roles, critic_weight="snr").critic_weight == "snr"
+    with pytest.raises(BadInput, match="Did you mean 'native'"):
+        TDM(roles, critic_weight="nativ")
+
+
+@pytest.mark.parametrize("weight", ["snr", "native"])
+def test_the_critic_has_no_gradient_at_the_mean_of_x_and_is_pulled_back_to_it(weight):
+    """x_u is made from x_s: with x and x_u fixed, the gradient in an offset of the critic's output is by hand."""
+    critic = formula(lambda x_u, u, **_: 0 * x_u, RectifiedFlow(), "flow", guided=False)
+    net = Denoiser(MLP(1, 8, 1), RectifiedFlow()).double()
+    method = TDM({"teacher": net, "student": net, "critic": critic}, grid=1, critic_weight=weight, weigh=False)
+    x, x_u, u = torch.randn(64, 1, dtype=D), torch.randn(64, 1, dtype=D), 0.05 + 0.9 * torch.rand(64, dtype=D)
+    method.segment = lambda *_: (x, x_u, u, None)
+    (found,) = torch.autograd.grad(method.critic_loss(torch.zeros(1, 64, 1), {}, {}), critic.net.off)
+    flow = (x_u - x) / u[:, None]  # the flow that belongs to x
+    factor = 1.0 if weight == "native" else (((1 - u) / u).square().clamp_max(5.0) * u**2)[:, None]
+    assert torch.allclose(found, (-2 * factor * flow).mean(0))
 
 
 def test_u_stays_inside_its_segment():
