@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from distill.errors import BadInput, suggest
 
 FORMS = ("softplus", "hinge")
+R1_STEPS = {torch.bfloat16: 0.05}  # of "auto", where a step of 0.01 is lost in rounding
 MAX_RATIO = 0.1  # largest ratio of gradient norms of "auto"; docs/methods/dmd2.md compares it with other codebases
 
 
@@ -83,7 +84,7 @@ def penalised_discriminator_loss(
     fake: Tensor,
     noise: Tensor,
     penalty: float = 0.0,
-    step: float | None = None,
+    step: float | str | None = None,
     form: str = "softplus",
 ) -> Tensor:
     """`discriminator_loss` plus `penalty` times the R1 penalty at the real samples.
@@ -93,7 +94,7 @@ def penalised_discriminator_loss(
         real, fake: real and generated samples (B, ...), at the same noise level; gradients do not reach them.
         noise: N(0, I) (B, ...), the direction of the approximate penalty.
         penalty: weight of the R1 penalty.
-        step: None for the exact penalty, else the step of `approximate_r1`.
+        step: None for the exact penalty, else the step of `approximate_r1`; "auto" takes that of `r1_step`.
         form: "softplus" or "hinge".
     """
     real, fake = real.detach().requires_grad_(bool(penalty) and step is None), fake.detach()
@@ -103,7 +104,26 @@ def penalised_discriminator_loss(
         return loss
     if step is None:
         return loss + penalty * r1(real_logit, real)
+    step = r1_step(real_logit) if isinstance(step, str) else step
     return loss + penalty * approximate_r1(real_logit, logit(real + step * noise), step)
+
+
+def r1_step(logit: Tensor) -> float:
+    """The step of `approximate_r1` for the precision of this logit: 0.05 in bfloat16, else 0.01.
+
+    In bfloat16 rounding makes the penalty of a step of 0.01 1.4 to 2.7 times the exact one, that of 0.05 about 1.03 times.
+    The precision is that of autocast, where it is on, else the logit's own.
+    """
+    kind = logit.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else logit.dtype
+    return R1_STEPS.get(dtype, 0.01)
+
+
+def check_r1_step(step: float | str | None) -> float | str | None:
+    """Returns `step` if it is None, "auto" or positive; raises BadInput otherwise."""
+    if step is None or step == "auto" or not isinstance(step, str) and step > 0:
+        return step
+    raise BadInput(f"r1_step: '{step}' must be auto, a positive number, or none for the exact penalty.")
 
 
 def gradient_ratio(x: Tensor, main: Tensor, extra: Tensor, floor: float = 1e-8) -> Tensor:

@@ -15,7 +15,13 @@ import torch
 
 from distill.denoise import Guided, network_of
 from distill.errors import BadInput
-from distill.losses.adversarial import check_balance, extra_loss_weight, generator_loss, penalised_discriminator_loss
+from distill.losses.adversarial import (
+    check_balance,
+    check_r1_step,
+    extra_loss_weight,
+    generator_loss,
+    penalised_discriminator_loss,
+)
 from distill.losses.matching import divergence_weight, gap, matching
 from distill.losses.regression import mse
 from distill.methods.base import Method
@@ -33,7 +39,7 @@ class DMD2(Method):
         adversarial: weight a of the student's GAN loss; 0 leaves it out.
         critic_adversarial: weight b of the head's loss for the critic whose features it reads.
         features, layers: the head reads these layers (see `models.heads.FeatureExtractor`) of the `critic` or the `teacher`.
-        r1, r1_step: weight of the head's gradient penalty, and the step that approximates it; none: exact.
+        r1, r1_step: weight of the head's gradient penalty, and the step that approximates it (auto: by the precision); none: exact.
         balance: true: a is a ratio of the GAN and the matching loss's gradient norms at x; auto: that, 0.1 at most.
         regression: weight of |G(z) - y|^2 with y the teacher's ODE from the same z in `regression_steps` DDIM steps
             (DMD, https://arxiv.org/abs/2311.18828, with the plain distance); one-step students only.
@@ -56,7 +62,7 @@ class DMD2(Method):
         features: str = "critic",
         layers: str | list[str] = "mid_block",
         r1: float = 0.0,
-        r1_step: float | None = 0.01,
+        r1_step: float | str | None = "auto",
         balance: bool | str = False,
         regression: float = 0.0,
         regression_steps: int = 16,
@@ -75,7 +81,7 @@ class DMD2(Method):
         super().__init__(roles, grid=grid, **base)
         self.student_every, self.divergence, self.adversarial = student_every, divergence, adversarial
         self.critic_adversarial = critic_adversarial if features == "critic" and self.judged else 0.0
-        self.r1, self.r1_step, self.balance = r1, r1_step, check_balance(balance)
+        self.r1, self.r1_step, self.balance = r1, check_r1_step(r1_step), check_balance(balance)
         self.regression, self.regression_steps, self.normalise = regression, regression_steps, normalise
         self.density, self.guided = density or Uniform(0.02, 0.98), Guided(self.teacher, self.guidance)
         self._ratios: tuple = (-1, 1.0, 1)  # step, sum and number of h(r)
@@ -126,10 +132,7 @@ class DMD2(Method):
         )
 
     def ratio_weight(self, log_ratio):
-        """h(r) (B,) over its mean over the ranks, the step's micro-batches so far, and one sample of r = 1.
-
-        That one keeps a batch of one sample from being divided by itself.
-        """
+        """h(r) (B,) over its mean over ranks, this step's micro-batches so far, and one sample of r = 1."""
         h, world = divergence_weight(self.divergence, log_ratio), self.placement.world
         total, count = self._ratios[1:] if self._ratios[0] == self.step else (1.0, 1)
         self._ratios = (self.step, total + self.placement.mean(h.sum()) * world, count + len(h) * world)

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from distill.denoise import Guided, network_of
-from distill.losses.adversarial import check_balance, extra_loss_weight, generator_loss, penalised_discriminator_loss
+from distill.losses.adversarial import (
+    check_balance,
+    check_r1_step,
+    extra_loss_weight,
+    generator_loss,
+    penalised_discriminator_loss,
+)
 from distill.losses.regression import mse
 from distill.methods.base import Method
 from distill.models.heads import FeatureExtractor, Head
@@ -28,7 +34,7 @@ class LADD(Method):
         head_turns: the student has a turn every `head_turns`-th step, the head every step.
         layers: names of layers to read, see `models.heads.FeatureExtractor`; of `roles.features` if given, else of the teacher.
         form: `softplus` or `hinge`.
-        r1, r1_step: weight of the head's gradient penalty, and the step that approximates it; none: exact.
+        r1, r1_step: weight of the head's gradient penalty, and the step that approximates it (auto: by the precision); none: exact.
         simulate: start from the student's own rollout instead of noised data.
         distillation: c; the paper of ADD (https://arxiv.org/abs/2311.17042) has 2.5, LADD none.
         balance: true: c is a ratio of the distillation and the GAN loss's gradient norms at x; auto: that, 0.1 at most.
@@ -50,7 +56,7 @@ class LADD(Method):
         layers: str | list[str] = "mid_block",
         form: str = "softplus",
         r1: float = 0.0,
-        r1_step: float | None = 0.01,
+        r1_step: float | str | None = "auto",
         simulate: bool = False,
         distillation: float = 0.0,
         balance: bool | str = False,
@@ -62,7 +68,7 @@ class LADD(Method):
             self.frozen = ("teacher",)
         generator_loss(torch.zeros(1), form)  # refuses an unknown name
         super().__init__(roles, **base)
-        self.head_turns, self.form, self.r1, self.r1_step = head_turns, form, r1, r1_step
+        self.head_turns, self.form, self.r1, self.r1_step = head_turns, form, r1, check_r1_step(r1_step)
         self.from_rollout, self.distillation = simulate, distillation
         self.balance = check_balance(balance)
         self.density, self.schedule = density or LogitNormal(1.0, 1.0), self.teacher.schedule
