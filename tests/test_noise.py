@@ -148,7 +148,8 @@ def test_known_values():
     assert RectifiedFlow(3.0).sigma(half).item() == pytest.approx(3 * 0.5 / (1 + 2 * 0.5))
     assert RectifiedFlow(3.0).alpha(half).item() == pytest.approx(0.25)
     assert VE().sigma(half).item() == pytest.approx((0.5 * 80 ** (1 / 7)) ** 7)
-    floor = VE(sigma_min=0.002)  # EDM's levels, equation 5 of the paper: sigma_i of i = 0, ..., N - 1 for N = 18, then 0
+    # EDM's levels, equation 5 of the paper: sigma_i of i = 0, ..., N - 1 for N = 18, then 0
+    floor = VE(sigma_min=0.002)
     levels = [(80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(18)]
     t = torch.tensor([1 - i / 17 for i in range(17)], dtype=torch.float64)
     assert floor.sigma(t).tolist() == pytest.approx(levels[:-1])

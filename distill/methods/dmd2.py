@@ -39,7 +39,7 @@ class DMD2(Method):
         adversarial: weight a of the student's GAN loss; 0 leaves it out.
         critic_adversarial: weight b of the head's loss for the critic whose features it reads.
         features, layers: the head reads these layers (see `models.heads.FeatureExtractor`) of the `critic` or the `teacher`.
-        r1, r1_step: weight of the head's gradient penalty, and the step that approximates it (auto: by the precision); none: exact.
+        r1, r1_step: weight of the head's gradient penalty, and its finite step (auto: by the precision); none: exact.
         balance: true: a is a ratio of the GAN and the matching loss's gradient norms at x; auto: that, 0.1 at most.
         regression: weight of |G(z) - y|^2 with y the teacher's ODE from the same z in `regression_steps` DDIM steps
             (DMD, https://arxiv.org/abs/2311.18828, with the plain distance); one-step students only.

@@ -34,7 +34,7 @@ class LADD(Method):
         head_turns: the student has a turn every `head_turns`-th step, the head every step.
         layers: names of layers to read, see `models.heads.FeatureExtractor`; of `roles.features` if given, else of the teacher.
         form: `softplus` or `hinge`.
-        r1, r1_step: weight of the head's gradient penalty, and the step that approximates it (auto: by the precision); none: exact.
+        r1, r1_step: weight of the head's gradient penalty, and its finite step (auto: by the precision); none: exact.
         simulate: start from the student's own rollout instead of noised data.
         distillation: c; the paper of ADD (https://arxiv.org/abs/2311.17042) has 2.5, LADD none.
         balance: true: c is a ratio of the distillation and the GAN loss's gradient norms at x; auto: that, 0.1 at most.

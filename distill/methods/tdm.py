@@ -22,7 +22,6 @@ from distill.losses.regression import mse
 from distill.methods.base import Method
 from distill.noise import at_least_float32
 
-
 WEIGHTS = ("auto", "native", "snr")
 
 

@@ -68,7 +68,9 @@ def test_the_reference_is_the_unguided_teacher(w):
     error, reference = method.errors(winner, t, noise, cond)
     assert torch.allclose(reference, (x_t * 0.5 - winner).square().mean(1)) and torch.allclose(error, reference)
     if w != 1:
-        assert not torch.allclose(method.guided(x_t, t, **cond), method.teacher(x_t, t, **cond)), "else nothing is tested"
+        assert not torch.allclose(method.guided(x_t, t, **cond), method.teacher(x_t, t, **cond)), (
+            "else nothing is tested"
+        )
 
 
 def test_swapping_the_pair_reverses_the_gradient_at_the_start():

@@ -12,7 +12,6 @@ from distill import config
 from distill.denoise import Denoiser
 from distill.errors import BadInput
 from distill.methods import DistillationDPO, dpo
-from distill.methods.dpo import Pairs
 from distill.metrics.rewards import Near
 from distill.models.small import MLP
 from distill.noise import VE, RectifiedFlow
@@ -98,7 +97,9 @@ def expected(sigma, prefer=0.0):
 @pytest.mark.parametrize("sigma", SIGMAS)
 def test_without_preference_a_student_equal_to_its_teacher_rests_and_a_wider_one_is_narrowed(plain, sigma):
     """d loss / d scale at the teacher is 0; each sample's own critic instead gave 0.0065, 0.156, 0.436, 0.575."""
-    assert pull(method := exact(sigma=sigma, prefer=0.0), lambda: loss(method, 2000)) == pytest.approx((0, 0), abs=1e-14)
+    assert pull(method := exact(sigma=sigma, prefer=0.0), lambda: loss(method, 2000)) == pytest.approx(
+        (0, 0), abs=1e-14
+    )
     wide = exact(std=1.2, sigma=sigma, prefer=0.0)
     k, k_d = 1.44 / (1.44 + sigma**2), 1 / (1 + sigma**2)  # E[(F - D) x] / std = (k - k_d) std
     m, g = pull(wide, lambda: loss(wide))

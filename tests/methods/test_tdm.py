@@ -219,7 +219,12 @@ def test_a_flow_critics_error_counts_in_each_segment_as_the_formula_says(weight,
         torch.manual_seed(0)
         t, s = method.grid.segment(torch.full((4000,), k), D)
         u = s.clamp_min(0.02) + (t - 0.02 - s.clamp_min(0.02)) * torch.rand(4000, dtype=D)
-        method.segment = lambda *_, u=u: (zeros, torch.randn(4000, 1, dtype=D), u, zeros)  # x = 0: its flow is x_u / sigma_u
+        method.segment = lambda *_, u=u: (
+            zeros,
+            torch.randn(4000, 1, dtype=D),
+            u,
+            zeros,
+        )  # x = 0: its flow is x_u / sigma_u
         losses.append(method.critic_loss(path, {}, {}).item())
     expected = [quadrature(WEIGHT[weight], shift, k) for k in (4, 3, 2, 1)]
     assert losses == pytest.approx(expected, rel=0.03, abs=1e-3)
