@@ -233,17 +233,8 @@ class VPCosine(Schedule):
 class VE(Schedule):
     r"""alpha = 1, sigma = (b + (a - b) t)^rho, a = sigma_max^(1/rho), b = sigma_min^(1/rho); exactly 0 at t = 0.
 
-    The spacing of Karras et al. 2022, https://arxiv.org/abs/2206.00364. A uniform grid of N steps has EDM's noise levels
-    above sigma_min, without the levels below it that a network was not trained on, and ends with the step to 0. Of
-    sigma_min = 0 three of 18 uniform steps lie below 0.002.
-
-    Args:
-        sigma_max: noise level at t = 1.
-        rho: of the spacing.
-        sigma_min: the limit of sigma as t -> 0; 0.002 for EDM's networks.
-
-    Raises:
-        BadInput: unless 0 <= sigma_min < sigma_max.
+    Karras et al. 2022, https://arxiv.org/abs/2206.00364. `sigma_min`, 0.002 for EDM's networks, is the limit as t -> 0: with
+    0 three of 18 uniform intervals lie below 0.002. Raises BadInput unless 0 <= sigma_min < sigma_max.
     """
 
     sigma_max: float = 80.0
@@ -259,7 +250,7 @@ class VE(Schedule):
         return self.sigma_max
 
     def _ends(self) -> tuple[float, float]:
-        """sigma_min^(1/rho), and what t = 1 adds to it."""
+        """b, a - b."""
         low = self.sigma_min ** (1 / self.rho)
         return low, self.sigma_max ** (1 / self.rho) - low
 

@@ -7,7 +7,7 @@ import torch
 
 from distill.errors import BadInput
 from distill.noise import VE, RectifiedFlow, VPLinear
-from distill.times import Grid, LogitNormal, LogNormalSigma, Uniform, halving_steps
+from distill.times import Grid, LogitNormal, LogNormalSigma, Mixture, Uniform, halving_steps
 
 
 def test_uniform_grid():
@@ -57,7 +57,11 @@ def test_invalid_grids_raise_with_a_suggestion(times, mend):
         Grid.of(times)
 
 
-@pytest.mark.parametrize("density", [Uniform(), LogitNormal(-0.4, 1.2), LogNormalSigma(VE())], ids=repr)
+@pytest.mark.parametrize(
+    "density",
+    [Uniform(), LogitNormal(-0.4, 1.2), LogNormalSigma(VE()), Mixture([Uniform(), LogitNormal()])],
+    ids=lambda d: type(d).__name__,
+)
 def test_densities_draw_inside_and_repeat(density):
     for dtype in (torch.float32, torch.float64):
         t = density(1000, torch.Generator().manual_seed(1), dtype=dtype)
@@ -81,6 +85,17 @@ def test_density_moments():
     for schedule in (VE(), RectifiedFlow(3.0)):
         log_sigma = -schedule.log_snr(draw(LogNormalSigma(schedule, -1.2, 1.1))) / 2
         assert abs(log_sigma.mean() + 1.2) < 5 * 1.1 / n**0.5 and abs(log_sigma.std() - 1.1) < 0.02
+
+
+def test_a_mixture_draws_from_each_density_equally_often():
+    law = Mixture([Uniform(0.1, 0.2), Uniform(0.6, 0.9)])
+    t = law(20_000, torch.Generator().manual_seed(0), dtype=torch.float64)
+    low = t < 0.5
+    assert low.double().mean().item() == pytest.approx(0.5, abs=0.02)
+    assert t[low].mean().item() == pytest.approx(0.15, abs=0.002) and t[low].max() <= 0.2
+    assert t[~low].mean().item() == pytest.approx(0.75, abs=0.005) and t[~low].min() >= 0.6
+    with pytest.raises(BadInput, match="at least one density"):
+        Mixture([])
 
 
 def test_log_normal_sigma_stays_within_a_schedule_that_never_gets_so_noisy():

@@ -28,7 +28,7 @@ from distill.times import Uniform
 CRITICS = {"derived": ("critic", "winner"), "paper": ("winner", "loser")}
 
 
-class Pairs(NamedTuple):
+class RankedPairs(NamedTuple):
     """What the turns of a step share: B pairs of samples, all first ones before all second ones."""
 
     x: Tensor  # (2B, ...)
@@ -86,10 +86,10 @@ class DistillationDPO(Method):
 
     def turns(self, step):
         for role in CRITICS[self.form]:
-            yield role, lambda *pairs, role=role: self.critic_loss(role, Pairs(*pairs))
+            yield role, lambda *pairs, role=role: self.critic_loss(role, RankedPairs(*pairs))
         if (step + 1) % self.student_every == 0:
             loss = self.student_loss if self.form == "derived" else self.paper_loss
-            yield "student", lambda *pairs: loss(Pairs(*pairs))
+            yield "student", lambda *pairs: loss(RankedPairs(*pairs))
 
     def draw(self, x, z, cond):
         z = torch.cat([z, torch.randn_like(z) if self.spread is None else self.spread * z])
@@ -100,7 +100,7 @@ class DistillationDPO(Method):
             samples = self.student(x_t, t, **student_cond)
             score_a, score_b = (self.reward_of(half, x, cond) for half in samples.chunk(2))
         self.log_value("student/score", torch.cat([score_a, score_b]).mean())
-        return Pairs(samples, score_a >= score_b, t, both, lambda: self.student(x_t, t, **student_cond))
+        return RankedPairs(samples, score_a >= score_b, t, both, lambda: self.student(x_t, t, **student_cond))
 
     def predict(self, role, x_u, u, pairs):
         """E[x | x_u] (n, ...) of a critic, n = 2B or B, in the order of `pairs`; both samples of a pair share a condition."""
