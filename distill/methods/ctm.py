@@ -126,7 +126,7 @@ class CTM(Method):
 
 
 def jump(student, x_t, t, s, student_cond):
-    """G(x_t, t, s); x_t itself where s = t. Rows of t = 0 ask the network elsewhere: log sigma_0 is infinite."""
+    """G(x_t, t, s); x_t itself where s = t. Rows of t = 0 evaluate the network elsewhere: log sigma_0 is infinite."""
     at_data = t == 0
     x_s = ddim(student.schedule, student(x_t, torch.where(at_data, 0.5, t), s=s, **student_cond), x_t, t, s)
     return torch.where(bcast(at_data, x_t), x_t, x_s)
