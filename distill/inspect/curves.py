@@ -159,7 +159,9 @@ def record_curves(folders: Sequence[Path], recipe: Path, allow: tuple[str, ...] 
                 f"{folder} has done {experiment.method.step} of {cfg.train.steps} steps; finish it by --resume."
             )
         suite = experiment.suite()
-        floor = suite.reference_vs_holdout() if suite.oracle is not None else {}  # two small splits of real data may lie far apart
+        floor = (
+            suite.reference_vs_holdout() if suite.oracle is not None else {}
+        )  # two small splits of real data may lie far apart
         names = {suite.headline, *cfg.expect, *table.HIGHER}  # the collapse indicators are left to the alarms
         medians.append(_chosen(window_medians(read_metrics(folder), cfg.train.steps), names))
         metrics.append({k: v for k, v in final_metrics(experiment, folder).items() if k in names})
