@@ -27,7 +27,7 @@ ${PYTHON:-python} -m torch.distributed.run "${where[@]}" --nproc-per-node "${PRO
   --max-restarts "${RESTARTS:-3}" -m distill.cli train "$@" --resume-if-exists &
 child=$!
 trap 'signalled=yes; kill -TERM "$child" 2>/dev/null' TERM USR1  # torchrun passes SIGTERM on
-trap 'signalled=yes' INT  # a terminal tells torchrun itself
+trap 'signalled=yes' INT  # a terminal signals torchrun itself
 signalled=yes
 while [ -n "$signalled" ]; do  # a signal ends `wait` before the child has ended
   signalled=

@@ -76,7 +76,7 @@ class ProgressBar(lightning.Callback):
 class MetricLogger(lightning.Callback):
     """Writes `method.logs` to every logger on each `every`-th step.
 
-    A logger that fails is a warning, once for each kind of event: the run goes on.
+    A logger that fails is a warning, once for each kind of event: the run continues.
     """
 
     def __init__(self, loggers: list, every: int = 10):
@@ -115,7 +115,7 @@ class MetricLogger(lightning.Callback):
         if (name, kind) not in self.failed:
             self.failed.add((name, kind))
             text = " ".join(f"{type(error).__name__}: {error}".split())
-            console.print(f"WARNING: {name} failed at '{kind}' ({text}); the run goes on.", highlight=False)
+            console.print(f"WARNING: {name} failed at '{kind}' ({text}); the run continues.", highlight=False)
 
 
 class PeriodicCallback(lightning.Callback):

@@ -127,7 +127,7 @@ def prune(folder: str | Path, keep: int, keep_best: int = 0) -> None:
             _drop(old)
         except OSError as error:
             warnings.warn(
-                f"Checkpoint {old} could not be removed ({error.strerror or error}); the run goes on, remove it by hand.",
+                f"Checkpoint {old} could not be removed ({error.strerror or error}); the run continues, remove it by hand.",
                 stacklevel=2,
             )
 

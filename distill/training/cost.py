@@ -38,7 +38,7 @@ class CostRecorder(lightning.Callback):
         try:
             write_json(self.path, found | {"device": device(), "processes": world()})
         except OSError as error:
-            console.print(f"{self.path} could not be written ({error.strerror}); the run goes on.", highlight=False)
+            console.print(f"{self.path} could not be written ({error.strerror}); the run continues.", highlight=False)
 
     def _before(self, kind: str) -> int:
         """The highest of the run's earlier parts; 0 if there is none of this kind of memory, or the file is damaged."""

@@ -20,7 +20,7 @@ from distill.config import launcher
 from distill.errors import BadInput
 
 SIGNALLED = (85, 130)  # exit codes after a signal, which all ranks receive: they save a checkpoint together
-WAITED = 75  # exit code of a rank that was told to end and whose step did not end in time: the others wait for nothing
+WAITED = 75  # exit code of a rank that received a signal and whose step did not end in time: nothing is left to wait for
 GRACE_AFTER_SIGNAL, GRACE_AFTER_FAILURE = 60, 5  # seconds the other ranks have to end then, and after a failure
 PARENT = "DISTILL_PARENT"  # process that started this rank
 SHARED = "DISTILL_SHARED"  # folder of the ranks of one machine: their store, and what one of them has printed
@@ -106,7 +106,7 @@ def _port() -> int:
 
 
 def first_to_say(text: str) -> bool:
-    """Whether no other rank of this machine has said this: bad input is met by every rank and printed once."""
+    """Whether no other rank of this machine has printed this: every rank meets bad input, and one prints it."""
     shared = os.environ.get(SHARED)
     if not shared:
         return True
@@ -162,7 +162,7 @@ def join_processes(engine: Any) -> int:
         alone = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(
             alone | {"MASTER_PORT": str(_port())}
-        )  # which DeepSpeed asks for, though nobody listens there
+        )  # which DeepSpeed requires, though nobody listens there
     _end_with_parent()
     cuda = engine.accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available()
     if cuda:

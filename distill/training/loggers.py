@@ -20,7 +20,7 @@ class WandbLogger:
     `log` is the config's section. `log.wandb`: auto (WANDB_MODE if set, else online when there is a key), online, offline.
     The run id is kept in `folder/wandb_id`, and every process announces that it may resume that run, so that `wandb sync`
     joins the offline parts of a restarted run. wandb writes offline rows in blocks of 32 KiB and a killed process loses the
-    last one, so a run that goes on from step `until` logs again what `metrics.csv` has of the killed part; the step up to
+    last one, so a run that continues from step `until` logs again what `metrics.csv` has of the killed part; the step up to
     which everything was written is kept in `folder/wandb_step`.
 
     Raises:

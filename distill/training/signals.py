@@ -106,7 +106,7 @@ class Signals(lightning.Callback):
     def _give_up(self, name: str, seconds: float, code: int) -> None:
         console.print(
             f"{name}: the step has not ended in {seconds:.0f} s, as if it waited for a rank, a data worker or a file that "
-            "does not answer; ending without a checkpoint, --resume goes on from the last one.",
+            "does not answer; ending without a checkpoint, --resume continues from the last one.",
             highlight=False,
         )
         for child in multiprocessing.active_children():

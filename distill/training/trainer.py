@@ -80,7 +80,7 @@ def fit(
         if any(sign in str(error) for sign in LOST):
             raise LostProcess(
                 f"At step {method.step} another rank or a data worker has ended or does not answer "
-                f"({str(error).splitlines()[0]}); its own message says why, --resume goes on from the last checkpoint."
+                f"({str(error).splitlines()[0]}); its own message says why, --resume continues from the last checkpoint."
             ) from error
         raise
 

@@ -135,7 +135,7 @@ class Validation(PeriodicCallback):
             if not self.measured:
                 raise
             text = " ".join(f"{type(error).__name__}: {error}".split())
-            mend = "the run goes on; `distill eval` measures its last checkpoint"
+            mend = "the run continues; `distill eval` measures its last checkpoint"
             return [Alarm(method.step, "validation failed", f"{text}; {mend}.")], ""
         self.measured = True
         return result
@@ -197,7 +197,7 @@ class Validation(PeriodicCallback):
             self.record.log_event("picture", "samples", path, step, caption)
         except Exception as error:  # of a decoder, matplotlib or the disk: each its own class
             text = " ".join(f"{type(error).__name__}: {error}".split())
-            console.print(f"WARNING: {path} could not be drawn ({text}); the run goes on.", highlight=False)
+            console.print(f"WARNING: {path} could not be drawn ({text}); the run continues.", highlight=False)
         values = "  ".join(f"{k} {v:.4g}" for k, v in row.items())
         console.print(f"validation at step {step}: {values}", highlight=False)
 

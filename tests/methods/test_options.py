@@ -17,14 +17,14 @@ BASE = set(inspect.signature(Method.__init__).parameters)
 # Numbers, laws and solvers that the recipes leave at the papers' values; the tests of each method pass others.
 DEFAULTS = {
     "AYF": "c distance gamma guidance_range jvp share_max",
-    "CTM": "denoise density gamma solver",
+    "CTM": "denoise density gamma solver weighted",
     "ConsistencyTraining": "target_ema weigh",
     "Curation": "density temperature",
     "Diffusion": "density drop_label",
     "DiffusionDPO": "density pair_steps",
-    "DistillationDPO": "density spread student_every",
+    "DistillationDPO": "density normalise student_every",
     "Guidance": "density weight",
-    "LADD": "balance distillation form r1_step simulate",
+    "LADD": "balance distillation r1_step",
     "MMD": "clamp",
     "MeanFlow": "c jvp",
     "PCM": "guidance_range solver",
@@ -32,7 +32,7 @@ DEFAULTS = {
     "Reflow": "density weight",
     "SCM": "c jvp sigma_data",
     "SiD": "density student_every",
-    "TDM": "margin separate snr_max student_every",
+    "TDM": "critic_weight margin separate snr_max student_every",
 }
 
 

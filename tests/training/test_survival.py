@@ -62,7 +62,7 @@ def test_a_run_outlives_its_pictures_and_dashboards(tmp_path, monkeypatch, capsy
     said = " ".join(capsys.readouterr().out.split())
     assert experiment.method.step == 6 and newest(tmp_path / "run")["step"] == 6
     assert [r["step"] for r in tiny.rows(tmp_path / "run") if r["validation/energy"]] == ["0", "2", "4", "6"]
-    assert said.count("WARNING: Broken failed at 'write' (RuntimeError: on purpose); the run goes on.") == 1
+    assert said.count("WARNING: Broken failed at 'write' (RuntimeError: on purpose); the run continues.") == 1
     assert "could not be drawn" in said and "Broken could not be closed: on purpose" in said
 
 
@@ -192,7 +192,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path, monkeyp
         patch.setattr(shutil, "rmtree", lambda path, ignore_errors=False: ignore_errors or fail_os(path))
         tiny.train(tmp_path / "run", "train.save_every=1", "train.keep=1")
     assert newest(tmp_path / "run")["step"] == 6
-    assert any("could not be removed (Directory not empty); the run goes on" in str(w.message) for w in caught)
+    assert any("could not be removed (Directory not empty); the run continues" in str(w.message) for w in caught)
     tiny.train(tmp_path / "run", "train.save_every=1", "train.keep=1", "train.steps=8", resume=True)
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000008"]  # what was left is swept
 

@@ -172,12 +172,12 @@ def listens(pid: int) -> list[str]:
 def test_a_rank_whose_parent_is_gone_before_it_listens_ends(alive):
     parent = os.getpid() if alive else subprocess.Popen(["true"]).pid
     done = subprocess.run(
-        [sys.executable, "-c", "from distill.training import launch; launch._end_with_parent(); print('goes on')"],
+        [sys.executable, "-c", "from distill.training import launch; launch._end_with_parent(); print('continues')"],
         env=os.environ | {"PYTHONPATH": str(ROOT), launch.PARENT: str(parent)},
         capture_output=True,
         text=True,
     )
-    assert (done.returncode, done.stdout) == ((0, "goes on\n") if alive else (85, "")), done.stderr
+    assert (done.returncode, done.stdout) == ((0, "continues\n") if alive else (85, "")), done.stderr
 
 
 def test_rank_0_has_no_limit_while_it_writes_the_checkpoint(monkeypatch):
