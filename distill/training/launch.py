@@ -20,7 +20,9 @@ from distill.config import launcher
 from distill.errors import BadInput
 
 SIGNALLED = (85, 130)  # exit codes after a signal, which all ranks receive: they save a checkpoint together
-WAITED = 75  # exit code of a rank that received a signal and whose step did not end in time: nothing is left to wait for
+WAITED = (
+    75  # exit code of a rank that received a signal and whose step did not end in time: nothing is left to wait for
+)
 GRACE_AFTER_SIGNAL, GRACE_AFTER_FAILURE = 60, 5  # seconds the other ranks have to end then, and after a failure
 PARENT = "DISTILL_PARENT"  # process that started this rank
 SHARED = "DISTILL_SHARED"  # folder of the ranks of one machine: their store, and what one of them has printed
