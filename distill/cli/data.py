@@ -45,7 +45,7 @@ def data_digits(out: Path) -> None:
 @data.command("images")
 @click.argument("src", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--size", type=click.IntRange(1), help="Resize the short side and crop to SIZE x SIZE.")
+@click.option("--size", type=int, help="Resize the short side and crop to SIZE x SIZE.")
 def data_images(src: Path, out: Path, size: int | None) -> None:
     """Write a folder of images to shards in OUT; classes are sub-folders, captions .txt files beside the images.
 

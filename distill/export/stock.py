@@ -82,6 +82,7 @@ def pixels(folder, record, steps, device):
     generator.set_state(start)
     pipe = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, dtype=dtype_of(record)).to(device)
     pipe.set_progress_bar_config(disable=True)
+    draw_from(pipe.scheduler, generator)
     step = pipe.scheduler.step
 
     def recording_step(*args, **kw):
