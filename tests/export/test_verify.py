@@ -66,21 +66,25 @@ def test_the_difference_sees_every_damage(judged):
 )
 def test_verify_refuses_what_differs(judged, monkeypatch, name, words):
     found, root = judged
-    monkeypatch.setattr(module, "compare", lambda folders, steps, base: [found[name]])
+    monkeypatch.setattr(module, "compare", lambda folders, steps, base, device: [found[name]])
     with pytest.raises(BadInput, match=words):
         verify(root / name)
 
 
 def test_an_honest_export_passes(judged, monkeypatch, capsys):
     found, root = judged
-    monkeypatch.setattr(module, "compare", lambda folders, steps, base: [found["honest"]] if steps == [2] else [])
+    monkeypatch.setattr(
+        module, "compare", lambda folders, steps, base, device: [found["honest"]] if steps == [2] else []
+    )
     assert verify(root / "honest") == found["honest"]
     assert "max |stock - ours|" in capsys.readouterr().out
 
 
 def test_other_steps_warn_and_are_not_judged(judged, monkeypatch):
     found, root = judged
-    monkeypatch.setattr(module, "compare", lambda folders, steps, base: [found["other steps"]] if steps == [4] else [])
+    monkeypatch.setattr(
+        module, "compare", lambda folders, steps, base, device: [found["other steps"]] if steps == [4] else []
+    )
     with pytest.warns(UserWarning, match="made for 2 steps; with 4"):
         assert verify(root / "honest", steps=4) > 1e-3
 
