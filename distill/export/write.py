@@ -19,7 +19,6 @@ from distill.export.request import ExportRequest
 from distill.export.verify import TOLERANCES
 from distill.files import atomic_folder, write_json, write_text
 from distill.models.copies import copy_network, share_weights
-from distill.models.families.label import StockNetwork
 from distill.times import Grid
 
 KINDS = ("pipeline", "lora", "single-file", "onnx")
@@ -106,6 +105,8 @@ def export(
 
 def _prepare(student: Denoiser, dtype: str, device: str) -> tuple[Denoiser, Any]:
     """A copy of the student in `dtype` on `device`, an adapter merged into its base; and that adapter."""
+    from distill.models.families.label import StockNetwork
+
     with share_weights():  # a network may fill the memory: there is room for one
         student, adapter = copy_network(student), None
     if isinstance(student.net, Delegate):
@@ -113,7 +114,8 @@ def _prepare(student: Denoiser, dtype: str, device: str) -> tuple[Denoiser, Any]
     wanted = getattr(torch, dtype)
     if isinstance(student.net, StockNetwork):
         student.net.cast(wanted)
-    return student.to(device, None if isinstance(student.net, StockNetwork) else wanted).eval(), adapter
+        return student.to(device).eval(), adapter
+    return student.to(device, wanted).eval(), adapter
 
 
 def _share(folder: Path) -> None:

@@ -32,6 +32,8 @@ def student_of(schedule) -> Affine:
 def slopes(method, role, draws=6, off=0.0) -> list[torch.Tensor]:
     """d loss / d(off, gain) of a critic's turn, on signs instead of random numbers."""
     z, *rest = columns(draws)
+    if isinstance(method, DistillationDPO) and role == "critic":  # one noise for both samples of a pair
+        rest = [rest[0], torch.cat(rest[1:3])]
     method._only(role)
     network = getattr(method, role).net
     with torch.no_grad():
@@ -50,16 +52,19 @@ def sid(teacher, critic, u, schedule):
     return SiD({"teacher": teacher, "student": student_of(schedule), "critic": critic}, density=at(u))
 
 
-def dpo(teacher, critic, u, schedule):
+def dpo(teacher, critic, u, schedule, form="derived", others=("critic", "winner")):
     """A reward that likes all samples alike, so that winners and losers have the student's law too."""
-    roles = {"teacher": teacher, "student": student_of(schedule)}
-    roles |= {role: copy.deepcopy(critic) for role in DistillationDPO.trainable if role != "student"}
-    return DistillationDPO(roles, metric=lambda x, **_: torch.zeros(len(x)), density=at(u))
+    roles = {"teacher": teacher, "student": student_of(schedule)} | {role: copy.deepcopy(critic) for role in others}
+    return DistillationDPO(roles, metric=lambda x, **_: torch.zeros(len(x)), form=form, density=at(u))
+
+
+def dpo_paper(*args):
+    return dpo(*args, form="paper", others=("winner", "loser"))
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x", "v", "flow", "edm"])
 @pytest.mark.parametrize("schedule", [RectifiedFlow(), VPLinear(), VE()], ids=lambda s: type(s).__name__)
-@pytest.mark.parametrize("make", [dmd2, sid, dpo])
+@pytest.mark.parametrize("make", [dmd2, sid, dpo, dpo_paper])
 def test_an_exact_critic_has_no_gradient_and_a_shifted_one_is_sent_back(make, schedule, prediction):
     if prediction == "eps" and schedule.zero_terminal_snr:
         pytest.skip("eps does not determine x there")

@@ -179,5 +179,5 @@ def test_baseline_refuses_what_it_cannot_run():
     ):
         with pytest.raises(BadInput, match=message):
             b.baseline(oracle, z, **kw)
-    with pytest.raises(BadInput, match="no noise"):
+    with pytest.raises(BadInput, match="z is empty"):
         b.baseline(oracle, z[:0])
