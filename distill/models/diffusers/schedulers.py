@@ -57,7 +57,7 @@ def schedule_of(scheduler: Any, **config: Any) -> Schedule:
 
     - `alphas_cumprod` (DDPM, DDIM, PNDM, Euler, DPM-Solver, LCM, ...; zero terminal SNR included) -> Table
     - flow matching, and `use_flow_sigmas` -> RectifiedFlow(shift)
-    - EDM and Karras schedulers -> VE(sigma_max, rho, sigma_min)
+    - EDM and Karras schedulers -> VE(sigma_max, rho); its sigma_min stays 0, since their last step is from sigma_min to 0
     - the cosine DPM-Solver of Stable Audio, whose timestep is atan(sigma) 2 / pi -> TrigFlow
 
     Raises:
@@ -72,7 +72,7 @@ def schedule_of(scheduler: Any, **config: Any) -> Schedule:
     if name in FLOW:
         return RectifiedFlow(float(stock.shift))
     if name in KARRAS:
-        return VE(float(stock.sigma_max), float(stock.get("rho", 7.0)), float(stock.get("sigma_min", 0.0)))
+        return VE(float(stock.sigma_max), float(stock.get("rho", 7.0)))
     if name == "CosineDPMSolverMultistepScheduler" and stock.sigma_data == 1:
         return TrigFlow()
     alphas_cumprod = vars(scheduler).get("alphas_cumprod")
