@@ -47,7 +47,11 @@ def test_healthy_toys_pass(recipe, tmp_path):
     assert not failed(found) and {f.name for f in found} >= {"data", "teacher", "sign", "gradients", "disk"}
 
 
-@pytest.mark.parametrize("recipe", sorted(p.stem for p in DIGITS.glob("*.yaml") if p.stem != "base"))
+SOON = ("tdm", "scm", "consistency", "mmd")  # the other recipes of the digits are `make test-all`
+RECIPES = sorted(p.stem for p in DIGITS.glob("*.yaml") if p.stem != "base")
+
+
+@pytest.mark.parametrize("recipe", [pytest.param(n, marks=[] if n in SOON else [pytest.mark.slow]) for n in RECIPES])
 def test_healthy_digits_pass(recipe, shards, tmp_path, monkeypatch):
     from distill.inspect.check import signs, updates
 
@@ -165,7 +169,12 @@ def without_samples(experiment):
     return experiment
 
 
-@pytest.mark.parametrize("name", UNUSUAL)
+FAST_UNUSUAL = ("one class of ten", "one sample", "bfloat16", "MMD on 512 latents", "long-tailed classes")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in FAST_UNUSUAL else [pytest.mark.slow]) for n in UNUSUAL]
+)
 def test_healthy_but_unusual_runs_pass(name, shards, tmp_path, monkeypatch):
     from distill.inspect.check import signs, updates
 

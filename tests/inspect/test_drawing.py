@@ -177,6 +177,7 @@ def test_exports_in_half_precision_are_verified_once(runs, tmp_path, name, kind,
     assert "dtype=torch.bfloat16" in card and "import torch\n" in card and "| weights | bfloat16 |" in card
 
 
+@pytest.mark.slow
 def test_what_other_libraries_say_and_draw_does_not_come_first(runs, tmp_path):
     """In a real process: no warnings of transformers on optional packages, no bars of components and weights."""
     for verb in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from distill.data.toy import Samples
@@ -23,6 +24,7 @@ def learn(network, loss, steps=300):
         optimizer.step()
 
 
+@pytest.mark.slow
 def test_js_finds_the_mode_that_its_student_never_draws():
     torch.manual_seed(0)
     teacher = GaussianMixture([[-1.0], [1.0]], 0.2, schedule=FLOW)
