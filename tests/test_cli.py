@@ -226,7 +226,7 @@ def test_sample_writes_a_picture_and_overwrites_nothing(trained, here):
     assert result.exit_code == 0 and "5 samples" in result.stdout and result.stderr == ""
     before = tiny.files(here)
     assert before["a.png"][:4] == b"\x89PNG"
-    refuses(distill("sample", trained, "a.png"), "a.png exists; name another file")
+    refuses(distill("sample", trained, "a.png"), "a.png exists; name another")
     refuses(distill("sample", trained, "a.xyz"), "a.xyz must end in .png")
     refuses(distill("sample", trained, "no/a.png"), "no is no folder")
     assert tiny.files(here) == before

@@ -49,6 +49,7 @@ PAGES = [p for p in TOP if (ROOT / p).exists()] + sorted(str(p.relative_to(ROOT)
 SLOW = {
     "docs/benchmarks.md",
     "docs/export.md",
+    "docs/howto/sweep.md",
     "docs/plan.md",
     "docs/recipes.md",
     "docs/report.md",
