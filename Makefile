@@ -2,25 +2,27 @@
 PY := .venv/bin/python
 # `make CONSTRAINTS=constraints-lowest.txt test` proves the lower bounds.
 CONSTRAINTS := constraints.txt
+# One stamp for each constraints file; installing from another removes it.
+INSTALLED := .venv/installed-$(basename $(notdir $(CONSTRAINTS)))
 PIP := DS_BUILD_OPS=0 $(PY) -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
 
 .PHONY: demo test test-all mutants lint docs clean
 
-demo: .venv/installed
+demo: $(INSTALLED)
 	$(PY) -m distill.cli demo
 
-test: .venv/installed
+test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not slow"
 
-test-all: .venv/installed
+test-all: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m slow
 
-# Hours on one core; goes on where mutants.csv ends. tests/mutants.md has the last result and the reasons of the survivors.
-mutants: .venv/installed
+# Hours on one core; continues where mutants.csv ends. tests/mutants.md has the last result and the reasons of the survivors.
+mutants: $(INSTALLED)
 	$(PIP) cosmic-ray
 	OMP_NUM_THREADS=1 $(PY) tests/mutants.py
 
-lint: .venv/installed
+lint: $(INSTALLED)
 	$(PY) -m ruff check distill tests docs
 	$(PY) -m ruff format --check distill tests docs
 	$(PY) -m mypy
@@ -28,12 +30,13 @@ lint: .venv/installed
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(PY) -m mkdocs build --strict
 
-.venv/docs: .venv/installed
+.venv/docs: $(INSTALLED)
 	$(PIP) -e ".[docs]"
 	touch $@
 
-.venv/installed: pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	test -x $(PY) || python3 -m venv .venv
+	rm -f .venv/installed*
 	$(PIP) torch
 	$(PIP) -e ".[dev]"
 	touch $@

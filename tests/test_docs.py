@@ -11,7 +11,8 @@ adds options to some verbs, and MODELS replaces ids of published models by their
 an unknown option or key fails here as it fails for a reader.
 
 A comment on the line above a block says why it is not run: `<!-- needs: accelerator -->`, `<!-- needs: network -->`,
-`<!-- needs: weights -->`, or `<!-- sketch -->` for a fragment. Its `distill` commands are still parsed and the keys of
+`<!-- needs: weights -->`, `<!-- needs: run -->` (one that trained to its end), `<!-- needs: time -->` (a measurement of
+minutes or hours), or `<!-- sketch -->` for a fragment. Its `distill` commands are still parsed and the keys of
 their configs checked, its Python is compiled and what it imports from `distill` is looked up. `<!-- file: NAME -->` saves the
 block to that file first.
 """
@@ -55,7 +56,7 @@ SLOW = {
     "docs/report.md",
     "docs/tutorials/first-student.md",
 }
-MARK = re.compile(r"<!-- (?:(sketch)|needs: (accelerator|network|weights)|file: (\S+)) -->")
+MARK = re.compile(r"<!-- (?:(sketch)|needs: (accelerator|network|weights|run|time)|file: (\S+)) -->")
 SKETCHES = 6  # of all pages together
 GENERATED = re.compile(
     r"(^|/)(index|changelog|contributing)\.md$|(^|/)reference/(config|cli|map|api/)|pictures/first_student\.png$"
@@ -143,6 +144,9 @@ def blocks(page: Path) -> list[Block]:
         if not fence:
             number += 1
             continue
+        assert fence[2] != "console", (
+            f"{page}:{number + 1}: write commands as bash and their output as text, not console"
+        )
         end = next(i for i in range(number + 1, len(lines)) if lines[i].strip() == "```")
         above = lines[number - 1].strip() if number else ""
         mark = MARK.fullmatch(above)

@@ -102,6 +102,8 @@ def _check_name(dotted: str, allow: tuple[str, ...], where: str) -> None:
 
 
 def _moved(name: str) -> str:
+    if " " in name:
+        return name
     return f"is now {name}; write it so." if name else "was removed; leave it out."
 
 

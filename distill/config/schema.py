@@ -140,10 +140,13 @@ MOVED_MODULES = {  # where a module of an older config is now; longer names firs
     "distill.data.buckets": "distill.data.shards.buckets",
     "distill.eval": "distill.metrics",
 }
-MOVED_OBJECTS = {  # classes of an older config; empty: removed
+_TRUTH = "was removed; name a callable metric(x, data=, **cond) of your own, with --allow PACKAGE."
+MOVED_OBJECTS = {  # classes of an older config: the new name, or a sentence; empty: removed
     "distill.denoise.Under": "distill.denoise.Rescheduled",
+    "distill.metrics.rewards.Truth": _TRUTH,
     "distill.nets.heads.Judge": "",
     "distill.nets.heads.Layers": "distill.models.heads.FeatureExtractor",
+    "distill.nets.rewards.Truth": _TRUTH,
     "distill.nets.rewards.Clip": "distill.metrics.rewards.ClipScore",
     "distill.nets.vision.Clip": "distill.metrics.networks.vision.ClipNetwork",
     "distill.nets.vision.Inception": "distill.metrics.networks.vision.InceptionFeatures",
