@@ -3,6 +3,7 @@
 Examples:
     >>> import distill
     >>> run = distill.train("toy/tdm", "train.steps=5", "log.wandb=disabled")    # or distill.open_run("runs/toy-tdm")
+    runs/toy-tdm: training for 5 steps; the teacher is measured first.
     validation at step 0: ...
     >>> run.sample(8).shape
     torch.Size([8, 2])

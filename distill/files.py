@@ -90,7 +90,7 @@ def read_csv(path: str | Path) -> list[dict[str, str]]:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
     except (UnicodeDecodeError, csv.Error) as error:
-        raise BadInput(f"{path} is damaged ({error}); bring it back from a copy, or remove it.") from None
+        raise BadInput(f"{path} is damaged ({error}); restore it from a backup, or remove it.") from None
     for line, row in enumerate(rows, start=2):
         if None in row:
             raise BadInput(f"{path}: line {line} is damaged: it has more cells than the first; remove that line.")

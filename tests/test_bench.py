@@ -52,7 +52,7 @@ def test_time_lost_in_a_method_is_seen(plain, monkeypatch):
 
 def test_the_phases_make_up_the_step(plain):
     rows = plain["phases"]
-    assert set(rows) == {"all", "student"} and set(rows["student"]) == {"forward", "backward", "optimiser", "average"}
+    assert set(rows) == {"all", "student"} and set(rows["student"]) == {"forward", "backward", "optimizer", "average"}
     assert all(value >= 0 for row in rows.values() for value in row.values())
     text = module.markdown("toy", plain)
     assert f"{plain['ratio']:.3f}" in text and "| student |" in text and "| all |" in text

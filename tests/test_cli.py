@@ -114,7 +114,7 @@ def test_the_version_is_told():
             ["data={_target_: distill.data.toy.Conditions, shape: [2], classes: 0, batch_size: 4}"],
             ["data (conditions alone) holds no samples, and Diffusion trains on them"],
         ),
-        ([STOCK.replace("PATH", "/nowhere/teacher")], ["roles.teacher: /nowhere/teacher is no diffusers folder"]),
+        ([STOCK.replace("PATH", "/nowhere/teacher")], ["roles.teacher: /nowhere/teacher is not a diffusers folder"]),
         (["log.wandb=onlin"], ["log.wandb: 'onlin' must be one of", "Did you mean 'online'"]),
         (
             ["optim.student.lr=1e30", "optim.student.clip=0", "train.steps=20", "name=x", "--no-check"],
@@ -128,7 +128,9 @@ def test_train_refuses_bad_input_in_one_sentence(here, keys, says):
     (here / "runs" / "taken").mkdir(parents=True)
     (here / "runs" / "taken" / "notes").write_text("mine")
     before = tiny.files(here)
-    refuses(train(*keys), *says)
+    result = train(*keys)
+    refuses(result, *says)
+    assert "--no-check" in keys or "training for" not in result.output
     left = tiny.files(here)
     assert {k: v for k, v in left.items() if not k.startswith(("runs/x", "runs/.cache"))} == before
 
@@ -228,7 +230,7 @@ def test_sample_writes_a_picture_and_overwrites_nothing(trained, here):
     assert before["a.png"][:4] == b"\x89PNG"
     refuses(distill("sample", trained, "a.png"), "a.png exists; name another")
     refuses(distill("sample", trained, "a.xyz"), "a.xyz must end in .png")
-    refuses(distill("sample", trained, "no/a.png"), "no is no folder")
+    refuses(distill("sample", trained, "no/a.png"), "no is not a folder")
     assert tiny.files(here) == before
 
 

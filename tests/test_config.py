@@ -259,7 +259,7 @@ def test_saved_configs_read_back_equal_and_the_fingerprint_is_of_the_content(tmp
         ("distill.data.toy.Path", "no 'Path'|comes from outside distill"),
         ("distill.times.math.sqrt", "neither a class nor a function"),
         ("distill.methods.TDMM", "'distill.methods' has no 'TDMM'. Did you mean 'TDM'"),
-        ("distill.methodz.TDM", "'distill.methodz.TDM' is no part of a run.*Did you mean 'methods'"),
+        ("distill.methodz.TDM", "'distill.methodz.TDM' cannot be used in a config.*Did you mean 'methods'"),
         ("distill.noise", "neither a class nor a function"),
         ("distill", "no dotted path"),
         ("distill..noise", "no dotted path"),
@@ -307,7 +307,9 @@ def test_only_parts_of_a_run_may_be_named(name, tmp_path):
     """A config is text from strangers: it may build networks, data and methods, and do nothing else."""
     victim = write(tmp_path / "victim", "mine")
     file = write(tmp_path / "hostile.yaml", f"data: {{_target_: {name}, path: {victim}}}")
-    with pytest.raises(BadInput, match="^data._target_: .*(is no part of a run|is private|outside distill|is not a )"):
+    with pytest.raises(
+        BadInput, match="^data._target_: .*(cannot be used in a config|is private|outside distill|is not a )"
+    ):
         config.build(config.load([file]).data, (), "data")
     assert victim.read_text() == "mine" and sorted(p.name for p in tmp_path.iterdir()) == ["hostile.yaml", "victim"]
 
@@ -323,13 +325,13 @@ def defined(room: str):
 
 @pytest.mark.parametrize("room", ["data", "metrics", "models", "methods"])
 def test_what_reads_and_writes_files_may_not_be_named(room):
-    """Every function but the loader of teachers, and of distill.data every class that is no source of batches."""
+    """Every function but the loader of teachers, and of distill.data every class that is not a source of batches."""
     refused = 0
     for module, name, value in defined(room):
         if f"{module}.{name}" == "distill.models.diffusers.loading.load":
             continue
         if isinstance(value, types.FunctionType) or (room == "data" and not hasattr(value, "loader")):
-            with pytest.raises(BadInput, match="is no part of a run|is private|is not a "):
+            with pytest.raises(BadInput, match="cannot be used in a config|is private|is not a "):
                 config.resolve(f"{module}.{name}")
             refused += 1
     assert refused > 10
@@ -357,13 +359,13 @@ def test_an_allowed_package_does_not_pass_on_what_it_imported(tmp_path, monkeypa
     write(tmp_path / "lending" / "__init__.py", "import os\nfrom distill.config import build\nclass Mine:\n    pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert type(config.build({"_target_": "lending.Mine"}, ("lending",))).__name__ == "Mine"
-    for name, says in (("os.system", "--allow"), ("build", "is no part of a run"), ("__loader__", "is private")):
+    for name, says in (("os.system", "--allow"), ("build", "cannot be used in a config"), ("__loader__", "is private")):
         with pytest.raises(BadInput, match=says):
             config.build({"_target_": f"lending.{name}"}, ("lending",))
 
 
 def test_a_target_that_is_no_text_is_refused():
-    with pytest.raises(BadInput, match="a._target_: 5 is no dotted path"):
+    with pytest.raises(BadInput, match="a._target_: 5 is not a dotted path"):
         config.build({"a": {"_target_": 5}})
 
 

@@ -7,6 +7,7 @@ import graphlib
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -234,3 +235,21 @@ def test_config_keys_and_options_use_no_retired_word():
     assert isinstance(main, click.Group)
     words = {name.strip("-").replace("-", "_") for name in (*keys, *options(main))}
     assert not words & set(RETIRED)
+
+
+def test_the_lowest_constraints_are_the_lower_bounds_of_pyproject():
+    from packaging.requirements import Requirement
+    from packaging.version import Version
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"].values()
+    listed = [
+        *project["build-system"]["requires"],
+        *project["project"]["dependencies"],
+        *(r for e in extras for r in e),
+    ]
+    needed = [r for r in map(Requirement, listed) if r.name != project["project"]["name"]]
+    bounds = {r.name: Version(s.version) for r in needed for s in r.specifier if s.operator == ">="}
+    lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
+    pinned = {name: Version(version) for name, _, version in (x.partition("==") for x in lines if x[:1] != "#")}
+    assert pinned == bounds and len(bounds) == len({r.name for r in needed})

@@ -192,7 +192,7 @@ def test_a_hostile_run_folder_is_refused_by_every_verb(target):
         ("plan", "runs/a/config.yaml"),
     ):
         named_again = target == "os.remove" and verb[1] == "runs/a"
-        outside = "is outside distill" if target == "os.remove" else "is no part of a run"
+        outside = "is outside distill" if target == "os.remove" else "cannot be used in a config"
         refuses(distill(*verb), "--allow os again" if named_again else outside)
     assert tiny.files(Path(".")) == before
 

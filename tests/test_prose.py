@@ -12,13 +12,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CODE = sorted((ROOT / "distill").rglob("*.py"))
+CODE = [*sorted((ROOT / "distill").rglob("*.py")), ROOT / "docs" / "generate.py"]
 PAGES = sorted(
     p
-    for p in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"))
+    for p in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "checkpoints").rglob("*.md"))
     if p.name != "log.md"  # the log quotes earlier names
 )
-CONFIGS = sorted(p for folder in ("configs", "launch") for p in (ROOT / folder).rglob("*") if p.is_file())
+CONFIGS = sorted(p for folder in ("configs", "launch") for p in (ROOT / folder).rglob("*") if p.is_file()) + [
+    ROOT / "Makefile"
+]
 
 # Pattern -> what to write instead. A word is listed in its retired sense where it also has an ordinary one.
 RETIRED = {

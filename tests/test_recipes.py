@@ -253,7 +253,7 @@ def test_a_recipe_that_cannot_be(tmp_path, monkeypatch):
         'roles.adapter.targets=["*.to_k","*.to_qq"]',
         recipe="sd15/lcm_lora",
     )
-    refused("'tiny:sd14' is no tiny pipeline. Did you mean 'sd15'", "roles.teacher.path=tiny:sd14")
+    refused("'tiny:sd14' is not a tiny pipeline. Did you mean 'sd15'", "roles.teacher.path=tiny:sd14")
     refused(r"holds samples of shape \(4, 16, 16\), the network of critic expects \(4, 8, 8\)", "data.shape=[4,16,16]")
     refused("holds no samples, and Consistency trains on them", "data.samples=false", recipe="sd15/lcm_lora")
     with pytest.raises(BadInput, match="needs text: give roles.head: {_target_: distill.models.heads.Head"):

@@ -242,8 +242,8 @@ def test_the_loggers_are_closed_whatever_happens(tmp_path, monkeypatch):
         (("method._target_=null",), "^method._target_ is missing"),
         (("data._target_=null",), "^data._target_ is missing"),
         (("roles.student.net=5",), "^roles.student has no weights to train"),
-        (("roles.student=5",), "^roles.student is no network"),
-        (("roles.student._target_=null",), "^roles.student._target_: None is no dotted path"),
+        (("roles.student=5",), "^roles.student is not a network"),
+        (("roles.student._target_=null",), "^roles.student._target_: None is not a dotted path"),
         (
             ("data={_target_: distill.noise.RectifiedFlow}",),
             "^data._target_: distill.noise.RectifiedFlow is not a Dataset",
@@ -329,7 +329,7 @@ def test_warm_up_and_cosine_have_their_values():
     assert learning_rate(cosine, 3, 0) == 1  # no end known
 
 
-def test_the_factor_reaches_the_optimiser(tmp_path):
+def test_the_factor_reaches_the_optimizer(tmp_path):
     keys = ("train.steps=4", "optim.student.lr=1e-3", "optim.student.warmup=2", "optim.student.decay=cosine")
     tiny.train(tmp_path / "run", *keys)
     last = 1e-3 * 0.5 * (1 + math.cos(math.pi * 3 / 4))

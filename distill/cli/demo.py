@@ -34,7 +34,6 @@ def demo(out: Path, steps: int | None = None) -> int:
     """
     started, run, student = time.monotonic(), out / "run", out / "student"
     cfg = recipe(out / "data", steps)
-    console.print(f"{run}: training for {cfg.train.steps} steps; the teacher is measured first.", highlight=False)
     experiment = train(cfg, run, resume=(run / CONFIG).exists())
     if experiment.method.step < cfg.train.steps:
         console.print("Interrupted: repeat the command to continue.", highlight=False)

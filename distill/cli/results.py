@@ -124,7 +124,7 @@ def report(run_folders: tuple[Path, ...], out: Path, quick: bool, evaluations: s
     try:
         nfes = [int(n) for n in evaluations.split(",")] if evaluations else None
     except ValueError:
-        raise BadInput(f"--evaluations '{evaluations}' is no list of numbers; write it as 2,4,8.") from None
+        raise BadInput(f"--evaluations '{evaluations}' is not a list of numbers; write it as 2,4,8.") from None
     click.echo(f"{write(run_folders, out, quick, nfes, samples, allowed())}: written.")
 
 

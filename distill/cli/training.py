@@ -55,8 +55,6 @@ def train(configs: tuple[str, ...], runs: Path, resume: bool, resume_if_exists: 
     from distill.training.run_folder import is_rank_zero
     from distill.training.signals import REQUEUE
 
-    if is_rank_zero():
-        click.echo(f"{runs / cfg.name}: training for {cfg.train.steps} steps; the teacher is measured first.")
     resume = resume or resume_if_exists and (runs / cfg.name / "config.yaml").exists()
     gate = None
     if not no_check:

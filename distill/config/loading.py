@@ -36,7 +36,7 @@ def read(path: str | Path, above: tuple[Path, ...] = ()) -> DictConfig:
     """A YAML file merged over its `base:`, one path or a list of them (relative to the file, or shipped recipes)."""
     path = recipes.find(path)
     if path.resolve() in above:
-        raise BadInput(f"Config file {path} is its own base, by way of {above[-1]}; take one of the `base:` lines out.")
+        raise BadInput(f"Config file {path} is its own base, by way of {above[-1]}; remove one of the `base:` lines.")
     try:
         node = OmegaConf.load(path)
     except Exception as error:  # yaml's own errors come in several classes

@@ -55,11 +55,11 @@ def resolve(dotted: str, allow: tuple[str, ...] = (), where: str = TARGET) -> An
         where: the config key, for messages.
 
     Raises:
-        BadInput: the path is private, does not exist, or names no part of a run. An imported object is judged by the
+        BadInput: the path is private, does not exist, or cannot be used in a config. An imported object is judged by the
             module that defines it: `distill.noise.torch.load` is refused as `torch.load` is.
     """
     if not isinstance(dotted, str):
-        raise BadInput(f"{where}: {dotted!r} is no dotted path; write one such as distill.methods.TDM.")
+        raise BadInput(f"{where}: {dotted!r} is not a dotted path; write one such as distill.methods.TDM.")
     _check_name(dotted, allow, where)
     target = _find(dotted, where)
     kind = _unwrapped(target)
@@ -84,7 +84,7 @@ def _check_name(dotted: str, allow: tuple[str, ...], where: str) -> None:
     """Checks by name, before anything is imported."""
     parts = dotted.split(".")
     if not all(part.isidentifier() for part in parts) or len(parts) < 2:
-        raise BadInput(f"{where}: '{dotted}' is no dotted path; write one such as distill.methods.TDM.")
+        raise BadInput(f"{where}: '{dotted}' is not a dotted path; write one such as distill.methods.TDM.")
     if any(part.startswith("_") for part in parts):
         raise BadInput(f"{where}: '{dotted}' is private; name a public class or function.")
     if not _ours(dotted) and not plugins.may_name(parts[0], allow):
@@ -96,7 +96,7 @@ def _check_name(dotted: str, allow: tuple[str, ...], where: str) -> None:
             raise BadInput(f"{where}: '{dotted}' is now {new}{dotted.removeprefix(old)}; write it so.")
     if _ours(dotted) and parts[1] not in PARTS:
         raise BadInput(
-            f"{where}: '{dotted}' is no part of a run; a config may name what is in {', '.join(PARTS)}."
+            f"{where}: '{dotted}' cannot be used in a config; it may name what is in {', '.join(PARTS)}."
             f"{suggest(parts[1], PARTS)}"
         )
 
@@ -118,7 +118,7 @@ def _check_definition(dotted: str, target: Any, allow: tuple[str, ...], where: s
         return
     room = module[1] if len(module) > 1 else ""
     if room not in PARTS or target.__name__.startswith("_"):
-        raise BadInput(f"{where}: '{dotted}' is no part of a run: it is defined in {'.'.join(module)}.")
+        raise BadInput(f"{where}: '{dotted}' cannot be used in a config: it is defined in {'.'.join(module)}.")
     wanted: Any
     wanted, name = KINDS.get(room, (None, ""))
     if f"{target.__module__}.{target.__qualname__}" == LOADER:
@@ -126,7 +126,9 @@ def _check_definition(dotted: str, target: Any, allow: tuple[str, ...], where: s
     if wanted and not (isinstance(target, type) and issubclass(target, wanted)):
         raise BadInput(f"{where}: '{dotted}' is not {name}, the only kind of object of distill.{room} in a config.")
     if "allow" in signature(target):
-        raise BadInput(f"{where}: '{dotted}' is no part of a run: it would let a config allow packages by itself.")
+        raise BadInput(
+            f"{where}: '{dotted}' cannot be used in a config: it would let a config allow packages by itself."
+        )
 
 
 def _find(dotted: str, where: str) -> Any:

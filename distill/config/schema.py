@@ -10,7 +10,7 @@ TARGET = "_target_"
 
 @dataclasses.dataclass
 class Optim:
-    """One role's optimiser: its class and settings, the clip and the learning-rate schedule."""
+    """One role's optimizer: its class and settings, the clip and the learning-rate schedule."""
 
     name: str = "AdamW"  # a class of `torch.optim`, or the dotted path of one of an allowed package
     lr: float = 1e-4  # peak learning rate

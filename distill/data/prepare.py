@@ -166,9 +166,7 @@ def _idx_split(src: Path, prefix: str) -> Split:
         raise BadInput(f"{src} lacks {missing} (or its .gz): give a folder of MNIST's format.")
     x, label = idx_files.read(images, 3), idx_files.read(labels, 1)
     if len(x) != len(label):
-        raise BadInput(
-            f"{images} holds {len(x)} images, {labels.name} {len(label)} labels: take both files of one set."
-        )
+        raise BadInput(f"{images} holds {len(x)} images, {labels.name} {len(label)} labels: use both files of one set.")
     return Split(x[:, None].__getitem__, len(x), label.astype(np.int64))
 
 
@@ -197,7 +195,7 @@ def _classes(splits: dict[str, Split], src: Path) -> int:
 
 def _class_names(names: list[str] | None, classes: int, src: Path) -> tuple[str, ...]:
     if names and len(names) != classes:
-        raise BadInput(f"names lists {len(names)} classes, but {src} has {classes}: give one name a class.")
+        raise BadInput(f"names lists {len(names)} classes, but {src} has {classes}: give one name per class.")
     return tuple(names or ())
 
 

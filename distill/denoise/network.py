@@ -13,7 +13,7 @@ Conditions = dict[str, Any]
 class Network(nn.Module):
     """Interface of a backbone `net(x_t, t, **cond)`; the defaults are those of an unconditional network.
 
-    Wrappers forward every attribute and method declared here (`Delegate`). A module that is no Network is adapted by
+    Wrappers forward every attribute and method declared here (`Delegate`). A module that is not a Network is adapted by
     `as_network`.
 
     Attributes:
@@ -90,7 +90,7 @@ for _name in PROTOCOL:
 
 
 class Foreign(Network):
-    """Adapts a module that is no Network: its attributes named in PROTOCOL, and defaults for those it lacks."""
+    """Adapts a module that is not a Network: its attributes named in PROTOCOL, and defaults for those it lacks."""
 
     def __init__(self, net: nn.Module):
         super().__init__()

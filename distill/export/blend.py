@@ -96,7 +96,7 @@ def read(file: Path) -> tuple[Pairs, int]:
         alpha = weights.pop(f"{name}.alpha", None)
         pairs[name] = (down, up if alpha is None else up * (float(alpha) / len(down)))
     if weights:
-        raise BadInput(f"{file}: {next(iter(weights))} is no LoRA factor; merge files that hold nothing else.")
+        raise BadInput(f"{file}: {next(iter(weights))} is not a LoRA factor; merge files that hold nothing else.")
     return pairs, layout
 
 
@@ -113,7 +113,7 @@ def merge_files(a: Path, b: Path, out: Path, share: float) -> Path:
 
     (ours, layout), (theirs, second_layout) = read(a), read(b)
     if layout != second_layout:
-        raise BadInput(f"{a} and {b} name their layers in different layouts: take both from the same tool.")
+        raise BadInput(f"{a} and {b} name their layers in different layouts: use both from the same tool.")
     pairs = concatenate(ours, theirs, share)
     rank = max(len(down) for down, _ in pairs.values())
     weights = {}

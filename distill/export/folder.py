@@ -121,7 +121,7 @@ def _serving(grid: Grid, candidates: list):
                 )
             )
         elif name == "LCMScheduler" and round(served.times[-2] * total) == 1:
-            reasons.append(BadInput(f"{name} ignores the network at timestep 0: take fewer steps than {grid.steps}."))
+            reasons.append(BadInput(f"{name} ignores the network at timestep 0: use fewer steps than {grid.steps}."))
         else:
             return scheduler
     raise reasons[0]

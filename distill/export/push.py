@@ -27,7 +27,7 @@ def push(out: str | Path, repo: str, private: bool = False, revision: str | None
         The address of the repository.
 
     Raises:
-        BadInput: the folder is no export, its card states no licence, or the hub refuses.
+        BadInput: the folder is not an export, its card states no licence, or the hub refuses.
     """
     from huggingface_hub import HfApi
 
@@ -76,7 +76,7 @@ def hub_card(card: str, name: str, repo: str, revision: str | None = None) -> st
 def _checked(out: Path, repo: str) -> tuple[dict[str, Any], str]:
     """The record and the card of an export that may be published."""
     if not REPO.fullmatch(repo):
-        raise BadInput(f"'{repo}' is no name on the hub: give OWNER/NAME.")
+        raise BadInput(f"'{repo}' is not a name on the hub: give OWNER/NAME.")
     if not (out / "distill.json").is_file() or not (out / "README.md").is_file():
         raise BadInput(f"{out} was not exported by distill: it lacks distill.json or README.md; export it first.")
     record, card = read_json(out / "distill.json"), (out / "README.md").read_text(encoding="utf-8")

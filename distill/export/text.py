@@ -125,7 +125,7 @@ def call_arguments(kind: type, net: TensorConditioned, grid: Grid, call: dict, g
     takes = {k: p.default for k, p in inspect.signature(kind.__call__).parameters.items()}
     if takes["num_inference_steps"] != grid.steps:
         call = {"num_inference_steps": grid.steps} | call
-    if guided and type(net).__name__ != "Flux":  # whose default is no second evaluation
+    if guided and type(net).__name__ != "Flux":  # whose default is not a second evaluation
         call = call | {"guidance_scale": 1.0}
     trained, usual = output_size(net, net.shape), output_size(net, net.default_shape(net.stock.config))
     default = {k: takes[k] or usual[k] for k in trained}

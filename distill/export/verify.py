@@ -27,7 +27,7 @@ def verify(out: str | Path, steps: int | None = None, base: str | Path = "", dev
     is now, if it was moved. The evaluations are in the export's dtype, on `device`.
 
     Raises:
-        BadInput: the folder is no export or does not load, or the difference exceeds TOLERANCES of its dtype.
+        BadInput: the folder is not an export or does not load, or the difference exceeds TOLERANCES of its dtype.
     """
     trained = _steps(Path(out))
     dtype = read_json(Path(out) / "distill.json").get("dtype", "float32")

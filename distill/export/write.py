@@ -66,7 +66,7 @@ def export(
 
     out, grid = Path(out), Grid.of(grid)
     if kind not in KINDS:
-        raise BadInput(f"'{kind}' is no kind of export: {', '.join(KINDS)} are.{suggest(kind, KINDS)}")
+        raise BadInput(f"'{kind}' is not a kind of export: {', '.join(KINDS)} are.{suggest(kind, KINDS)}")
     if sampler not in folder.SAMPLERS:
         raise BadInput(f"sampler '{sampler}' is none of {', '.join(folder.SAMPLERS)}.")
     if dtype not in TOLERANCES:

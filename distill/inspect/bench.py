@@ -31,7 +31,7 @@ from distill.training import launch
 from distill.training.experiment import build_experiment
 from distill.training.trainer import fit
 
-PHASES = ("data", "draw", "forward", "backward", "optimiser", "average")
+PHASES = ("data", "draw", "forward", "backward", "optimizer", "average")
 
 
 def bench(
@@ -198,7 +198,7 @@ class StepProfiler(lightning.Callback):
         return timed
 
     def _wrap(self) -> None:
-        """Record whose turn it is, and time draw, losses, backward, optimiser and averages."""
+        """Record whose turn it is, and time draw, losses, backward, optimizer and averages."""
         method, turns, draw, average = self.method, self.method.turns, self.method.draw, self.method._average
 
         def timed_turns(step):
@@ -232,7 +232,7 @@ class StepProfiler(lightning.Callback):
                 return backward(role, *args, **kw)
 
         def timed_step(role, *args, **kw):
-            with self.phase(role, "optimiser"):
+            with self.phase(role, "optimizer"):
                 return step(role, *args, **kw)
 
         placement.backward, placement.step = timed_backward, timed_step
@@ -269,7 +269,7 @@ def markdown(name: str, measured: dict[str, Any]) -> str:
         phases.append([role, *(f"{row[k]:.2f}" if k in row else "" for k in columns)])
     tables = [
         markdown_table([name, "ms"], step),
-        markdown_table(["network", "parameters, M", "resident weights, MiB", "optimiser, MiB"], networks),
+        markdown_table(["network", "parameters, M", "resident weights, MiB", "optimizer, MiB"], networks),
         markdown_table(["ms by role", *columns], phases),
     ]
     return "\n".join(tables)

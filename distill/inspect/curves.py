@@ -95,7 +95,7 @@ def recipe_fingerprint(cfg: Any) -> str:
 def _deciding(cfg: Any) -> dict[str, Any]:
     """The settings that determine a recipe's curves, by dotted key; without paths, names and seeds."""
     whole = OmegaConf.to_container(cfg)
-    default = vars(Optim())  # left out, so that a key that optimisers gain later changes no recipe
+    default = vars(Optim())  # left out, so that a key that optimizers gain later changes no recipe
     optim = {}
     for role, settings in whole["optim"].items():
         optim[role] = {k: v for k, v in settings.items() if v != default.get(k)}

@@ -157,7 +157,7 @@ def pixels_of(experiment: Experiment, device: str) -> Callable[[Tensor], Tensor]
     if len(method.shape) < 3:
         kind = "sound" if len(method.shape) == 2 else "points"
         raise BadInput(
-            f"{name}: its samples are {kind}, not images; take their tensor from `distill.open_run(...).sample`."
+            f"{name}: its samples are {kind}, not images; use their tensor from `distill.open_run(...).sample`."
         )
     path = decode or (str(net.source[0]) if net.source and (Path(net.folder) / "vae").is_dir() else None)
     if path is None and method.shape[0] not in PIXEL_CHANNELS:

@@ -32,7 +32,7 @@ class Run:
         allow: packages besides installed plugins whose objects its config may name.
 
     Raises:
-        BadInput: the folder is no run.
+        BadInput: the folder is not a run.
 
     Examples:
         >>> import distill
@@ -136,7 +136,7 @@ def open_run(folder: str | Path, allow: tuple[str, ...] = ()) -> Run:
         allow: packages besides installed plugins whose objects its config may name.
 
     Raises:
-        BadInput: the folder is no run, or names objects of a package that is not allowed.
+        BadInput: the folder is not a run, or names objects of a package that is not allowed.
 
     Examples:
         >>> distill.open_run("runs/toy-tdm").sample(8, seed=0).shape
@@ -166,6 +166,7 @@ def train(
 
     Examples:
         >>> run = distill.train("toy/teacher", "train.steps=3", "name=short", "log.wandb=disabled")
+        runs/short: training for 3 steps.
         validation at step 0: ...
         >>> run.folder.name, run.step
         ('short', 3)
@@ -216,11 +217,9 @@ def sample(
     if out.exists():
         raise BadInput(f"{out} exists; name another so nothing is overwritten.")
     if out.suffix not in ("", ".png"):
-        raise BadInput(
-            f"{out} must end in .png, for one picture of all samples, or in nothing, for a folder of images."
-        )
+        raise BadInput(f"{out} must end in .png (one picture) or have no suffix (a folder).")
     if not out.parent.is_dir():
-        raise BadInput(f"{out.parent} is no folder; make it, or write the samples elsewhere.")
+        raise BadInput(f"{out.parent} is not a folder; make it, or write the samples elsewhere.")
     experiment, device = Run(folder, allow)._placed(device, dtype)
     write = drawing.write_picture if out.suffix else drawing.write_folder
     return write(experiment, request, out, device, dtype)

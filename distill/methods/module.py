@@ -213,12 +213,12 @@ class TurnModule(lightning.LightningModule):
         strategy, precision = self.trainer.strategy, str(self.trainer.precision)
         if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
             raise BadInput(
-                f"Trainer(strategy={type(strategy).__name__}) is not supported by methods with several networks; take "
+                f"Trainer(strategy={type(strategy).__name__}) is not supported by methods with several networks; use "
                 '"auto" or "ddp", or run `distill train` with engine.strategy fsdp, zero1, zero2 or zero3.'
             )
         if precision.endswith("-true") and precision != "32-true":
             raise BadInput(
-                f'Trainer(precision="{precision}") would store trainable weights in low precision; take "bf16-mixed", '
+                f'Trainer(precision="{precision}") would store trainable weights in low precision; use "bf16-mixed", '
                 '"16-mixed" or "32-true".'
             )
         accumulate, scale = self.placement.accumulate, precision == "16-mixed"

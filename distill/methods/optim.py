@@ -43,14 +43,14 @@ def optimizer_class(name: str, where: str) -> type[torch.optim.Optimizer]:
     except ImportError as error:
         package = module.split(".")[0]
         raise BadInput(
-            f"{where}: {package} is not installed ({error}); pip install {package}, or take AdamW."
+            f"{where}: {package} is not installed ({error}); pip install {package}, or use AdamW."
         ) from error
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
         near = "" if module else suggest(last, dir(torch.optim))
         raise BadInput(f"{where}: {module or 'torch.optim'} has no '{last}'.{near}")
     closure = inspect.signature(found.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
-        raise BadInput(f"{where}: {last} evaluates the loss several times a step, which no method does; take AdamW.")
+        raise BadInput(f"{where}: {last} evaluates the loss several times a step, which no method does; use AdamW.")
     return found
 
 

@@ -68,7 +68,9 @@ class SCM(Method):
             self.frozen = ()
         super().__init__(roles, **base)
         if self.student.prediction == "x":
-            raise BadInput("roles.student: prediction: x leaves f(x, 0) = x open; give it v, flow or edm for SCM.")
+            raise BadInput(
+                "roles.student: SCM requires f(x, 0) = x, which prediction 'x' does not ensure; use v, flow or edm."
+            )
         self.chart, self.c, self.warm_up = TrigFlow(sigma_data), c, warm_up
         self.derivative = Derivative.choose(jvp, jvp_step, self.student, smooth=0.04)
         self.jvp = self.derivative.method

@@ -127,7 +127,7 @@ def stored(path: Path, width: int) -> Reference:
     if size != (width,) or real.published and real.published[1].shape != (width, width):
         raise BadInput(
             f"reference: {path} holds statistics of {tuple(size)} features and the network gives {width}; "
-            "take those of this network."
+            "use those of this network."
         )
     return real
 
@@ -181,7 +181,7 @@ class ImageSet:
 
     Attributes:
         key: names their content.
-        captions: one an image, or None.
+        captions: one per image, or None.
     """
 
     def __init__(

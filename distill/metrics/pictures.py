@@ -141,7 +141,7 @@ def _tiles(
         raise BadInput("images hold NaN or infinite values; check the sampler that made them.")
     names = None if labels is None else labels.tolist() if isinstance(labels, Tensor) else list(labels)
     if names is not None and len(names) != len(x):
-        raise BadInput(f"{len(names)} labels for {len(x)} images; give one an image, or none.")
+        raise BadInput(f"{len(names)} labels for {len(x)} images; give one per image, or none.")
     count, _, height, width = x.shape
     columns = min(columns or math.ceil(math.sqrt(count)), count)
     scale = scale or max(1, round(48 / max(height, width)))

@@ -82,7 +82,7 @@ class ClipScore:
         if self.prompts and "label" in cond:
             if int(cond["label"].max()) >= len(self.prompts):
                 raise BadInput(
-                    f"prompts: {len(self.prompts)} of them for class {int(cond['label'].max())}; give one a class."
+                    f"prompts: {len(self.prompts)} of them for class {int(cond['label'].max())}; give one per class."
                 )
             return [self.prompts[i] for i in cond["label"].tolist()]
         if len(cond.get("caption") or ()) != n:
@@ -163,7 +163,7 @@ def linear_layers(file: Path, width: int) -> list[tuple[Tensor, Tensor]]:
         if sizes[-1] != 1 or any(weight.shape[1] != size for size, (weight, _) in zip(sizes, layers)):
             raise ValueError(f"its layers do not map {width} numbers to one")
     except Exception as error:  # torch's and safetensors' own come in several classes
-        raise BadInput(f"head: {file} is no chain of linear layers ({str(error).splitlines()[0][:200]}).") from error
+        raise BadInput(f"head: {file} is not a chain of linear layers ({str(error).splitlines()[0][:200]}).") from error
     return layers
 
 

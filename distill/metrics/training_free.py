@@ -106,7 +106,7 @@ def baseline(
     rows are moved to the denoiser's device, and samples back to that of z.
 
     Raises:
-        BadInput: for an unknown solver or grid, nfe below 1, or a condition without one row a sample.
+        BadInput: for an unknown solver or grid, nfe below 1, or a condition without one row per sample.
     """
     cond = dict(cond or {})
     _check(z, cond, evaluations, grids)
@@ -173,6 +173,6 @@ def _check(z: Tensor, cond: Mapping[str, Any], evaluations: Sequence[int], grids
             raise BadInput(f"evaluations holds {nfe}; a sample costs at least 1.")
     for key, value in cond.items():
         if isinstance(value, Tensor) and (value.ndim == 0 or len(value) != len(z)):
-            raise BadInput(f"condition '{key}' is {tuple(value.shape)} for {len(z)} samples; give one row a sample.")
+            raise BadInput(f"condition '{key}' is {tuple(value.shape)} for {len(z)} samples; give one row per sample.")
     if len(z) == 0:
         raise BadInput("z is empty; draw at least one noise.")

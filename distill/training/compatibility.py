@@ -21,7 +21,7 @@ def check_compatible(method: Any, data: Any) -> None:
     info, where = data.info, f"data ({data.info.path or data.info.source})"
     if method.needs_data and not data.samples:
         raise BadInput(
-            f"{where} holds no samples, and {type(method).__name__} trains on them: take a source with data, "
+            f"{where} holds no samples, and {type(method).__name__} trains on them: use a source with data, "
             "for example distill.data.shards.Shards."
         )
     folders = {}
@@ -74,7 +74,7 @@ def _check_conditions(where: str, role: str, net: Any, info: Any) -> None:
         )
     extra = next((k for k in has if k not in (*net.conditions, *net.optional_conditions)), None)
     if extra:
-        mend = "leave labels out by data.labels=false" if extra == "label" else "take shards that were encoded for it"
+        mend = "leave labels out by data.labels=false" if extra == "label" else "use shards that were encoded for it"
         raise BadInput(
             f"{where} has '{extra}', but the network of {role} takes {', '.join(net.conditions)} only: {mend}."
         )

@@ -220,7 +220,7 @@ def _build_roles(cfg: DictConfig, allow: tuple[str, ...], build: Any) -> dict[st
     layout, settings = (roles.pop(k, None) if isinstance(roles, dict) else None for k in ("layout", "adapter"))
     for name, role in roles.items() if isinstance(roles, dict) else [("_target_", None)]:
         if not isinstance(role, (torch.nn.Module, str)):
-            raise BadInput(f"roles.{name} is no network; give it a _target_, such as distill.denoise.Denoiser.")
+            raise BadInput(f"roles.{name} is not a network; give it a _target_, such as distill.denoise.Denoiser.")
     apply_layout(roles, layout or "full", settings)
     return roles
 

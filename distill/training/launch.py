@@ -122,7 +122,7 @@ def first_to_say(text: str) -> bool:
 
 
 def leave(code: int) -> None:
-    """End this process with an exit code that no repetition changes: bad input, or the answer to a signal.
+    """End this process with an exit code that survives torchrun's restarts: bad input, or the answer to a signal.
 
     torchrun turns every code but 0 into 1 and starts all ranks again, so under `launch/torchrun.sh` the code is left in a
     file, which the script reads, and ranks that are started again end at once.

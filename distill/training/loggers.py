@@ -36,7 +36,7 @@ class WandbLogger:
         if mode == "auto":
             mode = os.environ.get("WANDB_MODE") or ("online" if has_api_key() else "offline")
         if mode == "online" and not has_api_key():
-            raise BadInput("log.wandb=online needs a key: set WANDB_API_KEY, or run `wandb login`, or take offline.")
+            raise BadInput("log.wandb=online needs a key: set WANDB_API_KEY, or run `wandb login`, or use offline.")
         identity = folder / "wandb_id"
         if not identity.exists():
             identity.write_text(secrets.token_hex(4))
@@ -59,7 +59,7 @@ class WandbLogger:
                 self.run.save(str(path), base_path=str(path.parent), policy="now")
         except Exception as error:  # no network, a refused key, a bad project: each its own class
             text = " ".join(str(error).split())
-            raise BadInput(f"wandb did not start ({text}); take log.wandb=offline and sync later.") from error
+            raise BadInput(f"wandb did not start ({text}); use log.wandb=offline and sync later.") from error
 
         self._refill(folder, until)
 

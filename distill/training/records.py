@@ -20,7 +20,7 @@ from distill.files import read_csv, write_csv, write_text
 class MetricsFile:
     """`metrics.csv`: rows are appended; a row with a new column rewrites the file with all columns.
 
-    `until`: the step from which a run goes on; rows of later steps, of a process that died, are dropped.
+    `until`: the step from which a run continues; rows of later steps, of a process that died, are dropped.
     Rows that the disk refuses are written with the next one.
     """
 

@@ -66,6 +66,8 @@ def train(
             experiment.stopped = why
             callbacks.console.print(f"{folder} has stopped at step {state['step']}: {why}", highlight=False)
             return experiment
+        first = "; the teacher is measured first" if experiment.method.role("teacher") else ""
+        callbacks.console.print(f"{folder}: training for {cfg.train.steps} steps{first}.", highlight=False)
         with run_folder.prepare_run_folder(folder, cfg, experiment.method, lock) as opened:
             if run_folder.is_rank_zero():
                 _open(opened, cfg, folder, state["step"] if state else -1)

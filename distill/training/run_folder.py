@@ -196,14 +196,14 @@ def read_config(folder: Path) -> Any:
     """A run's config.
 
     Raises:
-        BadInput: the folder is no run, or its config is damaged.
+        BadInput: the folder is not a run, or its config is damaged.
     """
     if not (folder / CONFIG).exists():
         raise BadInput(f"{folder} is not a run folder: it has no {CONFIG}; name a folder that `distill train` made.")
     cfg = config.checked(config.read(folder / CONFIG))
     for key in ("roles", "method", "data"):
         if not cfg[key] or key != "roles" and config.TARGET not in cfg[key]:
-            raise BadInput(f"{folder / CONFIG} is damaged: it does not describe '{key}'; bring it back from a copy.")
+            raise BadInput(f"{folder / CONFIG} is damaged: it does not describe '{key}'; restore it from a backup.")
     return cfg
 
 

@@ -92,11 +92,11 @@ def equip(method: lightning.LightningModule, engine: Any) -> None:
     if method.placement.sharded and (why := method.unsharded):
         raise BadInput(
             f"engine.strategy: {engine.strategy} cuts networks to shards, and {type(method).__name__} needs them whole: "
-            f"{why}; take ddp, zero1 or zero2."
+            f"{why}; use ddp, zero1 or zero2."
         )
     if not method.placement.forward_mode and method.jvp == "forward":
         raise BadInput(
-            f"method.jvp: {engine.strategy} has no forward-mode derivative; set method.jvp=difference, or take fsdp."
+            f"method.jvp: {engine.strategy} has no forward-mode derivative; set method.jvp=difference, or use fsdp."
         )
     for role in engine.compile:
         if role not in (*method.trainable, *method.frozen, *method._averages):

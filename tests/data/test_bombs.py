@@ -97,5 +97,5 @@ def test_an_image_of_very_many_pixels_is_refused_by_its_header(side, recwarn):
 
 def test_a_pipe_as_shard_is_refused_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.tar")
-    with pytest.raises(UnreadableShard, match="is no regular file"):
+    with pytest.raises(UnreadableShard, match="is not a regular file"):
         list(reader.samples(str(tmp_path / "a.tar")))

@@ -89,7 +89,7 @@ def test_every_form_of_loading_is_rewritten(before, after):
 
 
 def test_what_may_not_be_published_is_refused_before_anything_is_sent(exported, sent, tmp_path):
-    with pytest.raises(BadInput, match="is no name on the hub: give OWNER/NAME"):
+    with pytest.raises(BadInput, match="is not a name on the hub: give OWNER/NAME"):
         push(exported, "mine")
     with pytest.raises(BadInput, match="was not exported by distill"):
         push(tmp_path, "me/mine")

@@ -466,7 +466,7 @@ def conditions_forgotten_in_the_loss(shards, tmp, patch):
 @fault(
     "conditions",
     "method.guidance: 2 changes no turn's gradient",
-    "set guidance: 1, or take another method",
+    "set guidance: 1, or use another method",
     level="WARN",
 )
 def guidance_that_the_method_does_not_use(shards, tmp, patch):

@@ -183,7 +183,7 @@ def test_the_page_is_only_written_over_a_page(folder, tmp_path):
     first = out.read_text()
     assert report([folder], out, quick=True) == out and out.read_text() == first
     out.write_text("<html>mine</html>")
-    with pytest.raises(BadInput, match="page.html exists and is no report"):
+    with pytest.raises(BadInput, match="page.html exists and is not a report"):
         report([folder], out, quick=True)
     assert out.read_text() == "<html>mine</html>" and not list(tmp_path.glob("*.writing"))
 
@@ -192,7 +192,7 @@ def test_the_page_is_only_written_over_a_page(folder, tmp_path):
     "folders, out, says",
     [
         (["toy"], "page.txt", "must end in .html"),
-        (["toy"], "no/page.html", "is no folder"),
+        (["toy"], "no/page.html", "is not a folder"),
         (["toy", "toy"], "page.html", "named twice"),
         (["nothing"], "page.html", "nothing is not a run folder"),
     ],

@@ -80,7 +80,7 @@ def test_ranks_that_spread_weights_keep_no_cast_copies_of_them(weighed):
 
 
 @pytest.mark.parametrize("kind, kept", [("AdamW", 2 * 60 * 40 + 1), ("SGD", 0), ("Adafactor", 60 + 40 + 1)])
-def test_what_an_optimiser_keeps_is_read_off_a_step(kind, kept):
+def test_what_an_optimizer_keeps_is_read_off_a_step(kind, kept):
     settings = Optim(name=kind)
     weight = torch.nn.Parameter(torch.randn(60, 40))
     weight.grad = torch.randn(60, 40)

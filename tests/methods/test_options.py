@@ -58,7 +58,7 @@ def used() -> dict[str, set[str]]:
 def test_each_option_is_set_by_a_recipe_or_is_a_listed_default(name, used):
     keywords = set(inspect.signature(getattr(methods, name).__init__).parameters) - BASE - {"base"}
     listed = set(DEFAULTS.get(name, "").split())
-    assert listed <= keywords, f"{name} has no option {', '.join(listed - keywords)}: take it from DEFAULTS"
+    assert listed <= keywords, f"{name} has no option {', '.join(listed - keywords)}: use DEFAULTS"
     unused = keywords - used[name] - listed
     assert not unused, (
         f"no recipe sets {', '.join(sorted(unused))} of {name}: write one that needs it, or delete the option"

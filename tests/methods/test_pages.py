@@ -20,6 +20,8 @@ PAGES = ROOT / "docs" / "methods"
 SECTIONS = ["Loss", "Algorithm", "Config", "Options", "Pitfalls", "Measured results", "Source"]
 BASE = {"grid", "guidance", "ema", "warm_start"}  # options of every method, which a page may repeat
 NAMES = sorted(methods.names())
+SAMPLERS = {"CTM": "flow map", "MeanFlow": "flow map", "AYF": "flow map"}  # of the README's table
+OPTIONAL = {"DMD2", "Curation"}  # arguments decide whether these need samples
 
 
 def page_of(name: str) -> str:
@@ -31,7 +33,7 @@ def section(text: str, title: str) -> str:
 
 
 def table(text: str) -> list[list[str]]:
-    """The rows of the first table in `text`, without its header; `\\|` is no border."""
+    """The rows of the first table in `text`, without its header; `\\|` is not a border."""
     lines = re.search(r"(?:^\|.*\n)+", text, re.MULTILINE)[0].splitlines()
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:]]
 
@@ -63,8 +65,26 @@ def test_the_table_of_roles_agrees_with_the_class(name):
     assert sorted(roles(trains)) == sorted(cls.trainable)
     assert sorted(roles(frozen)) == sorted(cls.frozen)
     assert data == ("samples" if cls.needs_data else "conditions only")
-    built = {"CTM": "Gamma", "AYF": "FlowMap"}  # these set their sampler when they are built
+    built = {"CTM": "GammaSampler", "AYF": "FlowMap"}  # these set their sampler when they are built
     assert sampler == f"`{built.get(name, type(cls.sampler).__name__)}`"
+
+
+@pytest.mark.parametrize(
+    "row", table(section((ROOT / "README.md").read_text(), "Methods")), ids=lambda row: row[0][:20]
+)
+def test_the_table_of_the_readme_agrees_with_the_classes(row):
+    """Sampler and kind of data of every method that a row links."""
+    links, sampler, data, _ = row
+    for link in re.findall(r"docs/methods/(\w+)\.md", links):
+        name = next(n for n, path in methods.names().items() if path.rsplit(".", 1)[1] == link)
+        cls = getattr(methods, name)
+        if name == "Diffusion":
+            assert sampler == "trains a teacher"
+        elif name in SAMPLERS:
+            assert sampler.startswith(SAMPLERS[name])
+        else:
+            assert sampler.startswith({"DDIM": "ODE", "Renoise": "multistep consistency"}[type(cls.sampler).__name__])
+        assert data.startswith("samples" if cls.needs_data and name not in OPTIONAL else "prompts or labels"), name
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -97,7 +117,7 @@ def test_the_config_is_that_of_the_recipe_beside_it(name):
 @pytest.mark.parametrize("page", sorted(p.name for p in PAGES.glob("*.md")))
 def test_commands_that_train_name_a_recipe_and_keys_that_exist(page):
     text = (PAGES / page).read_text(encoding="utf-8").replace("\\\n", " ")
-    commands = re.findall(r"(?:`|^\$ )distill train ([^`\n]+)", text, re.MULTILINE)
+    commands = re.findall(r"(?:`|^)distill train ([^`\n]+)", text, re.MULTILINE)
     for command in commands:
         words = shlex.split(command)
         cfg = config.load([find(words[0])], words[1:])

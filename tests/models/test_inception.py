@@ -115,8 +115,8 @@ def test_weights_come_in_three_kinds_of_file(weights, network, images, tmp_path,
     "name, text",
     [
         ("nowhere.pth", "does not exist; give a file of FID's Inception"),
-        ("other.pth", "is no file of FID's Inception (470 weights are missing"),
-        ("broken.safetensors", "is no file of FID's Inception"),
+        ("other.pth", "is not a file of FID's Inception (470 weights are missing"),
+        ("broken.safetensors", "is not a file of FID's Inception"),
     ],
 )
 def test_other_files_are_refused(tmp_path, monkeypatch, name, text):

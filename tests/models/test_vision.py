@@ -89,7 +89,7 @@ def test_the_aesthetic_head_is_a_chain_of_linear_layers_on_the_unit_embedding(cl
         theirs = head(seen / seen.norm(dim=-1, keepdim=True))[:, 0]
     torch.testing.assert_close(rewards.Aesthetic(str(tmp_path / "head.pth"), clip)(x), theirs, rtol=1e-4, atol=1e-5)
     torch.save(torch.nn.Linear(7, 1).state_dict(), tmp_path / "other.pth")
-    with pytest.raises(BadInput, match="other.pth is no chain of linear layers"):
+    with pytest.raises(BadInput, match="other.pth is not a chain of linear layers"):
         rewards.Aesthetic(str(tmp_path / "other.pth"), clip)
 
 

@@ -72,7 +72,7 @@ def test_numbers_without_their_like_are_not_judged():
     monitor = MetricMonitor(5)
     assert monitor.check(9, {"diversity": 0.0}, {}) == [] and monitor.check(9, {}, TEACHER) == []
     assert monitor.check(9, {"coverage": 0.0}, TEACHER | {"coverage": 0.1}) == [], (
-        "a teacher without coverage is no measure"
+        "a teacher without coverage is not a measure"
     )
 
 

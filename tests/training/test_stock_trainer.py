@@ -165,7 +165,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     [
         ({"gradient_clip_val": 1.0}, "gradient clipping is not supported"),
         ({"accumulate_grad_batches": 2}, "gradient accumulation is not supported"),
-        ({"precision": "bf16-true"}, 'take "bf16-mixed"'),
+        ({"precision": "bf16-true"}, 'use "bf16-mixed"'),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(options, message, tmp_path):

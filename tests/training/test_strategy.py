@@ -122,7 +122,7 @@ def test_settings_that_do_not_go_together_are_one_sentence(settings, says):
 @pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
 def test_a_method_that_needs_whole_networks_is_refused_where_they_are_cut(strategy):
     method = methods.CTM({"teacher": places.mlp(), "student": places.mlp(flow_map=True)})
-    with pytest.raises(BadInput, match=f"{strategy} cuts networks to shards, and CTM .* its balance .*; take ddp"):
+    with pytest.raises(BadInput, match=f"{strategy} cuts networks to shards, and CTM .* its balance .*; use ddp"):
         equip(method, Engine(strategy=strategy))
     equip(method, Engine(strategy="zero2"))
 
@@ -138,7 +138,7 @@ def test_forward_mode_is_refused_where_hooks_have_none():
     "content, says",
     [
         ({"fp16": {"enabled": True}}, "sets fp16, which engine.precision decides"),
-        ({"zero_optimization": {"stage": 3}}, "sets stage 3; take engine.strategy=zero3"),
+        ({"zero_optimization": {"stage": 3}}, "sets stage 3; use engine.strategy=zero3"),
     ],
 )
 def test_a_deepspeed_file_does_not_overrule_the_run(tmp_path, content, says):
@@ -156,7 +156,7 @@ def test_the_shipped_deepspeed_files_fit_their_strategies():
 
 def test_zero_without_deepspeed_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
-    with pytest.raises(BadInput, match="ZeRO needs deepspeed .* pip install deepspeed, or take fsdp"):
+    with pytest.raises(BadInput, match="ZeRO needs deepspeed .* pip install deepspeed, or use fsdp"):
         build_placement(places.engine("zero1"), 2)
 
 

@@ -248,7 +248,7 @@ def test_a_folder_that_is_trained_in_is_refused_until_that_process_is_gone(holde
     holder.wait()
     assert (
         tiny.train(tmp_path / "run", "train.steps=8", resume=True).method.step == 8
-    )  # the dead one's lock is no obstacle
+    )  # the dead one's lock is not an obstacle
     assert not (tmp_path / "run" / LOCK).exists()
 
 

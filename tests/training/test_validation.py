@@ -103,7 +103,7 @@ def test_lines_that_are_damaged_are_measured_anew(tmp_path):
     baseline.save_baseline(path, {"teacher@4": {"fd": 1.5}})
     assert baseline.read_baseline(path) == {"teacher@4": {"fd": 1.5}}
     (tmp_path / "file").write_text("")
-    baseline.save_baseline(tmp_path / "file" / "baseline.json", {})  # no place to write is no reason to stop
+    baseline.save_baseline(tmp_path / "file" / "baseline.json", {})  # no place to write is not a reason to stop
 
 
 def test_without_a_teacher_the_data_are_the_line(tmp_path):

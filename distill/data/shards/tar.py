@@ -35,7 +35,7 @@ def samples(path: str) -> Iterator[dict]:
 
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe would wait for its writer
-            raise UnreadableShard("is no regular file")
+            raise UnreadableShard("is not a regular file")
         file = open(path, "rb", buffering=_BUFFER)
     except OSError as error:
         raise UnreadableShard(f"cannot be opened: {error.strerror}") from None

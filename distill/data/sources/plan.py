@@ -178,7 +178,7 @@ def _plan_shards(path: Path, settings: SourceSettings) -> Plan:
         info = shards.info
         if shards.errors:
             raise BadInput(
-                f"{shards.errors[0]} is damaged: repair it, or take it out of {folder}, before it is encoded."
+                f"{shards.errors[0]} is damaged: repair it, or remove it from {folder}, before it is encoded."
             )
         is_latent = info.dtype != "uint8" and len(info.shape) == 3 and info.shape[0] not in (1, 3)
         if info.members or not info.samples or is_latent:

@@ -64,7 +64,7 @@ def prompts(file: Path) -> list[str]:
         BadInput: no such file, another kind, no such column, or no prompt.
     """
     if file.suffix.lower() not in (".txt", ".tsv", ".csv"):
-        raise BadInput(f"{file} must end in .txt (one prompt a line), .tsv or .csv (a column Prompt).")
+        raise BadInput(f"{file} must end in .txt (one prompt per line), .tsv or .csv (a column Prompt).")
     text = read_text(file)
     text_lines = text.splitlines() if file.suffix.lower() == ".txt" else _prompt_column(file, text)
     text_lines = [line.strip() for line in text_lines if line.strip()]

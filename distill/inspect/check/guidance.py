@@ -93,9 +93,9 @@ def _conditions(context: CheckContext, role: str, model: Any, used: bool) -> Fin
     elif wide := _spread(context, model):
         yield Finding.warn(wide)
     else:
-        yield Finding.ok(
-            f"the condition changes the {role}'s estimate by {apart:.0%}; w = {context.method.guidance:g}, 1 is conditional."
-        )
+        w = context.method.guidance
+        meaning = "conditional, no extrapolation" if w == 1 else "1 is conditional"
+        yield Finding.ok(f"the condition changes the {role}'s estimate by {apart:.0%}; guidance w = {w:g} ({meaning}).")
 
 
 def _null_is_a_condition(

@@ -138,7 +138,7 @@ def settings(context: CheckContext) -> Findings:
 
 
 def _moments(role: str, optim: Any) -> list[str]:
-    """Averages of an Adam optimizer, and a weight decay that eats the weights."""
+    """Averages of an Adam optimizer, and a weight decay that decays the weights too fast."""
     texts, betas = [], [float(b) for b in optim.betas or ()]
     if "Adam" in optim.name and len(betas) == 2 and betas[0] > betas[1]:
         texts.append(

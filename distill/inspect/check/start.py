@@ -39,7 +39,7 @@ def starts_equal(context: CheckContext) -> Findings:
             yield from found
     if not wrong:
         values = ", ".join(f"{role} {gap:.0e}" for role, gap in gaps.items())
-        yield Finding.ok(f"every network starts as the teacher (difference: {values}), and averages as their roles.")
+        yield Finding.ok(f"every network starts as the teacher (difference: {values}); every EMA equals its network.")
 
 
 def _against_teacher(context: CheckContext, role: str, denoiser: Any, teacher: Any, gap: float) -> Findings:

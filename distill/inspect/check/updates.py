@@ -196,7 +196,7 @@ def learns_conditions(context: CheckContext, steps: DryRun, seen: dict[str, Turn
     if all(_same(seen[role], changed[role]) for role in seen):
         yield Finding.warn(
             f"method.guidance: {method.guidance:g} changes no turn's gradient, so the student learns the unguided teacher; "
-            f"{type(method).__name__} does not use it in its losses: set guidance: 1, or take another method."
+            f"{type(method).__name__} does not use it in its losses: set guidance: 1, or use another method."
         )
         return
     yield Finding.ok(f"gradients change with the condition ({', '.join(names)}) and with guidance.")

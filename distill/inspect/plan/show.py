@@ -65,7 +65,7 @@ def sentences(found: dict[str, Any]) -> list[str]:
         f"{found['method']} {found['advice']}",
         f"Parameters: {networks}.",
         f"{_flops(found['flops'])} a rank and step; {found['steps']} steps take {_duration(found['hours'])} at {rate}, "
-        "without data, optimiser and communication.",
+        "without data, optimizer and communication.",
         f"Disk: {disk['count']} checkpoints of {_bytes(disk['checkpoint'])}: {_bytes(disk['checkpoints'])}"
         + (f"; the data has {_bytes(disk['data'])}." if disk["data"] else "."),
     ]

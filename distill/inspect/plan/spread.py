@@ -30,7 +30,7 @@ PRIMES = (7, 5, 3, 11, 13, 17)
 class NetworkMemory:
     """Sizes of one of the method's networks.
 
-    `shapes` and `sizes` are of its parameters, `moments` the numbers that its optimiser keeps for each.
+    `shapes` and `sizes` are of its parameters, `moments` the numbers that its optimizer keeps for each.
     """
 
     name: str
@@ -80,7 +80,7 @@ def networks_of(method: Any) -> list[NetworkMemory]:
 
 
 def numbers_kept(settings: Any, shape: tuple[int, ...], role: str, _known: dict = {}) -> int:  # noqa: B006
-    """Numbers that the role's optimiser keeps for a parameter of `shape`, read off one step on a small one."""
+    """Numbers that the role's optimizer keeps for a parameter of `shape`, measured in one step on a small one."""
     key = (settings.name, str(settings.options), len(shape))
     if key not in _known:
         small = PRIMES[: len(shape)]

@@ -70,9 +70,9 @@ def _writable(out: Path) -> None:
     if out.suffix != ".html":
         raise BadInput(f"{out} must end in .html, the kind of page that is written.")
     if not out.parent.is_dir():
-        raise BadInput(f"{out.parent} is no folder; make it, or write the page elsewhere.")
+        raise BadInput(f"{out.parent} is not a folder; make it, or write the page elsewhere.")
     if out.exists() and (not out.is_file() or MARK not in out.read_text(errors="replace")[:400]):
-        raise BadInput(f"{out} exists and is no report; name another file so nothing is overwritten.")
+        raise BadInput(f"{out} exists and is not a report; name another file so nothing is overwritten.")
 
 
 def write(runs: Sequence[RunSummary], out: Path) -> Path:

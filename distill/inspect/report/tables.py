@@ -184,7 +184,7 @@ def settings(runs: Sequence[RunSummary]) -> Rows:
         "Teacher": lambda r: _role(r, "teacher"),
         "Data": lambda r: ", ".join(filter(None, [_target(r.cfg.data), _tail(r.cfg.data.get("path"))])),
         "Batch size": lambda r: str(r.cfg.data.get("batch_size", "–")),
-        "Optimisers": lambda r: (
+        "Optimizers": lambda r: (
             "; ".join(f"{role}: {o.name}, learning rate {o.lr:g}, {o.decay}" for role, o in r.cfg.optim.items())
             or "defaults"
         ),

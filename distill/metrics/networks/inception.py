@@ -190,7 +190,7 @@ def load(path: str | Path) -> nn.Module:
             )
     except Exception as error:  # torch's and safetensors' own come in several classes
         text = str(error).splitlines()[0][:200]
-        raise BadInput(f"{path} is no file of FID's Inception ({text}); take {SOURCE}.") from error
+        raise BadInput(f"{path} is not a file of FID's Inception ({text}); use {SOURCE}.") from error
     return network.eval().requires_grad_(False)
 
 

@@ -124,7 +124,9 @@ def _from_hub(weights: str) -> Path:
     try:
         return Path(hf_hub_download(f"{owner}/{name}", file))
     except Exception as error:  # the hub's own come in many classes
-        raise BadInput(f"weights: {weights} is no file here, and the hub does not give it ({_line(error)}).") from error
+        raise BadInput(
+            f"weights: {weights} is not a file here, and the hub does not give it ({_line(error)})."
+        ) from error
 
 
 def _clean(images: Tensor, side: int = 299) -> Tensor:

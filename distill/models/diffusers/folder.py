@@ -157,7 +157,7 @@ def folder_of(path: str | Path, revision: str | None = None, more: tuple[str, ..
         more: patterns of files to download from the hub beside configs and safetensors.
 
     Raises:
-        BadInput: if the path is no diffusers folder, or the hub does not provide the model.
+        BadInput: if the path is not a diffusers folder, or the hub does not provide the model.
     """
     if str(path).startswith("tiny:"):
         from distill.models.diffusers import tiny
@@ -169,7 +169,7 @@ def folder_of(path: str | Path, revision: str | None = None, more: tuple[str, ..
     # "checkpoints/x" beside a folder named checkpoints is a mistyped path, not a model of the hub.
     local = folder.is_absolute() or folder.parent.is_dir()
     if folder.exists() or local or len(folder.parts) != 2 or folder.parts[0].startswith("."):
-        raise BadInput(f"{folder} is no diffusers folder: it has no model_index.json.")
+        raise BadInput(f"{folder} is not a diffusers folder: it has no model_index.json.")
     return _download(str(path), revision, more)
 
 

@@ -36,7 +36,7 @@ def load(path: str | Path, revision: str | None = None, scheduler: dict[str, Any
         The Denoiser. `denoiser.net.folder` is the local folder.
 
     Raises:
-        BadInput: if the path is no diffusers folder, weights are missing or broken, no family supports the network, its
+        BadInput: if the path is not a diffusers folder, weights are missing or broken, no family supports the network, its
             scheduler has no setting of this name, or a class-conditional network does not state whether its last class is
             "no class".
 

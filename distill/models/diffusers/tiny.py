@@ -33,7 +33,7 @@ def folder(family: str) -> Path:
     """
     if family not in FAMILIES:
         raise BadInput(
-            f"'tiny:{family}' is no tiny pipeline.{suggest(family, FAMILIES)} There are {', '.join(FAMILIES)}."
+            f"'tiny:{family}' is not a tiny pipeline.{suggest(family, FAMILIES)} There are {', '.join(FAMILIES)}."
         )
     version = Path(__file__).read_bytes() + f"{diffusers.__version__} {transformers.__version__}".encode()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "distill" / "tiny"

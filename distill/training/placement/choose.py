@@ -27,13 +27,13 @@ def build_placement(engine: Any, world: int) -> Placement:
         raise BadInput(f"engine.strategy: '{kind}' must be one of {', '.join(STRATEGIES)}.{suggest(kind, STRATEGIES)}")
     zero = kind.startswith("zero")
     if engine.deepspeed and not zero:
-        raise BadInput(f"engine.deepspeed: strategy {kind} takes no DeepSpeed settings; leave it out, or take zero2.")
+        raise BadInput(f"engine.deepspeed: strategy {kind} takes no DeepSpeed settings; leave it out, or use zero2.")
     if scale and zero:
-        raise BadInput(f"engine.precision: 16 scales losses, which {kind} does not; take bf16, which needs no scaling.")
+        raise BadInput(f"engine.precision: 16 scales losses, which {kind} does not; use bf16, which needs no scaling.")
     if engine.offload_optimizer and not zero:
-        raise BadInput("engine.offload_optimizer: only zero1, zero2 and zero3 have it; take one of them.")
+        raise BadInput("engine.offload_optimizer: only zero1, zero2 and zero3 have it; use one of them.")
     if engine.offload_parameters and kind not in ("zero3", "fsdp"):
-        raise BadInput("engine.offload_parameters: only fsdp and zero3 have it; take one of them.")
+        raise BadInput("engine.offload_parameters: only fsdp and zero3 have it; use one of them.")
     if zero:
         settings = _settings(engine.deepspeed, int(kind[-1]))
         return Zero(int(kind[-1]), engine.accumulate, settings, engine.offload_optimizer, engine.offload_parameters)
@@ -63,10 +63,10 @@ def _settings(path: str | None, stage: int) -> dict[str, Any]:
         ) from None
     for key, instead in OURS.items():
         if key in found:
-            raise BadInput(f"engine.deepspeed: {path} sets {key}, which {instead} decides; take it out there.")
+            raise BadInput(f"engine.deepspeed: {path} sets {key}, which {instead} decides; remove it there.")
     given = found.get("zero_optimization", {}).get("stage", stage)
     if given != stage:
-        raise BadInput(f"engine.deepspeed: {path} sets stage {given}; take engine.strategy=zero{given} or change it.")
+        raise BadInput(f"engine.deepspeed: {path} sets stage {given}; use engine.strategy=zero{given} or change it.")
     return {k: v for k, v in found.items() if v != "auto"}
 
 

@@ -27,7 +27,7 @@ class Zero(Replicas):
     """One DeepSpeed engine per trainable role; in stage 3 also one without optimizer per frozen or averaged network.
 
     Args:
-        stage: 1 shards the optimiser's state, 2 the gradients too, 3 the weights too.
+        stage: 1 shards the optimizer's state, 2 the gradients too, 3 the weights too.
         settings: the user's DeepSpeed config, merged with ours.
         offload_optimizer, offload_parameters: keep them on the CPU.
     """
@@ -59,7 +59,7 @@ class Zero(Replicas):
         for role in method.trainable:
             if (name := method.optim[role].name.rpartition(".")[2]) in WHOLE:
                 raise BadInput(
-                    f"optim.{role}.name: {name} takes weights as matrices, which zero{self.stage} cuts to flat parts; take "
+                    f"optim.{role}.name: {name} takes weights as matrices, which zero{self.stage} cuts to flat parts; use "
                     "engine.strategy=ddp, or AdamW."
                 )
             self.module(role).requires_grad_(True)  # what does not require it now is left out for ever
@@ -164,7 +164,7 @@ class Zero(Replicas):
         return nn.functional.pad(part, (0, n - part.numel()))
 
     def _renew_masters(self, name: str) -> None:
-        """The optimiser's own copy of the weights, from the weights."""
+        """The optimizer's own copy of the weights, from the weights."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
         if name in self.engines:
@@ -248,7 +248,7 @@ def _deepspeed() -> Any:
         import deepspeed
     except ImportError as error:
         raise BadInput(
-            f"engine.strategy: ZeRO needs deepspeed ({error}); pip install deepspeed, or take fsdp."
+            f"engine.strategy: ZeRO needs deepspeed ({error}); pip install deepspeed, or use fsdp."
         ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles C++ at the start; gloo will do

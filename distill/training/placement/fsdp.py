@@ -42,7 +42,7 @@ class Sharded(Replicas):
             if tensors(self.module(name)):
                 network, seen = root(self.module(name)), set()
                 for part in [*blocks(network), network]:  # a root too gives its weights back after each call:
-                    fully_shard(part, mesh=mesh, reshard_after_forward=True, **policy)  # an optimiser may step between
+                    fully_shard(part, mesh=mesh, reshard_after_forward=True, **policy)  # an optimizer may step between
                     for layer in part.modules():
                         if layer not in seen:
                             layer.register_forward_hook(functools.partial(_wake, part))
