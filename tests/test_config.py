@@ -261,8 +261,8 @@ def test_saved_configs_read_back_equal_and_the_fingerprint_is_of_the_content(tmp
         ("distill.methods.TDMM", "'distill.methods' has no 'TDMM'. Did you mean 'TDM'"),
         ("distill.methodz.TDM", "'distill.methodz.TDM' cannot be used in a config.*Did you mean 'methods'"),
         ("distill.noise", "neither a class nor a function"),
-        ("distill", "no dotted path"),
-        ("distill..noise", "no dotted path"),
+        ("distill", "not a dotted path"),
+        ("distill..noise", "not a dotted path"),
         ("distill.solvers.SOLVERS", "neither a class nor a function"),
     ],
 )

@@ -253,3 +253,9 @@ def test_the_lowest_constraints_are_the_lower_bounds_of_pyproject():
     lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
     pinned = {name: Version(version) for name, _, version in (x.partition("==") for x in lines if x[:1] != "#")}
     assert pinned == bounds and len(bounds) == len({r.name for r in needed})
+
+
+def test_no_two_test_files_have_one_name():
+    """Pytest imports them by their names alone."""
+    names = [p.name for p in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)

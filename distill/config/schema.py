@@ -145,7 +145,7 @@ MOVED_OBJECTS = {  # classes of an older config: the new name, or a sentence; em
     "distill.denoise.Under": "distill.denoise.Rescheduled",
     "distill.metrics.rewards.Truth": _TRUTH,
     "distill.nets.heads.Judge": "",
-    "distill.nets.heads.Layers": "distill.models.heads.FeatureExtractor",
+    "distill.nets.heads.Layers": "",
     "distill.nets.rewards.Truth": _TRUTH,
     "distill.nets.rewards.Clip": "distill.metrics.rewards.ClipScore",
     "distill.nets.vision.Clip": "distill.metrics.networks.vision.ClipNetwork",

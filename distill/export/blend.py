@@ -79,7 +79,7 @@ def read(file: Path) -> tuple[Pairs, int]:
     """The factors of a LoRA file with alpha / rank multiplied into B, and the index of its key layout in `ENDINGS`.
 
     Raises:
-        BadInput: the file cannot be read, or holds tensors that are no LoRA factors.
+        BadInput: the file cannot be read, or holds tensors that are not LoRA factors.
     """
     from safetensors.torch import load_file
 

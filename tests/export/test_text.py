@@ -219,7 +219,7 @@ def test_told_inputs_fold_and_free_grids_are_named_in_the_call(teachers, tmp_pat
         ("lora", "sd1", {}, "full fine-tune has no LoRA.*shared_base"),
         ("single-file", "pixart-sigma", {}, "PixArtTransformer2DModel reads no single file"),
         ("single-file", "cogvideox-2b", {}, "CogVideoXTransformer3DModel reads no single file"),
-        ("safetensors", "sd1", {}, "no kind of export.*lora"),
+        ("safetensors", "sd1", {}, "not a kind of export.*lora"),
         ("pipeline", "sd1", {"grid": [1, 0.3, 0]}, "trained on"),
     ],
 )
