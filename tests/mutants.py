@@ -5,7 +5,7 @@
 
 The mutants are those of cosmic-ray. They are never written to disk: a process that has imported torch is forked for each, and the
 fork imports the changed module. A mutant is killed if a test fails, the module does not import, or the tests run four times as
-long. Results are appended to `mutants.csv` and a second run goes on; survivors and their reasons are in tests/mutants.md.
+long. Results are appended to `mutants.csv` and a second run continues; survivors and their reasons are in tests/mutants.md.
 """
 
 from __future__ import annotations

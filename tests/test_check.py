@@ -259,7 +259,7 @@ def test_train_refuses_a_fault_and_leaves_no_folder(quick, tmp_path):
     refused = distill("train", *keys)
     assert refused.exit_code == 2 and "--no-check" in refused.stderr and not (tmp_path / "runs").exists()
     assert distill("train", *keys, "--no-check").exit_code == 0
-    assert distill("train", *keys, "train.steps=3", "--resume").exit_code == 0, "a run that goes on was checked again"
+    assert distill("train", *keys, "train.steps=3", "--resume").exit_code == 0, "a run that continues was checked again"
 
 
 def test_a_checked_run_equals_one_that_was_not(tmp_path):

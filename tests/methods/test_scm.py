@@ -243,7 +243,7 @@ def test_a_backbone_without_derivative_is_one_clear_sentence():
 
 def test_a_student_without_the_boundary_is_refused():
     """Twice the flow map has g = 0 too: only f(x, 0) = x tells them apart."""
-    with pytest.raises(BadInput, match="prediction: x"):
+    with pytest.raises(BadInput, match=r"requires f\(x, 0\) = x, which prediction .x. does not ensure"):
         SCM({"student": Denoiser(MLP(dim=2, width=8), TrigFlow(), "x")})
 
 

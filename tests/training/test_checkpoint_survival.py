@@ -67,7 +67,7 @@ def test_a_slow_disk_holds_nobody_up_and_what_is_written_is_what_was_submitted(t
     writer, live = checkpoints.Writer(tmp_path), state(1)
     writer.submit(live)
     assert gate.started.wait(60) and gate.written == 0  # back while the disk has written nothing
-    live["networks"]["student"]["w"].zero_()  # the training goes on
+    live["networks"]["student"]["w"].zero_()  # the training continues
     live["list"][0].zero_()
     writer.check()
     assert checkpoints.complete(tmp_path) == []

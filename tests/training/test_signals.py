@@ -36,7 +36,7 @@ def watch():
 
 
 def step(watch) -> bool:
-    """Whether the training goes on after a step."""
+    """Whether the training continues after a step."""
     trainer = SimpleNamespace(should_stop=False)
     watch.on_train_batch_end(trainer, None, None, None, 0)
     return not trainer.should_stop
