@@ -7,15 +7,19 @@ import os
 import shutil
 from pathlib import Path
 
+import diffusers
 import pytest
 import tiny
 import torch
 from click.testing import CliRunner
 
+import distill as distill_package
 from distill import config
 from distill.cli import main
 from distill.config import plugins
 from distill.errors import BadInput
+from distill.models.diffusers import FAMILIES, encode, load, register_family
+from distill.models.diffusers import tiny as twins
 
 CLASS = '''
 """Regression of the student on the teacher at random times."""
@@ -86,12 +90,12 @@ def package(name: str, entry_point: bool = False) -> Path:
     return folder
 
 
-def install(name: str) -> None:
+def install(name: str, module: str = "regression:Regression") -> None:
     """What an installer leaves of a distribution with an entry point."""
     about = Path(f"{name}_dist-1.0.dist-info")
     about.mkdir()
     (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-dist\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text(f"[distill.plugins]\nany = {name}.regression:Regression\n")
+    (about / "entry_points.txt").write_text(f"[distill.plugins]\nany = {name}.{module}\n")
     plugins._installed.cache_clear()
 
 
@@ -217,3 +221,146 @@ def test_a_method_from_outside_is_three_files_and_trains_evaluates_and_exports()
     assert set(json.loads(Path("runs/outside/metrics.json").read_text())["student"]) == {"2"}
     assert json.loads(Path("student/distill.json").read_text())["method"] == "Regression"
     shutil.rmtree("three_files_dist-1.0.dist-info")
+
+
+FAMILY = '''
+"""AuraFlow. Conditions: text."""
+from distill.models.diffusers import TensorConditioned, register_family
+
+class AuraFlow(TensorConditioned):
+    @staticmethod
+    def embeddings(model):
+        return [model.time_step_proj]
+
+    def call_stock(self, x, n, text):
+        return self.stock(x, encoder_hidden_states=text, timestep=n / self.timesteps).sample
+
+    @staticmethod
+    def encode_prompt(encode, prompts, pipeline):
+        return {"text": encode(prompt=prompts, device="cpu", do_classifier_free_guidance=False)[0]}
+
+register_family("AuraFlowTransformer2DModel", AuraFlow)
+'''
+AURAFLOW = """
+name: a
+roles:
+  teacher: {_target_: distill.models.diffusers.loading.load, path: pipeline, size: [8, 8]}
+  student: teacher
+method: {_target_: distill.methods.TDM, grid: 2, warm_start: 0}
+data: {_target_: distill.data.shards.Shards, path: prompts/train, batch_size: 2}
+train: {steps: 1, threads: 1, validate_every: 0}
+log: {wandb: disabled}
+eval: {samples: 2, validation_samples: 2, evaluations: [2]}
+"""
+
+
+def auraflow() -> None:
+    """A tiny AuraFlow in the folder `pipeline`."""
+    torch.manual_seed(2)
+    sizes = {"num_mmdit_layers": 1, "num_single_dit_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2}
+    network = diffusers.AuraFlowTransformer2DModel(
+        sample_size=8, joint_attention_dim=16, caption_projection_dim=16, pos_embed_max_size=16, **sizes
+    )
+    diffusers.AuraFlowPipeline(
+        tokenizer=twins.t5_tokenizer(),
+        text_encoder=twins.t5(16, twins.UMT5),
+        vae=twins.vae(),
+        transformer=twins.shake(network, 0.05),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=1.73),
+    ).save_pretrained("pipeline")
+
+
+@pytest.fixture
+def families():
+    """What a test registers is forgotten after it."""
+    kept = dict(FAMILIES)
+    yield FAMILIES
+    FAMILIES.clear()
+    FAMILIES.update(kept)
+
+
+def flow_package(name: str) -> Path:
+    package(name)
+    Path(name, "flow.py").write_text(FAMILY)
+    Path(name, "__init__.py").write_text(f"import {name}.flow\n")
+    return Path(name)
+
+
+def test_a_family_from_outside_loads_encodes_trains_and_exports(families):
+    auraflow()
+    flow_package("flow_allowed")
+    with pytest.raises(BadInput, match="its network is AuraFlowTransformer2DModel, .* add --allow PACKAGE"):
+        load("pipeline")
+    Path("p.txt").write_text("a cat\na dog\n")
+    Path("a.yaml").write_text(AURAFLOW)
+    outside = ("--allow", "flow_allowed")
+    for verb in (
+        (
+            "data",
+            "prompts",
+            "p.txt",
+            "prompts",
+            "--pipeline",
+            "pipeline",
+            "--length",
+            "8",
+            *"--workers 2 --per-shard 1".split(),
+        ),
+        ("train", "a.yaml", "--no-check"),
+        ("sample", "runs/a", "a.png", "-n", "2"),
+        ("export", "runs/a", "student"),
+        ("verify", "student"),
+    ):
+        result = distill(*verb, *outside)
+        assert result.exit_code == 0, (verb, result.output, result.exception)
+    assert config.read("runs/a/config.yaml").allow == ["flow_allowed"]
+    assert json.loads(Path("student/distill.json").read_text())["network"] == "AuraFlowTransformer2DModel"
+
+
+def test_a_family_of_an_installed_plugin_is_found_when_a_folder_needs_it(families):
+    auraflow()
+    flow_package("flow_installed")
+    Path("flow_installed", "__init__.py").write_text("")
+    install("flow_installed", "flow")
+    denoiser = load("pipeline", size=(8, 8))
+    assert type(denoiser.net).__module__ == "flow_installed.flow"
+    out = denoiser(torch.randn(1, 4, 8, 8), torch.ones(1), **encode("pipeline", ["a cat"]))
+    assert out.shape == (1, 4, 8, 8)
+    with pytest.raises(BadInput, match="flow_installed.flow.AuraFlow supports AuraFlowTransformer2DModel already"):
+        register_family("AuraFlowTransformer2DModel", type("Another", (type(denoiser.net),), {}))
+    with pytest.raises(BadInput, match="is no family; derive it from TensorConditioned"):
+        register_family("AuraFlowTransformer2DModel", dict)
+
+
+def test_a_plugin_that_cannot_be_imported_is_named(families):
+    auraflow()
+    package("broken_one")
+    install("broken_one", "absent")
+    with pytest.raises(BadInput, match="the installed plugin 'broken_one.absent' cannot be imported"):
+        load("pipeline")
+    refuses(distill("recipes", "--allow", "nowhere_at_all"), "--allow nowhere_at_all: the package", "is not installed")
+
+
+METRIC = """
+class Length:
+    def __call__(self, x, data=None, **cond):
+        return x.flatten(1).norm(dim=1)
+"""
+
+
+@pytest.mark.parametrize("entry_point", [False, True], ids=["allowed", "installed"])
+def test_a_metric_from_outside_is_measured(entry_point):
+    name = f"measured_{entry_point}".lower()
+    recipe = package(name, entry_point) / "regression.yaml"
+    Path(name, "length.py").write_text(METRIC)
+    assert distill("data", "digits", "data/digits").exit_code == 0
+    train = ("train", recipe, "--no-check", f"eval.metrics.length_score._target_={name}.length.Length")
+    if not entry_point:
+        refuses(distill(*train, "method={_target_: distill.methods.TDM, grid: 2}"), f"--allow {name}")
+    outside = () if entry_point else ("--allow", name)
+    for verb in (train, ("eval", "runs/outside")):
+        result = distill(*verb, *outside)
+        assert result.exit_code == 0, (verb, result.output, result.exception)
+    measured = json.loads(Path("runs/outside/metrics.json").read_text())["student"]["2"]
+    samples = distill_package.open_run("runs/outside", outside[1:]).sample(60)
+    assert measured["length_score"] == pytest.approx(float(samples.flatten(1).norm(dim=1).mean()), rel=0.2)

@@ -54,6 +54,13 @@ class Verb(click.Command):
     def __init__(self, *args, params: list[click.Parameter] | None = None, **kwargs):
         super().__init__(*args, params=[*(params or ()), _allow_option()], **kwargs)
 
+    def invoke(self, ctx: click.Context):
+        if packages := ctx.meta.get(ALLOW):
+            from distill.config import plugins  # lazily: `distill --help` imports nothing heavy
+
+            plugins.import_allowed(packages)
+        return super().invoke(ctx)
+
 
 class Verbs(click.Group):
     """Prints BadInput as one sentence and exits with code 2; --debug shows the traceback."""

@@ -8,7 +8,6 @@ import pkgutil
 import types
 import typing
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -148,9 +147,7 @@ def _find(dotted: str, where: str) -> Any:
                 raise BadInput(f"{where}: '{'.'.join(parts[: cut + depth])}' has no '{part}'.{near}")
             found = getattr(found, part)
         return found
-    local = Path(parts[0]).is_dir() or Path(f"{parts[0]}.py").is_file()
-    mend = "put PYTHONPATH=. before the command, or install it" if local else "install it"
-    raise BadInput(f"{where}: the package '{parts[0]}' is not installed; {mend}, or correct the path '{dotted}'.")
+    raise BadInput(f"{where}: {plugins.not_installed(parts[0])}, or correct the path '{dotted}'.")
 
 
 def signature(target: Any) -> dict[str, inspect.Parameter]:
@@ -178,11 +175,13 @@ def open_ended(target: Any) -> bool:
 def build(node: Any, allow: tuple[str, ...] = (), where: str = "", **given: Any) -> Any:
     """The object that `node` describes; mappings without `_target_` and lists are built item by item.
 
-    `given` are arguments of the outermost object that do not come from the config.
+    `given` are arguments of the outermost object that do not come from the config. The packages of `allow` are imported
+    first, for what they register.
 
     Raises:
         BadInput: unknown, missing or wrongly typed argument, or one that the object refuses, with its full key.
     """
+    plugins.import_allowed(allow)
     if isinstance(node, DictConfig) or OmegaConf.is_list(node):
         node = OmegaConf.to_container(node, resolve=True)
     dot = f"{where}." if where else ""

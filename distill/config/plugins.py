@@ -4,10 +4,14 @@ A package announces itself by an entry point in the group `distill.plugins` of i
 
     [project.entry-points."distill.plugins"]
     mypackage = "mypackage"
+
+The module that it names is imported before a verb gives up on a network without a family, so that it may register one
+(`distill.models.diffusers.register_family`); a package named by --allow is imported at the verb's start.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +23,7 @@ from distill.config.schema import TARGET
 from distill.errors import BadInput
 
 GROUP = "distill.plugins"
+imported: list[str] = []  # packages that --allow named, for the processes that this one starts
 
 
 def installed() -> frozenset[str]:
@@ -30,6 +35,45 @@ def installed() -> frozenset[str]:
 def _installed(path: tuple[str, ...]) -> frozenset[str]:
     points = importlib.metadata.entry_points(group=GROUP)
     return frozenset(point.value.partition(":")[0].strip().split(".")[0] for point in points)
+
+
+def import_installed() -> None:
+    """Import the modules of all installed entry points of the group `distill.plugins`, for what they register.
+
+    Raises:
+        BadInput: a plugin cannot be imported.
+    """
+    for point in importlib.metadata.entry_points(group=GROUP):
+        try:
+            importlib.import_module(point.module)
+        except ImportError as error:
+            raise BadInput(
+                f"the installed plugin '{point.module}' cannot be imported ({error}); mend or uninstall it."
+            ) from error
+
+
+def import_allowed(allow: Sequence[str]) -> None:
+    """Import the packages named by --allow, for what they register.
+
+    Raises:
+        BadInput: a package is not installed.
+    """
+    for package in allow:
+        try:
+            importlib.import_module(package)
+        except ModuleNotFoundError as error:
+            if error.name != package:
+                raise
+            raise BadInput(f"--allow {package}: {not_installed(package)}, or correct the name.") from error
+        if package not in imported:
+            imported.append(package)
+
+
+def not_installed(package: str) -> str:
+    """The sentence about a package that cannot be imported, without its end."""
+    local = Path(package).is_dir() or Path(f"{package}.py").is_file()
+    mend = "put PYTHONPATH=. before the command, or install it" if local else "install it"
+    return f"the package '{package}' is not installed; {mend}"
 
 
 def may_name(package: str, allow: Sequence[str] = ()) -> bool:

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from distill.config import launcher
+from distill.config import launcher, plugins
 from distill.data.info import Info
 from distill.data.shards.resume import STATE, ResumableFolder
 from distill.data.shards.sample import Sample
@@ -299,7 +299,7 @@ def _plan(encoder: Encoder) -> Plan:
 
 def _run_workers(config: EncodeConfig, share: list[int], workers: int, progress: Progress) -> None:
     try:
-        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        with ProcessPoolExecutor(workers, get_context("spawn"), plugins.import_allowed, (plugins.imported,)) as pool:
             futures = [pool.submit(_work, config, share[w::workers], w, workers) for w in range(workers)]
             for future in futures:
                 future.result()

@@ -13,7 +13,7 @@ _MODULES = {
     "distill.models.families.label": ("DiT", "StockNetwork", "UNet2D"),
     "distill.models.diffusers.network": ("TensorConditioned",),
     "distill.models.diffusers.encoders": ("Geometry", "fingerprints"),
-    "distill.models.diffusers.folder": ("BACKBONES", "FAMILIES", "LABEL_FAMILIES"),
+    "distill.models.diffusers.folder": ("FAMILIES", "LABEL_FAMILIES", "register_family"),
     "distill.models.diffusers.prompts": ("FirstFrames", "Latent", "Prompts", "decode", "encode"),
     "distill.models.diffusers.schedulers": ("PREDICTIONS", "grid_of", "prediction_of", "schedule_of", "scheduler_of"),
     "distill.models.diffusers.loading": ("load",),

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from distill.config import plugins
 from distill.config.recipes import checkpoint
 from distill.errors import BadInput, suggest
 from distill.models.diffusers.network import TensorConditioned
@@ -35,10 +36,44 @@ FAMILIES: dict[str, type[TensorConditioned]] = {
     "StableAudioDiTModel": StableAudio,
     "LTXVideoTransformer3DModel": LTX,
 }
-BACKBONES = {name: kind.wrap for name, kind in (LABEL_FAMILIES | FAMILIES).items()}  # `wrap(model, timesteps=N, **kw)`
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 _SHAPES_ONLY: ContextVar[bool] = ContextVar("shapes only", default=False)
+
+
+def register_family(name: str, family: type[StockNetwork]) -> None:
+    """Let folders whose network is of the diffusers class `name` be loaded, encoded and exported.
+
+    A package calls it when it is imported: an installed plugin (entry point `distill.plugins`) is imported when a folder
+    has a network that no family here supports, another package when `--allow` names it.
+
+    Args:
+        name: of the diffusers class, such as "AuraFlowTransformer2DModel".
+        family: a subclass of `TensorConditioned`; or, conditioned on class labels, of `StockNetwork` with a `wrap`.
+
+    Raises:
+        BadInput: `family` is no such class, or another family supports `name`.
+
+    Examples:
+        >>> from distill.models.diffusers import TensorConditioned, register_family
+        >>> class Lumina(TensorConditioned):
+        ...     "Stock `Lumina2Transformer2DModel`. Conditions: text."
+        >>> register_family("Lumina2Transformer2DModel", Lumina)
+    """
+    if not (isinstance(family, type) and issubclass(family, StockNetwork) and "wrap" in dir(family)):
+        raise BadInput(f"register_family: {family!r} is no family; derive it from TensorConditioned.")
+    table: dict[str, Any] = FAMILIES if issubclass(family, TensorConditioned) else LABEL_FAMILIES
+    known = (LABEL_FAMILIES | FAMILIES).get(name)
+    if known not in (None, family):
+        raise BadInput(f"register_family: {known.__module__}.{known.__name__} supports {name} already; remove one.")
+    table[name] = family
+
+
+def family_of(name: str | None) -> Any:
+    """The family of a diffusers class, of this package or registered by a plugin; None if there is none."""
+    if name not in FAMILIES and name not in LABEL_FAMILIES:
+        plugins.import_installed()
+    return (LABEL_FAMILIES | FAMILIES).get(name or "")
 
 
 @contextmanager
@@ -84,8 +119,12 @@ def network_part(folder: Path) -> tuple[str, str]:
     exported = {"_exported": (folder / "distill.json").is_file()}
     if part and (reason := refusal_of(index | exported, read_config(folder, part))):
         raise BadInput(f"{folder} ({index.get('_class_name')}): {reason}")
-    if part is None or name not in BACKBONES:
-        raise BadInput(f"{folder}: its network is {name}, and only {', '.join(BACKBONES)} can be loaded.")
+    if part is None or family_of(name) is None:
+        known = ", ".join(LABEL_FAMILIES | FAMILIES)
+        raise BadInput(
+            f"{folder}: its network is {name}, and only {known} can be loaded; if a package of yours registers a family "
+            "for it, add --allow PACKAGE."
+        )
     return part, name
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distill.denoise import Denoiser
 from distill.errors import BadInput
-from distill.models.diffusers.folder import BACKBONES, FAMILIES, dtype_of, folder_of, load_weights, network_part
+from distill.models.diffusers.folder import FAMILIES, dtype_of, family_of, folder_of, load_weights, network_part
 from distill.models.diffusers.prompts import encode, scaling
 from distill.models.diffusers.schedulers import prediction_of, read_json, schedule_of, scheduler_of, stock_class
 from distill.noise import Table
@@ -66,7 +66,7 @@ def load(path: str | Path, revision: str | None = None, scheduler: dict[str, Any
         if "null_class" not in record:
             raise BadInput(f"{folder}: is the last class of its network 'no class'? Pass null_class=True or False.")
         kw["null_class"] = record["null_class"]
-    net = BACKBONES[name](model, timesteps=len(schedule.alphas_cumprod), **kw)
+    net = family_of(name).wrap(model, timesteps=len(schedule.alphas_cumprod), **kw)
     net.folder, net.scheduler_settings = folder, settings
     return Denoiser(net, schedule, prediction_of(stock)).eval()
 
