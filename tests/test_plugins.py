@@ -68,6 +68,7 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(os, "fsync", lambda file: None)
+    monkeypatch.setattr(plugins, "imported", [])
     threads = torch.get_num_threads()
     yield tmp_path
     torch.set_num_threads(threads)
