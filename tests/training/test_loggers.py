@@ -93,6 +93,7 @@ def offline(tmp_path_factory):
         wandb = (
             "log.wandb=auto",
             "log.to=[wandb,tensorboard]",
+            "log.entity=ours",
             "log.group=seeds",
             "log.tags=[a,b]",
             "log.artifacts=true",
@@ -104,11 +105,11 @@ def offline(tmp_path_factory):
     return folder, [list(records(f)) for f in files]
 
 
-def test_offline_group_tags_and_the_checkpoint_artifact_are_there(offline):
+def test_offline_entity_group_tags_and_the_checkpoint_artifact_are_there(offline):
     folder, parts = offline
     for part in parts:
         run = next(r.run for r in part if r.HasField("run"))
-        assert (run.run_group, list(run.tags)) == ("seeds", ["a", "b"])
+        assert (run.entity, run.run_group, list(run.tags)) == ("ours", "seeds", ["a", "b"])
     names = [r.request.log_artifact.artifact for r in parts[-1] if r.request.HasField("log_artifact")]
     names += [r.artifact for r in parts[-1] if r.HasField("artifact")]
     artifact = next(a for a in names if a.type == "checkpoint")
