@@ -5,7 +5,8 @@ It runs under any `lightning.Trainer`; `distill train` uses the same module with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sized
 from typing import Any
 
 import lightning
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
+from torch.distributed.checkpoint.stateful import Stateful
 
 from distill.config.schema import Optim
 from distill.errors import BadInput, suggest
@@ -241,6 +243,13 @@ class TurnModule(lightning.LightningModule):
     def on_train_start(self) -> None:
         """Lightning has loaded the optimizers' states of a checkpoint, with the settings of that run."""
         self.placement.apply_settings()
+        loader = self.trainer.train_dataloader
+        if isinstance(loader, Stateful) and not isinstance(loader, Sized):
+            warnings.warn(
+                f"{type(loader).__name__} has a state but no length, and Lightning reads such loaders one batch ahead: a "
+                "resumed run leaves out a batch. Give it a __len__, such as 2**62 for an endless one.",
+                stacklevel=2,
+            )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Restore the random generators of a resumed run, after data loaders have drawn what they need to start."""

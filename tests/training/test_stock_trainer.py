@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import lightning
@@ -114,7 +115,10 @@ def test_losses_reach_wandb_offline(tmp_path):
     assert list(tmp_path.glob("wandb/offline-run-*"))
 
 
-@pytest.mark.parametrize("recipe", ["tdm", "progressive", "consistency", "dmd2", "ladd"])
+QUICK = ("tdm", "progressive", "consistency", "dmd2", "ladd")  # the other recipes resume in `make test-all`
+
+
+@pytest.mark.parametrize("recipe", [r if r in QUICK else pytest.param(r, marks=pytest.mark.slow) for r in RECIPES])
 def test_a_resumed_fit_goes_on_bit_for_bit(recipe, tmp_path):
     def one():
         return build_experiment(tiny.recipe("method.ema=0.9", name=recipe))
@@ -135,6 +139,54 @@ def test_a_resumed_fit_goes_on_bit_for_bit(recipe, tmp_path):
     for name, value in weights(whole.method).items():
         assert torch.equal(value, weights(second.method)[name]), name
     assert torch.equal(whole.method.shared.get_state(), second.method.shared.get_state())
+
+
+class Resumable:
+    """A loader of another library: passes over 40 rows, each in another order; its state is the next batch."""
+
+    def __init__(self):
+        x, label = mixture().sample(40, torch.Generator().manual_seed(0))
+        self.rows, self.next = [{"x": a.float(), "label": b} for a, b in zip(x, label)], 0
+
+    def __iter__(self):
+        while True:
+            epoch, batch = divmod(self.next, 5)
+            order = torch.randperm(40, generator=torch.Generator().manual_seed(epoch)).tolist()
+            self.next += 1
+            (rows,) = torch.utils.data.DataLoader(
+                self.rows, batch_sampler=[order[8 * batch : 8 * batch + 8]], generator=torch.Generator()
+            )
+            yield rows
+
+    def __len__(self):
+        return 100
+
+    def state_dict(self):
+        return {"next": self.next}
+
+    def load_state_dict(self, state):
+        self.next = state["next"]
+
+
+def test_a_foreign_loader_with_a_state_resumes_bit_for_bit(tmp_path):
+    whole, second, saves = tdm(), tdm(seed=1), ModelCheckpoint(tmp_path, every_n_train_steps=7, save_top_k=-1)
+    torch.manual_seed(5)
+    trainer(tmp_path, 12, [saves]).fit(whole, Resumable())
+    (path,) = tmp_path.glob("*step=7.ckpt")
+    torch.manual_seed(99)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(not resumable|no length)")
+        trainer(tmp_path, 12).fit(second, Resumable(), ckpt_path=path)
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(second)[name]), name
+
+
+def test_a_loader_with_a_state_and_no_length_is_warned_of(tmp_path):
+    class Endless(Resumable):
+        __len__ = None
+
+    with pytest.warns(UserWarning, match="Endless has a state but no length, .* Give it a __len__"):
+        trainer(tmp_path, 1).fit(tdm(), Endless())
 
 
 def test_any_loader_of_dictionaries_trains_and_a_plain_one_is_warned_of(tmp_path):
