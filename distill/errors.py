@@ -10,6 +10,14 @@ class BadInput(ValueError):
     """Input that cannot be used. The message is one sentence that names the key, file or shard and how to fix it.
 
     The command line prints it without a traceback and exits with code 2.
+
+    Examples:
+        >>> import distill
+        >>> try:
+        ...     distill.Grid.of([1, 0.3, 0.6, 0])
+        ... except distill.BadInput as error:
+        ...     print(error)
+        grid [1, 0.3, 0.6, 0] must decrease strictly from 1 to 0: sort it and remove repeated times.
     """
 
 

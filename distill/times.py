@@ -1,4 +1,11 @@
-"""Times: densities p(t) of training times, distributions of pairs of times, and the student's time grid."""
+"""Times: densities p(t) of training times, distributions of pairs of times, and the student's time grid.
+
+Examples:
+    >>> import torch
+    >>> from distill.times import Grid
+    >>> Grid.uniform(2).segment(torch.tensor([2, 1]))
+    (tensor([1.0000, 0.5000]), tensor([0.5000, 0.0000]))
+"""
 
 from __future__ import annotations
 
@@ -227,6 +234,8 @@ class Grid:
         BadInput: if the times do not start at 1 (noise), do not end at 0 (data), or do not decrease strictly.
 
     Examples:
+        >>> import torch
+        >>> from distill.times import Grid
         >>> grid = Grid.uniform(4)
         >>> grid.times
         (1.0, 0.75, 0.5, 0.25, 0.0)

@@ -1,4 +1,12 @@
-"""Configs: YAML files and `key=value` overrides to one checked mapping, and to the objects that it names."""
+"""Configs: YAML files and `key=value` overrides to one checked mapping, and to the objects that it names.
+
+Examples:
+    >>> from distill import config
+    >>> config.build({"_target_": "distill.times.Grid.uniform", "steps": 2}).times
+    (1.0, 0.5, 0.0)
+    >>> config.load(["toy/tdm"], ["train.steps=5"]).train.steps
+    5
+"""
 
 from distill.config.loading import checked, fingerprint, load, merge, override, read, save
 from distill.config.objects import build, open_ended, resolve, signature

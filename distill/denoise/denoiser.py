@@ -39,6 +39,8 @@ class Denoiser(nn.Module):
             not determine x.
 
     Examples:
+        >>> import torch
+        >>> from distill.denoise import Denoiser
         >>> from distill.models.small import MLP
         >>> from distill.noise import RectifiedFlow
         >>> denoiser = Denoiser(MLP(dim=2, width=8, classes=3), RectifiedFlow(), prediction="flow")
@@ -174,7 +176,8 @@ class Guided(Denoiser):
         w: the guidance scale, a number or one per sample (B,); `forward(..., w=)` overrides it.
 
     Examples:
-        >>> from distill.denoise import GaussianMixture
+        >>> import torch
+        >>> from distill.denoise import GaussianMixture, Guided
         >>> from distill.noise import RectifiedFlow
         >>> denoiser = GaussianMixture([[-1.0], [1.0]], 0.1, schedule=RectifiedFlow())  # label 0: -1, label 1: +1
         >>> x_t, t, label = torch.zeros(1, 1), torch.ones(1), torch.tensor([1])

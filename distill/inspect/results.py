@@ -281,9 +281,9 @@ def export_run(
         BadInput: `out` exists, or no stock class loads this student in this form.
 
     Examples:
-        >>> distill.export_run("runs/toy-tdm", "student")
-        Traceback (most recent call last):
-        distill.errors.BadInput: ...
+        >>> out = distill.export_run("runs/toy-tdm", "student", kind="onnx")
+        >>> (out / "student.onnx").exists(), (out / "distill.json").exists()
+        (True, True)
     """
     folder, out = Path(folder), Path(out)
     if out.exists():

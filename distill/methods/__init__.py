@@ -1,4 +1,10 @@
-"""One file a method. `distill.methods.NAME` finds each Method by its class name, importing its file only then."""
+"""One file a method. `distill.methods.NAME` finds each Method by its class name, importing its file only then.
+
+Examples:
+    >>> from distill import methods
+    >>> issubclass(methods.TDM, methods.Method), "DMD2" in dir(methods)
+    (True, True)
+"""
 
 from __future__ import annotations
 

@@ -40,6 +40,26 @@ class Method(TurnModule):
 
     Raises:
         BadInput: a role that is unknown, missing, or has no weights to copy.
+
+    Examples:
+        >>> import torch
+        >>> from distill.denoise import Denoiser
+        >>> from distill.methods import Method
+        >>> from distill.models import MLP
+        >>> from distill.noise import RectifiedFlow
+        >>> class Regression(Method):
+        ...     def turns(self, step):
+        ...         yield "student", self.loss
+        ...
+        ...     def loss(self, x, z, cond):
+        ...         t = torch.rand(len(x))
+        ...         x_t = self.student.schedule.add_noise(x, t, z)
+        ...         return (self.student(x_t, t, **cond) - self.teacher(x_t, t, **cond)).square().mean()
+        >>> teacher = Denoiser(MLP(dim=2, width=8), RectifiedFlow(), "flow")
+        >>> method = Regression({"teacher": teacher}, grid=2)  # the student starts as a copy of the teacher
+        >>> method.training_step({"x": torch.randn(4, 2)})
+        >>> method.step, method.logs["student/loss"].item(), method.sample(torch.randn(3, 2), {}).shape
+        (1, 0.0, torch.Size([3, 2]))
     """
 
     student: Denoiser

@@ -1,4 +1,12 @@
-"""Evaluation: metrics on tensors, training-free baselines at equal cost, pictures, and the table of a run."""
+"""Evaluation: metrics on tensors, training-free baselines at equal cost, pictures, and the table of a run.
+
+Examples:
+    >>> import torch
+    >>> from distill.metrics import frechet
+    >>> x = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
+    >>> round(float(frechet(x, x + 1)), 3)  # |shift|^2
+    2.0
+"""
 
 from distill.metrics.distances import (
     Accuracy,

@@ -1,4 +1,15 @@
-"""Solvers: pure maps (x_t, t, s) -> x_s between any two times, and the sampling loop `solve`."""
+"""Solvers: pure maps (x_t, t, s) -> x_s between any two times, and the sampling loop `solve`.
+
+Examples:
+    >>> import torch
+    >>> from distill.denoise import Gaussian
+    >>> from distill.noise import RectifiedFlow
+    >>> from distill.solvers import solve, solver
+    >>> from distill.times import Grid
+    >>> exact = Gaussian([3.0], 0.1, schedule=RectifiedFlow())  # x ~ N(3, 0.1^2)
+    >>> solve(exact, torch.zeros(2, 1), Grid.uniform(2), solver("ddim")).flatten().tolist()  # noise 0 lands on the mean
+    [3.0, 3.0]
+"""
 
 from __future__ import annotations
 
