@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import sysconfig
+import venv
 import zipfile
 from pathlib import Path
 
@@ -43,18 +45,31 @@ def wheel(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def installed(wheel, tmp_path_factory):
-    """The wheel's files in a folder of their own."""
-    target = tmp_path_factory.mktemp("site")
-    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(wheel)]
+def python(wheel, tmp_path_factory):
+    """The interpreter of a fresh environment that has the wheel, and the dependencies of this one."""
+    folder = tmp_path_factory.mktemp("fresh")
+    venv.create(folder, system_site_packages=True, symlinks=True)
+    binary = folder / "bin" / "python"
+    install = [sys.executable, "-m", "pip", "--python", str(binary), "install", "-q", "--no-deps", str(wheel)]
     subprocess.run(install, check=True)
-    return target
+    # `system_site_packages` means those of the base interpreter. Paths in a .pth file are added after the environment's own,
+    # and .pth files in them, such as that of an editable distill, are not read.
+    (site,) = folder.glob("lib/python*/site-packages")
+    folders = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+    (site / "dependencies.pth").write_text("\n".join(folders) + "\n")
+    return binary
 
 
-def run(installed: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    env = os.environ | {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
-    command = [sys.executable, "-m", "distill.cli", *arguments]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=900)
+def environment() -> dict[str, str]:
+    """Without PYTHONPATH, so that only the environment's own distill is found."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+    return kept | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+
+
+def run(python: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """The command that the wheel installs."""
+    command = [str(python.with_name("distill")), *arguments]
+    return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=900)
 
 
 def test_the_wheel_holds_what_the_package_finds_by_name(wheel):
@@ -66,24 +81,25 @@ def test_the_wheel_holds_what_the_package_finds_by_name(wheel):
     for part in ("model_index.json", "transformer/diffusion_pytorch_model.safetensors", "distill.json"):
         assert f"distill/shipped_checkpoints/digits-teacher/{part}" in names
     assert any(n.startswith("distill/inspect/report/page/") for n in names)
+    assert {"distill/py.typed", "distill/__init__.pyi"} <= set(names), "type checkers read them"
     assert not any(n.startswith(("tests", "configs", "checkpoints")) for n in names)
 
 
-def test_recipes_and_training_work_from_any_folder(installed, tmp_path):
-    env = os.environ | {"PYTHONPATH": str(installed)}
-    command = [sys.executable, "-c", "import distill; print(distill.__file__)"]
-    assert subprocess.check_output(command, cwd=tmp_path, env=env, text=True).startswith(str(installed))
-    listed = run(installed, tmp_path, "recipes")
+def test_recipes_and_training_work_from_any_folder(python, tmp_path):
+    command = [str(python), "-c", "import distill, sys; print(distill.__file__); print(sys.prefix)"]
+    where, prefix = subprocess.check_output(command, cwd=tmp_path, env=environment(), text=True).split()
+    assert Path(prefix) in Path(where).parents and ROOT not in Path(where).parents
+    listed = run(python, tmp_path, "recipes")
     assert listed.returncode == 0 and "toy/tdm" in listed.stdout and "digits/tdm" in listed.stdout, listed
-    trained = run(installed, tmp_path, "train", "toy/tdm", "train.steps=5", "log.wandb=disabled")
+    trained = run(python, tmp_path, "train", "toy/tdm", "train.steps=5", "log.wandb=disabled")
     assert trained.returncode == 0 and "5 of 5 steps done" in trained.stdout, trained
     assert (tmp_path / "runs" / "toy-tdm" / "config.yaml").exists()
 
 
-def test_the_demo_runs_from_any_folder(installed, tmp_path):
+def test_the_demo_runs_from_any_folder(python, tmp_path):
     """Until it has trained; what follows takes minutes, and test_demo.py runs it."""
-    command = [sys.executable, "-u", "-m", "distill.cli", "demo", "--steps", "2", "--out", "mine"]
-    env = os.environ | {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    command = [str(python), "-u", "-m", "distill.cli", "demo", "--steps", "2", "--out", "mine"]
+    env = environment()
     with subprocess.Popen(
         command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as demo:
