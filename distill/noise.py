@@ -6,12 +6,9 @@ float64 if t is float64.
     Song et al., Score-based generative modeling through SDEs, 2021, https://arxiv.org/abs/2011.13456
     Kingma et al., Variational diffusion models, 2021, https://arxiv.org/abs/2107.00630
 
-Examples:
-    >>> import torch
-    >>> from distill.noise import RectifiedFlow
-    >>> t = torch.tensor([0.25])
-    >>> RectifiedFlow().alpha(t).item(), RectifiedFlow().sigma(t).item()
-    (0.75, 0.25)
+    >>> import torch, distill
+    >>> distill.noise.RectifiedFlow().sigma(torch.tensor([0.25])).item()
+    0.25
 """
 
 from __future__ import annotations
