@@ -134,6 +134,23 @@ class Method(TurnModule):
             return cond
         return cond | {"w": torch.full((n,), float(self.guidance), device=self.device)}
 
+    def draw_guidance(
+        self, x: Tensor, cond: dict[str, Any], interval: list[float] | None
+    ) -> tuple[float | Tensor, dict[str, Any]]:
+        """The teacher's w for samples x (B, ...), and the student's conditions: with w where its network has that input.
+
+        w is uniform in `interval` per sample (B,); without one it is the number `guidance`, not a tensor, because
+        `Guided` evaluates the teacher once for the number 1 and twice for a tensor.
+        """
+        if interval is None:
+            w = float(self.guidance)
+        else:
+            low, high = interval
+            w = low + (high - low) * torch.rand(len(x), device=x.device)
+        if not network_of(self.student).guided:
+            return w, cond
+        return w, cond | {"w": torch.as_tensor(w, device=x.device).expand(len(x))}
+
     @torch.no_grad()
     def simulate(self, z: Tensor, cond: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The student's own input at one time of its grid, by backward simulation: x_{t_k} (B, ...) and t_k (B,).

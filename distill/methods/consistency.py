@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from distill.denoise import Guided, network_of
+from distill.denoise import Guided
 from distill.errors import BadInput
 from distill.losses.regression import huber, mse
 from distill.methods.base import Method
@@ -67,9 +67,7 @@ class Consistency(Method):
         times = torch.tensor(self.times, dtype=at_least_float32(x).dtype, device=x.device)
         j = torch.randint(1, len(times), (len(x),), device=x.device)
         t, s = times[j], times[j - 1]
-        w = self.strength(x)
-        each = torch.as_tensor(w, device=x.device).expand(len(x))
-        student_cond = cond | ({"w": each} if network_of(self.student).guided else {})
+        w, student_cond = self.draw_guidance(x, cond, self.guidance_range)
         x_t = self.teacher.schedule.add_noise(x, t, z)
         rewind = ReplayRNG(x.device)
         y = self.student(x_t, t, **student_cond)
@@ -79,13 +77,6 @@ class Consistency(Method):
                 ahead = self.target(x_s, s, **student_cond)
             target = torch.where(bcast(j > 1, x_s), ahead, x_s)
         return mse(y, target) if self.huber is None else huber(y, target, self.huber)
-
-    def strength(self, x):
-        """w (B,) drawn per sample, or the one number: a 1 that is known to be 1 costs one evaluation, a tensor two."""
-        if self.guidance_range is None:
-            return float(self.guidance)
-        low, high = self.guidance_range
-        return low + (high - low) * torch.rand(len(x), device=x.device)
 
 
 def times_of(intervals: int | list[float]) -> tuple[float, ...]:

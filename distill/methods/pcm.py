@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from distill.denoise import Guided, network_of
+from distill.denoise import Guided
 from distill.errors import BadInput
 from distill.losses.regression import huber as huber_of
 from distill.losses.regression import mse
@@ -66,9 +66,7 @@ class PCM(Method):
 
     def loss(self, x, z, cond):
         t, s, edge, last = self.times(x)
-        w = self.strength(x)
-        each = torch.as_tensor(w, device=x.device).expand(len(x))
-        student_cond = cond | ({"w": each} if network_of(self.student).guided else {})
+        w, student_cond = self.draw_guidance(x, cond, self.guidance_range)
         x_t = self.schedule.add_noise(x, t, z)
         rewind = ReplayRNG(x.device)
         f = to_edge(self.student, x_t, t, edge, student_cond)
@@ -85,13 +83,6 @@ class PCM(Method):
         i = torch.randint(1, self.intervals + 1, (len(x),), device=x.device)
         t, s = (edge + j / self.intervals * (top - edge) for j in (i, i - 1))
         return t, s, edge, i == 1
-
-    def strength(self, x):
-        """w (B,) drawn per sample, or the one number: a 1 that is known to be 1 costs one evaluation, a tensor two."""
-        if self.guidance_range is None:
-            return float(self.guidance)
-        low, high = self.guidance_range
-        return low + (high - low) * torch.rand(len(x), device=x.device)
 
 
 def to_edge(student, x_t, t, edge, student_cond):
