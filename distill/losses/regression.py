@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from distill.denoise import Denoiser
 
 
 def reduce(value: Tensor, weight: Tensor | None = None, per_sample: bool = False, mask: Tensor | None = None) -> Tensor:
@@ -29,6 +34,16 @@ def mse(
 ) -> Tensor:
     r"""weight * mean_i (a_i - b_i)^2. a, b: (B, ...), weight: (B,), mask: see `reduce`."""
     return reduce((a - b).square(), weight, per_sample, mask)
+
+
+def native_mse(
+    denoiser: Denoiser, x: Tensor, x_t: Tensor, t: Tensor, cond: Mapping[str, Any], weight: Tensor | None = None
+) -> Tensor:
+    r"""Denoising loss in the network's own prediction type: weight * mean_i |F(x_t, t, cond) - F*(x; x_t, t)|^2.
+
+    F is the native output of `denoiser` and F* the output for which its E[x | x_t] is x. x, x_t: (B, ...), t, weight: (B,).
+    """
+    return mse(denoiser.native(x_t, t, **cond), denoiser.from_x(x, x_t, t), weight)
 
 
 def mae(

@@ -19,7 +19,7 @@ import torch
 
 from distill.denoise import Guided, network_of
 from distill.errors import BadInput
-from distill.losses.regression import mse
+from distill.losses.regression import mse, native_mse
 from distill.methods.base import Method
 from distill.noise import at_least_float32, bcast
 from distill.solvers import ddim
@@ -112,8 +112,7 @@ class CTM(Method):
         if self.guidance != 1:
             with torch.no_grad():
                 x = self.guided(x_t, t, **cond)
-        native = self.student.native(x_t, t, s=t, **self.student_conditions(cond, len(x)))
-        return mse(native, self.student.from_x(x, x_t, t))
+        return native_mse(self.student, x, x_t, t, self.student_conditions(cond, len(x)) | {"s": t})
 
     def balance(self, jump, denoise):
         """lambda: the ratio of the two gradients' norms at the network's last weight matrix, at most 1e4."""

@@ -17,7 +17,7 @@ import torch
 
 from distill.errors import BadInput
 from distill.losses.preference import sample_choice
-from distill.losses.regression import mse
+from distill.losses.regression import native_mse
 from distill.methods.base import Method
 from distill.solvers import DDIM, solve
 from distill.times import Uniform
@@ -86,4 +86,4 @@ class Curation(Method):
     def loss(self, x, cond):
         t = self.density(len(x), device=x.device, dtype=x.dtype)
         x_t = self.student.schedule.add_noise(x, t, torch.randn_like(x))
-        return mse(self.student.native(x_t, t, **cond), self.student.from_x(x, x_t, t))
+        return native_mse(self.student, x, x_t, t, cond)

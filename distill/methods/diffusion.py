@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from distill.losses.regression import mse
+from distill.losses.regression import native_mse
 from distill.methods.base import Method
 from distill.times import Uniform
 
@@ -42,5 +42,4 @@ class Diffusion(Method):
         if self.drop_label and cond:
             cond = self.student.drop(cond, torch.rand_like(t) < self.drop_label)
         x_t = self.student.schedule.add_noise(x, t, z)
-        native = self.student.native(x_t, t, **cond)
-        return mse(native, self.student.from_x(x, x_t, t))
+        return native_mse(self.student, x, x_t, t, cond)

@@ -23,7 +23,7 @@ from distill.losses.adversarial import (
     penalised_discriminator_loss,
 )
 from distill.losses.matching import divergence_weight, gap, matching
-from distill.losses.regression import mse
+from distill.losses.regression import mse, native_mse
 from distill.methods.base import Method
 from distill.models.heads import FeatureExtractor, Head
 from distill.solvers import DDIM, Renoise, solve
@@ -121,7 +121,7 @@ class DMD2(Method):
 
     def critic_loss(self, data, x, cond, sample, z, step):
         x_u, u = self.noised(x)
-        loss = mse(self.critic.native(x_u, u, **cond, **step), self.critic.from_x(x, x_u, u))
+        loss = native_mse(self.critic, x, x_u, u, cond | step)
         return loss + (b * self.head_loss(data, x, cond, sample, z, step) if (b := self.critic_adversarial) else 0)
 
     def head_loss(self, data, x, cond, sample, z, step):

@@ -20,7 +20,7 @@ from distill.denoise import Guided, network_of
 from distill.errors import BadInput, suggest
 from distill.losses.matching import matching
 from distill.losses.preference import rank
-from distill.losses.regression import mse
+from distill.losses.regression import native_mse
 from distill.methods.base import Method
 from distill.solvers import Renoise
 from distill.times import Uniform
@@ -118,8 +118,7 @@ class DistillationDPO(Method):
         winners, losers = rank(*pairs.x.chunk(2), pairs.a_wins)
         x = {"critic": pairs.x, "winner": winners, "loser": losers}[role]
         (x_u, u, _), critic = self.noised(x), getattr(self, role)
-        native = critic.native(x_u, u, **self.critic_conditions(role, pairs, len(x)))
-        return mse(native, critic.from_x(x, x_u, u))
+        return native_mse(critic, x, x_u, u, self.critic_conditions(role, pairs, len(x)))
 
     def student_loss(self, pairs):
         x = pairs.sample()

@@ -15,7 +15,7 @@ import torch
 from distill.denoise import Guided
 from distill.losses.identity import identity
 from distill.losses.matching import gap
-from distill.losses.regression import mse
+from distill.losses.regression import native_mse
 from distill.methods.base import Method
 from distill.solvers import Renoise
 from distill.times import Uniform
@@ -64,7 +64,7 @@ class SiD(Method):
     def critic_loss(self, _, z, cond):
         with torch.no_grad():
             x, x_u, u = self.sampled(z, cond)
-        return mse(self.critic.native(x_u, u, **cond), self.critic.from_x(x, x_u, u))
+        return native_mse(self.critic, x, x_u, u, cond)
 
     def student_loss(self, _, z, cond):
         x, x_u, u = self.sampled(torch.randn_like(z), cond)  # the critic has seen those of z

@@ -18,7 +18,7 @@ import torch
 from distill.denoise import Guided
 from distill.errors import BadInput, suggest
 from distill.losses.matching import importance, matching
-from distill.losses.regression import mse
+from distill.losses.regression import mse, native_mse
 from distill.methods.base import Method
 from distill.noise import at_least_float32
 
@@ -109,7 +109,7 @@ class TDM(Method):
             x, x_u, u, noise = self.segment(path, student_cond)
         weight = importance(self.schedule.eps(x, x_u, u), noise) if self.weigh else torch.ones_like(u)
         if self.critic_weight == "native":
-            return mse(self.critic.native(x_u, u, **cond), self.critic.from_x(x, x_u, u), weight.to(x))
+            return native_mse(self.critic, x, x_u, u, cond, weight.to(x))
         weight = weight * self.schedule.log_snr(u).exp().clamp_max(self.snr_max)
         return mse(self.critic(x_u, u, **cond), x, weight.to(x))
 

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from distill.losses.regression import huber, huber_norm, mae, mse, reduce
+from distill.denoise import Denoiser
+from distill.losses.regression import huber, huber_norm, mae, mse, native_mse, reduce
+from distill.noise import RectifiedFlow
 
 D = torch.float64
 
@@ -24,6 +26,20 @@ def test_mse_by_hand_and_its_gradient():
     assert loss.item() == pytest.approx((2.5 + 2.0) / 2)
     loss.backward()
     assert torch.allclose(a.grad, 2 * (a - b).detach() / 4)
+
+
+@pytest.mark.parametrize("prediction, factor", [("x", 1.0), ("flow", 16.0), ("v", 2.5**2)])
+def test_native_mse_is_the_error_of_x_in_the_charts_scale(prediction, factor):
+    """At alpha = 3/4, sigma = 1/4: |d flow / dx| = (alpha + sigma) / sigma = 4, |dv / dx| = (alpha^2 + sigma^2) / sigma = 2.5."""
+
+    class Off(Denoiser):
+        def native(self, x_t, t, shift):
+            return self.from_x(x + shift, x_t, t)
+
+    x, x_t, t = torch.ones(2, 3, dtype=D), torch.full((2, 3), 0.7, dtype=D), torch.full((2,), 0.25, dtype=D)
+    denoiser, weight = Off(None, RectifiedFlow(), prediction), torch.tensor([1.0, 0.5], dtype=D)
+    assert native_mse(denoiser, x, x_t, t, {"shift": 2.0}).item() == pytest.approx(4 * factor)
+    assert native_mse(denoiser, x, x_t, t, {"shift": 2.0}, weight).item() == pytest.approx(3 * factor)
 
 
 @pytest.mark.parametrize("form", [huber, huber_norm])
