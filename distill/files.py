@@ -64,16 +64,18 @@ def write_json(path: str | Path, value: Any, indent: int | None = 2) -> None:
     write_text(path, json.dumps(value, indent=indent) + "\n")
 
 
-def read_json(path: str | Path, mend: str = "write it again, or remove it") -> Any:
+def read_json(path: str | Path, mend: str = "write it again, or bring it back from a copy") -> Any:
     """The value of a JSON file.
 
     Raises:
-        BadInput: no file, or no JSON in it; ends with `mend`.
+        BadInput: no file, a file that cannot be read, or no JSON in it; ends with `mend`.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BadInput(f"{path} does not exist; {mend}.") from None
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read ({error.strerror}); {mend}.") from None
     except (ValueError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} is not JSON ({error}); {mend}.") from None
 

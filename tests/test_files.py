@@ -31,7 +31,8 @@ def test_json_and_csv_come_back(tmp_path):
     files.write_json(tmp_path / "a.json", {"x": [1, 2.5, None]})
     assert files.read_json(tmp_path / "a.json") == {"x": [1, 2.5, None]}
     (tmp_path / "b.json").write_text("{")
-    for name in ("b.json", "c.json"):
+    (tmp_path / "d.json").mkdir()
+    for name in ("b.json", "c.json", "d.json"):
         with pytest.raises(BadInput, match=f"{name}.*write it again"):
             files.read_json(tmp_path / name)
     files.write_csv(tmp_path / "a.csv", ["step", "loss"], [{"step": 1, "loss": 0.5}, {"step": 2}])

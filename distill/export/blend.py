@@ -19,8 +19,7 @@ from distill.denoise import Denoiser
 from distill.errors import BadInput
 from distill.export.licence import UNKNOWN
 from distill.export.write import export
-from distill.files import atomic_write
-from distill.models.diffusers.schedulers import read_json
+from distill.files import atomic_write, read_json
 from distill.models.lora import LoRAAdapter, SharedBase
 from distill.noise import RectifiedFlow, Table
 from distill.times import Grid

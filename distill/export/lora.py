@@ -22,8 +22,7 @@ from torch import Tensor
 from distill.errors import BadInput
 from distill.export import text
 from distill.export.request import ExportRequest
-from distill.files import write_json
-from distill.models.diffusers.schedulers import read_json
+from distill.files import read_json, write_json
 
 STOCK = "pytorch_lora_weights.safetensors"
 PEFT = "adapter_model.safetensors"

@@ -15,7 +15,7 @@ from distill.errors import BadInput
 from distill.export import text
 from distill.export.lora import save
 from distill.export.request import ExportRequest
-from distill.models.diffusers.schedulers import read_json
+from distill.files import read_json
 
 ROOT = "model.diffusion_model."
 LAYERS = {

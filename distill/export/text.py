@@ -24,10 +24,10 @@ from distill.errors import BadInput
 from distill.export.folder import SAMPLERS, FixedGap, gap_of, stock_scheduler, strip
 from distill.export.request import SEED, ExportRequest
 from distill.export.schedulers import flow_scheduler, lattice_scheduler
-from distill.files import write_json, write_text
+from distill.files import read_json, write_json, write_text
 from distill.models.diffusers import Latent, Prompts, TensorConditioned
 from distill.models.diffusers.folder import folder_of, pipeline_variant, weight_variant
-from distill.models.diffusers.schedulers import read_json, scheduler_of
+from distill.models.diffusers.schedulers import scheduler_of
 from distill.noise import Table
 from distill.times import Grid
 

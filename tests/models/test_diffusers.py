@@ -440,7 +440,7 @@ def test_load_names_the_fault_of_a_folder(folder, tmp_path):
     save_file(state, weights)
     refused("conv_in.weight")
     index.write_text("{")
-    refused("model_index.json cannot be read")
+    refused("model_index.json is not JSON")
 
 
 def test_load_requires_null_class_for_class_conditional_networks(tmp_path):

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from distill.errors import BadInput
+from distill.files import read_json
 from distill.models.diffusers.folder import (
     FAMILIES,
     LABEL_FAMILIES,
@@ -22,7 +23,6 @@ from distill.models.diffusers.folder import (
     weight_variant,
 )
 from distill.models.diffusers.prompts import scaling
-from distill.models.diffusers.schedulers import read_json
 
 PARTS = {
     "vae": ("vae",),

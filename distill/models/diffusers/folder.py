@@ -15,8 +15,8 @@ import torch
 from distill.config import plugins
 from distill.config.recipes import checkpoint
 from distill.errors import BadInput, suggest
+from distill.files import read_json
 from distill.models.diffusers.network import TensorConditioned
-from distill.models.diffusers.schedulers import read_json
 from distill.models.families.audio import StableAudio
 from distill.models.families.image import SD3, Flux, PixArt, Sana, TextUNet
 from distill.models.families.label import DiT, StockNetwork, UNet2D

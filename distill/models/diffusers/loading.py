@@ -11,9 +11,10 @@ from torch import Tensor
 
 from distill.denoise import Denoiser
 from distill.errors import BadInput
+from distill.files import read_json
 from distill.models.diffusers.folder import FAMILIES, dtype_of, family_of, folder_of, load_weights, network_part
 from distill.models.diffusers.prompts import encode, scaling
-from distill.models.diffusers.schedulers import prediction_of, read_json, schedule_of, scheduler_of, stock_class
+from distill.models.diffusers.schedulers import prediction_of, schedule_of, scheduler_of, stock_class
 from distill.noise import Table
 
 

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from distill.errors import BadInput
+from distill.files import read_json
 from distill.models.diffusers.folder import (
     FAMILIES,
     dtype_of,
@@ -25,7 +26,7 @@ from distill.models.diffusers.folder import (
     takes_first_frame,
     without_loading_bars,
 )
-from distill.models.diffusers.schedulers import read_json, stock_class
+from distill.models.diffusers.schedulers import stock_class
 
 ENCODERS = ("text_encoder", "tokenizer", "projection_model", "scheduler")
 Scale = float | tuple[float, ...]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import diffusers
 import torch
 
 from distill.errors import BadInput, suggest
+from distill.files import read_json
 from distill.noise import VE, RectifiedFlow, Schedule, Table, TrigFlow
 from distill.times import Grid
 
@@ -167,14 +167,6 @@ def _times_of_table(scheduler: Any, steps: int) -> list[float]:
     if stock.get("final_sigmas_type", "zero") != "zero":
         raise BadInput(f"{name} stops at its smallest sigma instead of at data: set final_sigmas_type='zero'.")
     return [*((n + 1) / total for n in nodes), 0.0]
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The contents of a JSON file; raises BadInput if it cannot be read."""
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{file} cannot be read as JSON: {error}") from error
 
 
 def stock_class(name: str | None, ending: str = "") -> Any:
