@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from distill.metrics.distances import frechet, precision_recall
-from distill.training.load import open_run
+from distill.training.load import load_experiment
 
 BATCH = 500
 
@@ -19,7 +19,7 @@ BATCH = 500
 @torch.no_grad()
 def steps(folder: Path, samples: int = 4000) -> dict[str, torch.Tensor]:
     """Name -> the student's estimates of the data (samples, d), each step's and a mixture of equal parts."""
-    experiment = open_run(folder)
+    experiment = load_experiment(folder)
     method, (x, cond), found = experiment.method, experiment.noise(samples, experiment.cfg.eval.seed), {}
     torch.manual_seed(0)
     for k, time in enumerate(method.grid.times[:-1]):

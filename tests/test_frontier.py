@@ -15,7 +15,7 @@ from distill.models import MLP
 from distill.models.diffusers import tiny as families
 from distill.models.lora import LoRAAdapter, SharedBase
 from distill.noise import RectifiedFlow
-from distill.training.load import open_run
+from distill.training.load import load_experiment
 from distill.training.run import train
 
 RECIPE = Path(__file__).parents[1] / "configs" / "toy" / "diversity.yaml"
@@ -43,7 +43,7 @@ def test_the_ends_of_the_front_are_the_students(students):
     front = interpolate_runs(students / "a", students / "b", students / "front", (0.0, 0.5, 1.0))
     assert [point["share"] for point in front] == [0.0, 0.5, 1.0]
     for name, point in (("a", front[0]), ("b", front[-1])):
-        experiment = open_run(students / name)
+        experiment = load_experiment(students / name)
         z, cond = experiment.noise(200, experiment.cfg.eval.seed)
         x = experiment.method.sample(z, cond, generator=torch.Generator().manual_seed(experiment.cfg.eval.seed))
         assert point["energy"] == pytest.approx(experiment.suite().score(x, cond)["energy"], rel=1e-5)

@@ -20,7 +20,7 @@ from distill.inspect.measure import measure
 from distill.methods.optim import learning_rate
 from distill.training import checkpoints, records
 from distill.training.experiment import build_experiment
-from distill.training.load import open_run
+from distill.training.load import load_experiment
 
 # Two roles, a cosine, warm-up, a decay that looks at the last step, validation, and checkpoints on their own beat.
 FULL = (
@@ -148,7 +148,7 @@ def test_a_damaged_newest_checkpoint_stops_a_resume_with_the_mend(tmp_path):
     with pytest.raises(BadInput, match="step-00000004 cannot be read .* remove it to continue from step-00000002"):
         tiny.train(folder, "train.save_every=2", "train.steps=4", resume=True)
     state.write_bytes(bytes(data[:-1]))  # torn: passed over
-    assert open_run(folder).method.step == 2
+    assert load_experiment(folder).method.step == 2
 
 
 def test_checkpoints_of_other_networks_are_told(tmp_path):
@@ -156,7 +156,7 @@ def test_checkpoints_of_other_networks_are_told(tmp_path):
     file = tmp_path / "run" / "config.yaml"
     file.write_text(file.read_text().replace("width: 8", "width: 16"))
     with pytest.raises(BadInput, match="the weights do not fit the networks of .*config.yaml"):
-        open_run(tmp_path / "run")
+        load_experiment(tmp_path / "run")
 
 
 # -- validation -----------------------------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ def test_the_folder_must_be_the_runs_own(tmp_path):
     with pytest.raises(BadInput, match="absent holds no run to resume; leave out --resume"):
         tiny.train(tmp_path / "absent", resume=True)
     with pytest.raises(BadInput, match="full is not a run folder: it has no config.yaml"):
-        open_run(tmp_path / "full")
+        load_experiment(tmp_path / "full")
     assert sorted(tiny.files(tmp_path)) == ["empty", "file", "full", "full/thesis.tex"]
     tiny.train(tmp_path / "empty", "train.steps=1")
 

@@ -25,7 +25,7 @@ def srun_tasks() -> int:
     return int(os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS") or 1)
 
 
-def rank_and_world() -> tuple[int, int]:
+def launcher_rank() -> tuple[int, int]:
     """(rank, number of ranks); (0, 1) where no launcher started this process."""
     if started_by_torchrun() or "RANK" in os.environ:  # lightning takes WORLD_SIZE away at the end of a run
         return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
@@ -35,4 +35,4 @@ def rank_and_world() -> tuple[int, int]:
 def local_rank() -> int:
     """Number of this process on its machine."""
     key = "LOCAL_RANK" if started_by_torchrun() else "SLURM_LOCALID"
-    return int(os.environ.get(key) or 0) if rank_and_world()[1] > 1 else 0
+    return int(os.environ.get(key) or 0) if launcher_rank()[1] > 1 else 0

@@ -226,7 +226,7 @@ def encode(config: EncodeConfig, workers: int = 1, progress: Progress = print) -
         progress(f"{config.out}: complete already.")
         return None
     jobs = folder.plan.jobs
-    rank, world = launcher.rank_and_world()
+    rank, world = launcher.launcher_rank()
     share = [n for n, job in enumerate(jobs) if n % world == rank and not folder.done(job)]
     progress(f"{config.out}: {len(jobs) - folder.missing()} of {len(jobs)} shards exist.")
     workers = min(workers, len(share))

@@ -34,7 +34,7 @@ from distill.inspect.measure import measure, toy_scores
 from distill.metrics import table
 from distill.training import run_folder
 from distill.training.experiment import Experiment
-from distill.training.load import open_run
+from distill.training.load import load_experiment
 from distill.training.records import read_metrics
 
 FOLDER = "curves"  # beside the recipes
@@ -153,7 +153,7 @@ def record_curves(folders: Sequence[Path], recipe: Path, allow: tuple[str, ...] 
     seeds = _seeds(folders, recipe, cfg)
     medians, metrics, floor = [], [], {}
     for folder in folders:
-        experiment = open_run(folder, allow)
+        experiment = load_experiment(folder, allow)
         if experiment.method.step < cfg.train.steps:
             raise BadInput(
                 f"{folder} has done {experiment.method.step} of {cfg.train.steps} steps; finish it by --resume."
@@ -308,7 +308,7 @@ def compare_run(
         )
     if not finished:
         return departures, [*notes, f"{done} of {cfg.train.steps} steps: metrics are compared when the run is finished"]
-    metrics = final_metrics(open_run(folder, allow), folder) if metrics is None else metrics
+    metrics = final_metrics(load_experiment(folder, allow), folder) if metrics is None else metrics
     return departures + metrics_out_of_range(metrics, reference["metrics"] if reference else {}, cfg.expect), notes
 
 

@@ -13,7 +13,7 @@ from distill.inspect.measure import evaluation_of
 from distill.inspect.results import write_export
 from distill.losses.diversity import interpolate
 from distill.models.lora import LoRAAdapter
-from distill.training.load import open_run
+from distill.training.load import load_experiment
 
 
 def interpolate_runs(
@@ -35,7 +35,7 @@ def interpolate_runs(
     a, b, out = Path(a), Path(b), Path(out)
     if out.exists():
         raise BadInput(f"{out} exists; name another folder so nothing is overwritten.")
-    experiment, second = open_run(a, allow), open_run(b, allow)
+    experiment, second = load_experiment(a, allow), load_experiment(b, allow)
     method = experiment.method
     if method.grid != second.method.grid or method.serving != second.method.serving:
         raise BadInput(f"{a} and {b} have different grids or samplers; interpolate two students of one recipe.")

@@ -56,7 +56,7 @@ class Run:
     @cached_property
     def experiment(self) -> Experiment:
         """The config's objects with the weights of the newest checkpoint, loaded at first use; for reading only."""
-        return load.open_run(self.folder, self.allow)
+        return load.load_experiment(self.folder, self.allow)
 
     @property
     def student(self) -> Denoiser:
@@ -106,7 +106,7 @@ class Run:
             return self.experiment, device
         if self._sampling is None or self._sampling[0] != (device, dtype):
             self._sampling = None  # free the memory of the last one first
-            experiment = load.open_run(self.folder, self.allow, alone=True)
+            experiment = load.load_experiment(self.folder, self.allow, alone=True)
             drawing.move_student(experiment, device, dtype)
             self._sampling = (device, dtype), experiment
         return self._sampling[1], device
@@ -245,7 +245,7 @@ def evaluate(folder: str | Path, samples: int | None = None, allow: tuple[str, .
     folder = Path(folder)
     if launch.launched_externally():
         launch.join_processes(run_folder.read_config(folder).engine)
-    experiment = load.open_run(folder, allow)
+    experiment = load.load_experiment(folder, allow)
     experiment.method.to("cuda" if torch.cuda.is_available() else "cpu")
     result, panels = measure(experiment, samples, folder=folder)
     if run_folder.is_rank_zero():
@@ -290,7 +290,7 @@ def export_run(
         raise BadInput(f"{out} exists; name another folder so nothing is overwritten.")
     opened = Run(folder, allow)
     device, metrics = drawing.choose_device(device), opened.metrics
-    write_export(load.open_run(folder, allow, alone=True), out, metrics, kind, licence, dtype, device)
+    write_export(load.load_experiment(folder, allow, alone=True), out, metrics, kind, licence, dtype, device)
     loggers.log_export(folder, opened.cfg.log, opened.cfg.name, out)
     return out
 

@@ -169,7 +169,7 @@ def join_processes(engine: Any) -> int:
     cuda = engine.accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    rank, world = launcher.rank_and_world()
+    rank, world = launcher.launcher_rank()
     meeting: dict[str, Any] = {}  # by default a server at MASTER_ADDR:MASTER_PORT
     if process_layout()[1] == 1 and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

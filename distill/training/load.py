@@ -26,7 +26,7 @@ def _restore(experiment: Experiment, state: dict[str, Any], folder: Path) -> Non
         ) from error
 
 
-def open_run(folder: Path, allow: tuple[str, ...] = (), alone: bool = False) -> Experiment:
+def load_experiment(folder: Path, allow: tuple[str, ...] = (), alone: bool = False) -> Experiment:
     """A run's objects with the weights of its newest checkpoint, memory-mapped: for reading, not for training.
 
     `alone`: only the averaged student keeps its weights, with the base that it is an adapter on; at no time are there

@@ -39,7 +39,7 @@ def is_rank_zero() -> bool:
     """Whether this process is rank 0, which writes the run's files; from the environment before torch.distributed starts."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
-    return launcher.rank_and_world()[0] == 0
+    return launcher.launcher_rank()[0] == 0
 
 
 def world() -> int:

@@ -16,7 +16,7 @@ from distill.models.diffusers import DiT
 from distill.models.lora import LoRAAdapter, SharedBase, apply_layout
 from distill.noise import RectifiedFlow, Table
 from distill.training.experiment import build_experiment
-from distill.training.load import open_run
+from distill.training.load import load_experiment
 from distill.training.run import train
 
 ROOT = Path(__file__).parents[2]
@@ -138,7 +138,7 @@ def test_roles_are_adapters_on_one_base(digits, recipe):
     frozen = {k: v.clone() for k, v in method.teacher.state_dict().items()}
     begun = {k: v.clone() for k, v in method.student.state_dict().items()}
     train(cfg, digits / f"run-{recipe}")
-    again = open_run(digits / f"run-{recipe}")
+    again = load_experiment(digits / f"run-{recipe}")
     assert all(torch.equal(v, frozen[k]) for k, v in again.method.teacher.state_dict().items())
     assert any(not torch.equal(v, begun[k]) for k, v in again.method.student.state_dict().items())
 

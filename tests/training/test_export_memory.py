@@ -20,7 +20,7 @@ from distill.inspect import results
 from distill.models.copies import copy_network, share_weights
 from distill.training import checkpoints
 from distill.training.experiment import build_experiment
-from distill.training.load import open_run
+from distill.training.load import load_experiment
 
 ROOT = Path(__file__).parents[2]
 WIDTH, DEPTH, LIBC = 256, 4, ctypes.CDLL(None)
@@ -99,7 +99,9 @@ def alone(what: str, folder: Path, out: Path) -> int:
 
 def measured(what: str, folder: Path, out: Path) -> int:
     """Bytes of the second time: the first brings imports and caches."""
-    act = (lambda n: open_run(folder)) if what == "open" else (lambda n: results.export_run(folder, out / str(n)))
+    act = (
+        (lambda n: load_experiment(folder)) if what == "open" else (lambda n: results.export_run(folder, out / str(n)))
+    )
     act(0)
     with Peak() as peak:
         kept = act(1)  # held until the peak is read
@@ -111,7 +113,7 @@ def test_opening_a_run_reads_one_network(trained, tmp_path):
     folder, size, weights = trained
     peak = alone("open", folder, tmp_path)
     assert peak < 1.3 * size, peak / size  # the teacher; the checkpoint has seven times as much
-    experiment = open_run(folder)
+    experiment = load_experiment(folder)
     assert tiny.same(dict(experiment.method.ema.state_dict()), dict(weights))
     assert not tiny.same(dict(experiment.method.student.state_dict()), dict(experiment.method.teacher.state_dict()))
 

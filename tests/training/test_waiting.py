@@ -297,7 +297,7 @@ def slurm(monkeypatch):
 )
 def test_only_the_tasks_of_srun_are_ranks(slurm, variables, rank):
     slurm(variables)
-    assert (*launcher.rank_and_world(), launcher.local_rank()) == rank
+    assert (*launcher.launcher_rank(), launcher.local_rank()) == rank
     assert launch.launched_externally() == (rank[1] > 1)
 
 

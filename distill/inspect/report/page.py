@@ -18,7 +18,7 @@ from distill.inspect.report.measure import measure_stock, png_uri
 from distill.metrics import table
 from distill.training import run_folder
 from distill.training.callbacks import console
-from distill.training.load import open_run
+from distill.training.load import load_experiment
 
 MARK = '<meta name="generator" content="distill report">'
 PARTS = Path(__file__).parent / "page"
@@ -56,7 +56,7 @@ def report(
 
 
 def _complete(folder: Path, evaluations: Sequence[int] | None, samples: int | None, allow: tuple[str, ...]) -> None:
-    experiment, path = open_run(folder, allow), folder / run_folder.METRICS
+    experiment, path = load_experiment(folder, allow), folder / run_folder.METRICS
     if (
         not path.exists()
         or table.read(path).get("about", {}).get("step", experiment.method.step) != experiment.method.step
