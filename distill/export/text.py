@@ -182,20 +182,19 @@ def write_references(request: ExportRequest, base: Path, kind: type) -> dict:
     cond |= {"w": torch.full((len(PROMPTS),), float(request.w))} if net.guided else {}
     cond = {name: value.to(device) for name, value in cond.items()}
     student_map = FixedGap(student, gap_of(request.grid, request.sampler)) if net.flow_map else student
-    enter, leave = LAYOUTS.get(type(net).__name__, (lambda x: x, lambda x, shape: x))
     shape = (len(PROMPTS), *net.shape)
-    packed = enter(torch.empty(shape)).shape
+    packed = net.pack(torch.empty(shape)).shape
     generator, solver = torch.Generator().manual_seed(SEED), SAMPLERS[request.sampler]
     noise = torch.randn(packed, generator=generator)
     # The stock scheduler of a table draws in the dtype of the latents, that of a flow in float32.
     drawn = getattr(torch, request.dtype) if isinstance(student.schedule, Table) else torch.float32
-    x = leave(noise, shape).to(device)
+    x = net.unpack(noise, shape).to(device)
     for t, s in zip(request.grid.times, request.grid.times[1:]):
         t, s = (torch.full((len(PROMPTS),), time, device=device) for time in (t, s))
         fresh = torch.randn(packed, generator=generator, dtype=drawn).float() if solver.stochastic else None
-        x = solver(student_map, x, t, s, noise=None if fresh is None else leave(fresh, shape).to(device), **cond)
+        x = solver(student_map, x, t, s, noise=None if fresh is None else net.unpack(fresh, shape).to(device), **cond)
     x = x.float().cpu()
-    save_file({"noise": noise, "samples": enter(x).contiguous()}, request.staging / "reference.safetensors")
+    save_file({"noise": noise, "samples": net.pack(x).contiguous()}, request.staging / "reference.safetensors")
     sizes = output_size(net, net.shape)
     if "use_resolution_binning" in inspect.signature(kind.__call__).parameters:
         sizes["use_resolution_binning"] = False
@@ -255,22 +254,3 @@ def copy_parts(base: Path, out: Path, but: tuple[str, ...]) -> None:
                     (os.link if file.suffix in (".safetensors", ".bin") else shutil.copyfile)(file.resolve(), copy)
                 except OSError:  # another file system, or one without links
                     shutil.copyfile(file, copy)
-
-
-def _pack_flux(x: Tensor) -> Tensor:
-    batch, channels, height, width = x.shape
-    tokens = x.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return tokens.reshape(batch, height // 2 * (width // 2), channels * 4)
-
-
-def _unpack_flux(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    batch, channels, height, width = shape
-    return x.reshape(batch, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(shape)
-
-
-# Families whose pipelines take and return latents in another order: (to that order, back to the order of `shape`).
-LAYOUTS = {
-    "Flux": (_pack_flux, _unpack_flux),
-    "LTX": (lambda x: x.flatten(2).transpose(1, 2), lambda x, shape: x.transpose(1, 2).reshape(shape)),
-    "CogVideoX": (lambda x: x.transpose(1, 2), lambda x, shape: x.transpose(1, 2)),
-}

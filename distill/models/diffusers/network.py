@@ -98,6 +98,16 @@ class TensorConditioned(StockNetwork):
         """Number of tokens of latents of `size`, on which a dynamic time shift depends."""
         return math.prod(size)
 
+    @staticmethod
+    def pack(x: Tensor) -> Tensor:
+        """x in the layout of the latents that the stock pipeline takes and returns."""
+        return x
+
+    @staticmethod
+    def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The inverse of `pack`; `shape` is that of x, with the batch."""
+        return packed
+
     def timestep(self, t: Tensor) -> Tensor:
         if isinstance(self.schedule, Table):
             return super().timestep(t)

@@ -157,23 +157,34 @@ class Flux(TensorConditioned):
         return (size[0] // 2) * (size[1] // 2)
 
     @staticmethod
+    def pack(x: Tensor) -> Tensor:
+        """2 x 2 patches as tokens (B, H/2 W/2, 4 C), with the channel first."""
+        batch, channels, height, width = x.shape
+        tokens = x.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+        return tokens.flatten(3).flatten(1, 2)
+
+    @staticmethod
+    def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+        batch, channels, height, width = shape
+        patches = packed.reshape(batch, height // 2, width // 2, channels, 2, 2)
+        return patches.permute(0, 3, 1, 4, 2, 5).reshape(shape)
+
+    @staticmethod
     def embeddings(model: Any) -> list[nn.Module]:
         return [model.time_text_embed.timestep_embedder]
 
     def call_stock(self, x: Tensor, n: Tensor, text: Tensor, pooled: Tensor, guide: Tensor | None = None) -> Tensor:
-        batch, channels, height, width = x.shape
+        height, width = x.shape[2:]
         if height % 2 or width % 2:
             raise BadInput(f"FLUX needs latents of even height and width, not {height} x {width}: crop or pad them.")
         rows, columns = height // 2, width // 2
-        # 2 x 2 patches become tokens of 4 C numbers, with the channel first.
-        tokens = x.reshape(batch, channels, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         positions = torch.zeros(rows, columns, 3, device=x.device)
         positions[..., 1] = torch.arange(rows, device=x.device)[:, None]
         positions[..., 2] = torch.arange(columns, device=x.device)
         if self.optional_conditions and guide is None:
-            guide = x.new_full((batch,), self.default_guide)
+            guide = x.new_full((len(x),), self.default_guide)
         out = self.stock(
-            tokens,
+            self.pack(x),
             timestep=n.to(x.dtype) / self.timesteps,  # rounded as by the stock pipeline
             guidance=guide,
             pooled_projections=pooled,
@@ -181,8 +192,7 @@ class Flux(TensorConditioned):
             img_ids=positions.flatten(0, 1),
             txt_ids=positions.new_zeros(text.shape[1], 3),
         ).sample
-        out = out.reshape(batch, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
-        return out.reshape(batch, channels, height, width)
+        return self.unpack(out, x.shape)
 
     @staticmethod
     def encode_prompt(encode: Callable[..., Any], prompts: list[str], pipeline: Any) -> dict[str, Tensor]:

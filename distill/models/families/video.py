@@ -90,6 +90,15 @@ class CogVideoX(TensorConditioned):
             self.conditions, self.null_keeps = ("text", *self.frame_conditions), self.frame_conditions
 
     @staticmethod
+    def pack(x: Tensor) -> Tensor:
+        """Frames before channels, (B, F, C, H, W)."""
+        return x.transpose(1, 2)
+
+    @staticmethod
+    def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return packed.transpose(1, 2)
+
+    @staticmethod
     def default_shape(config: Any) -> tuple[int, ...]:
         frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
         return config.out_channels, frames, config.sample_height, config.sample_width
@@ -99,13 +108,15 @@ class CogVideoX(TensorConditioned):
         return [model.time_embedding]
 
     def call_stock(self, x: Tensor, n: Tensor, text: Tensor, image: Tensor | None = None) -> Tensor:
+        shape = x.shape
         rotary = self.rotary(x) if self.stock.config.use_rotary_positional_embeddings else None
         offset = x.new_full((1,), self.offset) if self.stock.config.ofs_embed_dim else None
         if image is not None:
             x = torch.cat([x, functional.pad(image, (0, 0, 0, 0, 0, x.shape[2] - image.shape[2]))], 1)
-        return self.stock(
-            x.transpose(1, 2), encoder_hidden_states=text, timestep=n, ofs=offset, image_rotary_emb=rotary
-        ).sample.transpose(1, 2)
+        out = self.stock(
+            self.pack(x), encoder_hidden_states=text, timestep=n, ofs=offset, image_rotary_emb=rotary
+        ).sample
+        return self.unpack(out, shape)
 
     def rotary(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The rotary angles (cos, sin) of every token: scaled to the training size (1.0), or by position (1.5)."""
@@ -169,6 +180,15 @@ class LTX(TensorConditioned):
             raise BadInput("LTXVideoTransformer3DModel with patches of more than one latent is not supported.")
 
     @staticmethod
+    def pack(x: Tensor) -> Tensor:
+        """One token a latent position, (B, F H W, C)."""
+        return x.flatten(2).transpose(1, 2)
+
+    @staticmethod
+    def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return packed.transpose(1, 2).reshape(shape)
+
+    @staticmethod
     def default_shape(config: Any) -> tuple[int, ...]:
         return config.in_channels, 21, 16, 22
 
@@ -180,7 +200,7 @@ class LTX(TensorConditioned):
         frames, height, width = x.shape[2:]
         rate = self.default_rate if rate is None else float(rate[0])
         out = self.stock(
-            x.flatten(2).transpose(1, 2),
+            self.pack(x),
             encoder_hidden_states=text,
             encoder_attention_mask=text_mask,
             timestep=n,
@@ -189,7 +209,7 @@ class LTX(TensorConditioned):
             width=width,
             rope_interpolation_scale=(self.frames / rate, self.pixels, self.pixels),
         ).sample
-        return out.transpose(1, 2).reshape(x.shape)
+        return self.unpack(out, x.shape)
 
     @staticmethod
     def encode_prompt(encode: Callable[..., Any], prompts: list[str], pipeline: Any) -> dict[str, Tensor]:
