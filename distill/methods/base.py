@@ -142,9 +142,8 @@ class Method(TurnModule):
         w is uniform in `interval` per sample (B,); without one it is the number `guidance`, not a tensor, because
         `Guided` evaluates the teacher once for the number 1 and twice for a tensor.
         """
-        if interval is None:
-            w = float(self.guidance)
-        else:
+        w: float | Tensor = float(self.guidance)
+        if interval is not None:
             low, high = interval
             w = low + (high - low) * torch.rand(len(x), device=x.device)
         if not network_of(self.student).guided:
