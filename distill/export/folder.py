@@ -12,8 +12,10 @@ picks the stock scheduler:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ from distill.export.identity_vae import identity_vae
 from distill.export.request import SEED, ExportRequest
 from distill.files import read_json, write_json
 from distill.noise import Table
-from distill.solvers import DDIM, Renoise
+from distill.solvers import DDIM, Renoise, solve
 from distill.times import Grid
 
 SAMPLERS = {"ode": DDIM(), "renoise": Renoise()}
@@ -174,8 +176,7 @@ def _save_references(request: ExportRequest, file: Path) -> None:
     """Write noise, labels and samples of the trainer's own sampler, of the student before folding."""
     from safetensors.torch import save_file
 
-    student, grid, sampler, w = request.student, request.grid, request.sampler, request.w
-    net, cond, tensors = student.net, {}, {}
+    net, cond, tensors = request.student.net, {}, {}
     if net.classes:
         labels = torch.arange(REFERENCES) % net.classes
         if net.null_class:
@@ -183,17 +184,35 @@ def _save_references(request: ExportRequest, file: Path) -> None:
         cond["label"] = labels.to(request.device)
         tensors["labels"] = torch.where(labels < 0, net.classes, labels)
     if net.guided:
-        cond["w"] = w
+        cond["w"] = request.w
     generator = torch.Generator().manual_seed(SEED)
     draw = partial(torch.randn, REFERENCES, *net.shape, generator=generator, dtype=getattr(torch, request.dtype))
-    noise, solver = draw(), SAMPLERS[sampler]  # drawn on the CPU in the dtype of the weights, as stock pipelines draw
-    sampled = FixedGap(student, gap_of(grid, sampler)) if net.flow_map else student
-    x = noise.float().to(request.device)
-    for t, s in zip(grid.times, grid.times[1:]):
-        t, s = (torch.full((REFERENCES,), time, device=request.device) for time in (t, s))
-        fresh = draw().float().to(request.device) if solver.stochastic else None
-        x = solver(sampled, x, t, s, noise=fresh, **cond)
-    save_file(tensors | {"noise": noise, "samples": x.float().cpu().contiguous()}, file)
+    noise = draw()  # on the CPU in the dtype of the weights, as stock pipelines draw
+    x = reference_samples(request, noise.float(), draw, cond)
+    save_file(tensors | {"noise": noise, "samples": x.contiguous()}, file)
+
+
+def reference_samples(
+    request: ExportRequest,
+    noise: Tensor,
+    draw: Callable[[], Tensor],
+    cond: dict[str, Any],
+    student: Denoiser | None = None,
+) -> Tensor:
+    """Samples (B, ...) of the request's student by the trainer's own sampler, float32 on the CPU.
+
+    Args:
+        request: the grid, the sampler, the device and the student.
+        noise: the state (B, ...) at time 1.
+        draw: further noise of that shape for each step of a stochastic sampler.
+        cond: conditions, w included.
+        student: evaluated instead of the request's; by default t - s of a flow map is fixed as the export fixes it.
+    """
+    if student is None:
+        flow_map = request.student.net.flow_map
+        student = FixedGap(request.student, gap_of(request.grid, request.sampler)) if flow_map else request.student
+    solver, fresh = SAMPLERS[request.sampler], lambda x: draw().to(x)
+    return solve(student, noise.to(request.device), request.grid, solver, generator=fresh, **cond).float().cpu()
 
 
 class FixedGap(Denoiser):

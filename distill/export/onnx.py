@@ -63,10 +63,7 @@ def write(request: ExportRequest) -> dict:
     noise = draw()
     fresh = [draw() for _ in range(grid.steps)] if request.sampler == "renoise" else []
     names = ["x_t", "t", "s", *conditions, *(["noise"] if fresh else [])]
-    step, graph = (
-        Step(s, request.sampler, names).eval()
-        for s in (_student_with(request, net), _student_with(request, _folded(request)))
-    )
+    graph = Step(_student_with(request, _folded(request)), request.sampler, names).eval()
     given = [
         noise,
         torch.full((rows,), 0.6),
@@ -74,10 +71,8 @@ def write(request: ExportRequest) -> dict:
         *conditions.values(),
         *([fresh[0]] if fresh else []),
     ]
-    x = noise  # drawn before the graph: what a schedule keeps for the next time must not be a tracer's
-    for k, (t, s) in enumerate(zip(grid.times, grid.times[1:])):
-        t, s = (torch.full((rows,), time) for time in (t, s))
-        x = step(x, t, s, *conditions.values(), *([fresh[k]] if fresh else []))[1]
+    # Sampled before the graph is traced: what a schedule keeps for the next time must not be a tracer's.
+    x = folder.reference_samples(request, noise, iter(fresh).__next__, conditions, _student_with(request, net))
     batch = _trace(graph, given, request.staging / FILE)
     try:
         onnxruntime.InferenceSession(request.staging / FILE)

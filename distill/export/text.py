@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from distill.denoise import Denoiser, network_of
 from distill.errors import BadInput
-from distill.export.folder import SAMPLERS, FixedGap, gap_of, stock_scheduler, strip
+from distill.export.folder import gap_of, reference_samples, stock_scheduler, strip
 from distill.export.request import SEED, ExportRequest
 from distill.export.schedulers import flow_scheduler, lattice_scheduler
 from distill.files import read_json, write_json, write_text
@@ -181,19 +181,17 @@ def write_references(request: ExportRequest, base: Path, kind: type) -> dict:
     cond = Prompts(base, dtype=request.dtype, device=device)(PROMPTS)
     cond |= {"w": torch.full((len(PROMPTS),), float(request.w))} if net.guided else {}
     cond = {name: value.to(device) for name, value in cond.items()}
-    student_map = FixedGap(student, gap_of(request.grid, request.sampler)) if net.flow_map else student
     shape = (len(PROMPTS), *net.shape)
     packed = net.pack(torch.empty(shape)).shape
-    generator, solver = torch.Generator().manual_seed(SEED), SAMPLERS[request.sampler]
+    generator = torch.Generator().manual_seed(SEED)
     noise = torch.randn(packed, generator=generator)
     # The stock scheduler of a table draws in the dtype of the latents, that of a flow in float32.
     drawn = getattr(torch, request.dtype) if isinstance(student.schedule, Table) else torch.float32
-    x = net.unpack(noise, shape).to(device)
-    for t, s in zip(request.grid.times, request.grid.times[1:]):
-        t, s = (torch.full((len(PROMPTS),), time, device=device) for time in (t, s))
-        fresh = torch.randn(packed, generator=generator, dtype=drawn).float() if solver.stochastic else None
-        x = solver(student_map, x, t, s, noise=None if fresh is None else net.unpack(fresh, shape).to(device), **cond)
-    x = x.float().cpu()
+
+    def draw() -> Tensor:
+        return net.unpack(torch.randn(packed, generator=generator, dtype=drawn), shape)
+
+    x = reference_samples(request, net.unpack(noise, shape), draw, cond)
     save_file({"noise": noise, "samples": net.pack(x).contiguous()}, request.staging / "reference.safetensors")
     sizes = output_size(net, net.shape)
     if "use_resolution_binning" in inspect.signature(kind.__call__).parameters:

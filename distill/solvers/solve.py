@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ def solve(
     times: Sequence[float] | Grid,
     solver: Solver,
     *,
-    generator: Generator | RowNoise | None = None,
+    generator: Generator | RowNoise | Callable[[Tensor], Tensor] | None = None,
     trajectory: bool = False,
     **cond: Any,
 ) -> Tensor:
@@ -48,7 +48,7 @@ def solve(
         z: the state (B, ...) at times[0]; at time 1, `denoiser.schedule.start(z)` of z ~ N(0, I).
         times: at least two decreasing numbers in [0, 1], or a Grid.
         solver: any Solver.
-        generator: source of the noise of a stochastic solver.
+        generator: source of the noise of a stochastic solver, or a function that maps x_t to noise of its shape.
         trajectory: return the states at all times instead of the last one.
         cond: conditions, passed to the denoiser in every step.
 
@@ -83,8 +83,10 @@ def solve(
     return torch.stack(states) if trajectory else x_t
 
 
-def _noise(x: Tensor, generator: Generator | RowNoise | None) -> Tensor:
+def _noise(x: Tensor, generator: Generator | RowNoise | Callable[[Tensor], Tensor] | None) -> Tensor:
     if isinstance(generator, RowNoise):
         return generator.draw(x)
+    if callable(generator):
+        return generator(x)
     device = generator.device if generator is not None else x.device
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)

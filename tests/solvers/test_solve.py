@@ -87,3 +87,24 @@ def test_images_conditions_precision_and_gradients_pass_through():
 def test_times_that_do_not_decrease_raise(times):
     with pytest.raises(BadInput, match="decreasing"):
         solve(Gaussian([0.0], 1.0, VPLinear()), torch.randn(1, 1), times, DDIM())
+
+
+def test_a_function_gives_a_stochastic_solver_its_noise():
+    """Renoise of a consistency function that maps all to c: x_s = alpha_s c + sigma_s noise, with the k-th noise drawn."""
+
+    class Constant(Denoiser):
+        def native(self, x_t, t):
+            return torch.full_like(x_t, 2.0)
+
+    denoiser, drawn = Constant(None, RectifiedFlow(), "x"), []
+
+    def draw(x_t):
+        drawn.append(torch.full_like(x_t, float(len(drawn) + 1)))
+        return drawn[-1]
+
+    z = torch.zeros(3, 1, dtype=torch.float64)
+    path = solve(denoiser, z, [1.0, 0.5, 0.25, 0.0], Renoise(), generator=draw, trajectory=True)
+    wanted = [0.0, 0.5 * 2 + 0.5 * 1, 0.75 * 2 + 0.25 * 2, 2.0]
+    assert torch.allclose(path[:, :, 0], torch.tensor(wanted, dtype=torch.float64)[:, None].expand(-1, 3))
+    solve(denoiser, z, [1.0, 0.5, 0.0], DDIM(), generator=draw)
+    assert len(drawn) == 3  # a deterministic solver draws none
