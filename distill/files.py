@@ -64,7 +64,7 @@ def write_json(path: str | Path, value: Any, indent: int | None = 2) -> None:
     write_text(path, json.dumps(value, indent=indent) + "\n")
 
 
-def read_json(path: str | Path, mend: str = "write it again, or bring it back from a copy") -> Any:
+def read_json(path: str | Path, mend: str = "write it again, or restore it from a backup") -> Any:
     """The value of a JSON file.
 
     Raises:
