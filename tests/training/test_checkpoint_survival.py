@@ -266,7 +266,9 @@ def test_the_newest_and_the_best_remain(tmp_path):
 @pytest.mark.parametrize("best, expected", [("min energy", [2, 4, 8]), ("max energy", [6, 8])])
 def test_a_run_keeps_its_best_by_the_metric_and_direction_of_the_config(tmp_path, monkeypatch, best, expected):
     scores = iter([9.0, 0.1, 0.2, 0.8, 0.5])  # at steps 0, 2, 4, 6, 8
-    monkeypatch.setattr(suite.ToySuite, "score", lambda self, x, cond, quick=False: {"energy": next(scores)})
+    monkeypatch.setattr(
+        suite.ToySuite, "score", lambda self, x, cond, quick=False, ranks=None: {"energy": next(scores)}
+    )
     count = f"train.keep_best={len(expected) - 1}"
     tiny.train(tmp_path / "run", "train.steps=8", "train.validate_every=2", "train.keep=1", count, f"train.best={best}")
     assert [int(p.name[5:]) for p in checkpoints.complete(tmp_path / "run" / "checkpoints")] == expected

@@ -37,14 +37,14 @@ def test_every_rank_knows_who_it_is_and_where_the_others_are(monkeypatch, tmp_pa
 
 
 def test_a_rank_that_fails_ends_the_others(monkeypatch):
-    monkeypatch.setattr(launch, "SOON", 0.5)
+    monkeypatch.setattr(launch, "GRACE_AFTER_FAILURE", 0.5)
     began = time.monotonic()
     assert ranks(monkeypatch, "sys.exit(3) if r == 1 else time.sleep(60)") == 3
     assert time.monotonic() - began < 30
 
 
 def test_a_killed_rank_is_an_exit_code_too(monkeypatch):
-    monkeypatch.setattr(launch, "SOON", 0.5)
+    monkeypatch.setattr(launch, "GRACE_AFTER_FAILURE", 0.5)
     assert ranks(monkeypatch, "os.kill(os.getpid(), signal.SIGKILL) if r == 0 else time.sleep(60)") == 128 + 9
 
 
