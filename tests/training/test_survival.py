@@ -369,7 +369,7 @@ def test_names_are_printed_as_they_are(tmp_path, monkeypatch, name):
 def test_a_size_of_no_pixels_and_a_schedule_that_is_a_word_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for verb, says in (
-        (("data", "images", ".", "out", "--size", "0"), "0 is not in the range x>=1"),
+        (("data", "images", ".", "out", "--size", "0"), "size=0 must be at least 1"),
         (
             ("train", "toy/tdm", "roles.teacher.schedule=foo"),
             "schedule: expected Schedule, got 'foo' of type str; describe",
