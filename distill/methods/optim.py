@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import math
@@ -97,8 +98,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     def __init__(self, parameters: list[nn.Parameter], settings: Optim, role: str):
         muon = {"adjust_lr_fn": "match_rms_adamw"} | keywords_of(torch.optim.Muon, settings, role)
-        adam = {"lr": settings.lr, "betas": tuple(settings.betas), "eps": settings.eps}
-        adam["weight_decay"] = settings.weight_decay
+        adam = keywords_of(torch.optim.AdamW, dataclasses.replace(settings, options={}), role)
         parts = [p for p in parameters if p.ndim == 2], [p for p in parameters if p.ndim != 2]
         made: list[tuple[Any, dict[str, Any]]] = [(torch.optim.Muon, muon), (torch.optim.AdamW, adam)]
         self.inner = [kind(part, **keywords) for part, (kind, keywords) in zip(parts, made) if part]
