@@ -54,6 +54,7 @@ def test_rows_are_kept_and_budgets_never_mixed(compared, monkeypatch):
     out, text = compared
     monkeypatch.setattr(module, "train", lambda *a, **kw: pytest.fail("trained again"))
     assert compare(TOYS, out, 1.0, SMALL) == text
+    assert compare(TOYS[:1], out, 1.0, [*SMALL, "expect.energy=0.001"]) == text, "what a recipe should reach"
     with pytest.raises(BadInput, match="toy-mmd.seed-0.json was made with 1 seconds"):
         compare(TOYS, out, 2.0, SMALL)
     with pytest.raises(BadInput, match="Two recipes are named toy-mmd"):

@@ -34,7 +34,7 @@ def test_requirements():
 def test_the_demo_meets_its_requirements(tmp_path):
     code, said = ran(tmp_path / "demo")
     assert code == 0 and said.count("ok    ") == 4 and "FAILED" not in said, said
-    assert "4,000 samples per row, against 360 reference samples." in said
+    assert "4,000 samples per row" in said
     points = json.loads((tmp_path / "demo" / "run" / "report.json").read_text())["points"]
     stock = {p["who"]: p["scores"]["fd"] for p in points if p["kind"] == "stock" and p["nfe"] == 4}
     best = min(stock, key=stock.get)
