@@ -53,19 +53,26 @@ LAWS = ("ayf", "consistency", "ctm", "ect", "guidance", "meanflow", "pcm", "prog
 UNUSED = ("cacheprovider", "xdist", "unraisableexception", "anyio", "terminalreporter")  # half of a short run's time
 TESTS = {  # of modules whose tests are not in `tests/KIND/test_NAME.py` alone; none compares with a stored number
     "losses/flowmap": "losses/test_average_velocity",
-    "methods/base": "methods/test_method",
+    "methods/__init__": "test_public",
+    "methods/base": "methods/test_method methods/test_start_noise methods/test_rewards",
     "methods/diversity": "methods/test_diversity_rewarded",
     "methods/dmd2": "methods/test_critics methods/test_heads methods/test_dmd2",
     "methods/dpo": "methods/test_critics methods/test_dpo",
     "methods/ladd": "methods/test_heads methods/test_ladd",
     "methods/mmd": "methods/test_mmd_ddm",
-    "methods/module": "methods/test_method",
+    "methods/module": "methods/test_method methods/test_optimizers methods/test_rewards",
     "methods/nonfinite": "methods/test_method",
-    "methods/optim": "methods/test_method",
-    "methods/placement": "methods/test_method",
+    "methods/optim": "methods/test_method methods/test_optimizers",
+    "methods/placement": "methods/test_method methods/test_weights_in_float32",
     "methods/sid": "methods/test_critics methods/test_sid",
     "methods/tdm": "methods/test_critics methods/test_tdm",
     **{f"methods/{name}": f"methods/test_laws methods/test_{name}" for name in LAWS},
+}
+SLOWER = {  # tests of mutants that the first tests do not notice
+    "methods/base": "methods/test_modes training/test_stock_trainer",
+    "methods/module": "methods/test_modes training/test_stock_trainer",
+    "methods/nonfinite": "training/test_nonfinite",
+    "methods/placement": "training/test_nonfinite training/test_stock_trainer",
 }
 
 
@@ -126,11 +133,24 @@ class Replaced(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(compile(self.code, str(self.path), "exec"), module.__dict__)  # noqa: S102
 
 
-def tests_of(module: str) -> list[str]:
-    """Files of the tests of `distill/KIND/NAME.py`."""
+def tests_of(module: str) -> list[list[str]]:
+    """Files of the tests of `distill/KIND/NAME.py`: the first ones, and those of what these do not notice."""
     kind, name = Path(module).parts[1], Path(module).stem
-    names = TESTS.get(f"{kind}/{name}", f"{kind}/test_{name}").split()
-    return [f"tests/{name}.py" for name in names]
+    stages = TESTS.get(f"{kind}/{name}", f"{kind}/test_{name}"), SLOWER.get(f"{kind}/{name}", "")
+    return [[f"tests/{name}.py" for name in stage.split()] for stage in stages if stage]
+
+
+def outcome_of(mutant: Mutant, baseline: dict[str, float]) -> str:
+    """ "killed" or "survived". `baseline`: seconds of each stage of tests without a mutant, filled as needed."""
+    for files in tests_of(mutant.module):
+        name = " ".join(files)
+        if name not in baseline:
+            outcome, baseline[name] = run_tests(files, None, 600)
+            if outcome != "passed":
+                sys.exit(f"The tests of {mutant.module} fail without a mutant: pytest {name}")
+        if run_tests(files, mutant, 20 + 4 * baseline[name])[0] != "passed":
+            return "killed"
+    return "survived"
 
 
 def run_tests(files: list[str], mutant: Mutant | None, limit: float) -> tuple[str, float]:
@@ -197,13 +217,7 @@ def main() -> None:
     for mutant in chosen:
         outcome = known.get(mutant.key)
         if outcome is None:
-            files = tests_of(mutant.module)
-            if mutant.module not in baseline:
-                outcome, baseline[mutant.module] = run_tests(files, None, 600)
-                if outcome != "passed":
-                    sys.exit(f"The tests of {mutant.module} fail without a mutant: pytest {' '.join(files)}")
-            outcome, _ = run_tests(files, mutant, 20 + 4 * baseline[mutant.module])
-            outcome = "survived" if outcome == "passed" else "killed"
+            outcome = outcome_of(mutant, baseline)
             with options.results.open("a") as file:
                 csv.writer(file).writerow([*mutant.key, mutant.after, mutant.line, outcome])
             if outcome == "survived":
