@@ -84,7 +84,7 @@ def test_every_verb_explains_itself_with_an_example(verb):
     assert result.exit_code == 0 and f"Example:\n    distill {' '.join(verb)}".rstrip() in result.output
 
 
-def test_the_version_is_told():
+def test_the_version_is_printed():
     assert distill("--version").output.startswith("distill, version ")
 
 
@@ -242,7 +242,7 @@ def test_export_refuses_an_existing_folder_and_a_network_without_a_stock_class(t
 
 
 @pytest.mark.parametrize("verb", [("sample", "RUN", "a.png"), ("eval", "RUN"), ("export", "RUN", "out")])
-def test_a_folder_that_is_no_run_is_told(here, verb):
+def test_a_folder_that_is_no_run_is_refused(here, verb):
     (here / "some").mkdir()
     for folder in ("some", "absent"):
         refuses(distill(*[folder if v == "RUN" else v for v in verb]), f"{folder} is not a run folder", "config.yaml")

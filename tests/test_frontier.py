@@ -39,7 +39,7 @@ def students(tmp_path_factory):
     return root
 
 
-def test_the_ends_of_the_front_are_the_students(students):
+def test_the_ends_of_the_tradeoff_are_the_students(students):
     front = interpolate_runs(students / "a", students / "b", students / "front", (0.0, 0.5, 1.0))
     assert [point["share"] for point in front] == [0.0, 0.5, 1.0]
     for name, point in (("a", front[0]), ("b", front[-1])):

@@ -151,7 +151,7 @@ def test_a_damaged_newest_checkpoint_stops_a_resume_with_the_mend(tmp_path):
     assert load_experiment(folder).method.step == 2
 
 
-def test_checkpoints_of_other_networks_are_told(tmp_path):
+def test_checkpoints_of_other_networks_are_refused(tmp_path):
     tiny.train(tmp_path / "run", "train.steps=1")
     file = tmp_path / "run" / "config.yaml"
     file.write_text(file.read_text().replace("width: 8", "width: 16"))

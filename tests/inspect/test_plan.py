@@ -116,7 +116,7 @@ def test_a_strategy_that_fits_is_named(tmp_path):
     assert plan(weigh.recipe("tdm", strategy="fsdp"), tight(cfg, "fsdp"))["advice"].startswith("fits: fsdp")
 
 
-def test_what_fits_already_is_said():
+def test_a_run_that_fits_is_reported_as_such():
     found = plan(weigh.recipe("tdm"), machine_of("bf16", 2))
     assert found["advice"].startswith("fits: ddp takes") and found["rows"][0]["strategy"] == "ddp"
     assert plan(weigh.recipe("tdm"), machine_of("bf16", 1))["rows"][0]["strategy"] == "single"

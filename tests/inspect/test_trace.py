@@ -97,7 +97,7 @@ def test_memory_is_a_line_in_the_batch():
         assert peak(guess, role) == pytest.approx(peak(five, role), rel=0.02)
 
 
-def test_the_session_is_left_as_it_was():
+def test_tracing_leaves_global_state_unchanged():
     experiment, _ = experiment_of(weigh.recipe("dmd2"))
     placement, forward = experiment.method.placement, experiment.method.student.net.forward
     trace(experiment, brief=True)

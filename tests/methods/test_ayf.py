@@ -89,7 +89,7 @@ def test_equal_times_are_flow_matching(schedule):
     assert m.loss(*drawn()) < 1e-20
 
 
-def test_guidance_extrapolates_the_mean_and_the_student_is_told_w():
+def test_guidance_extrapolates_the_mean_and_the_student_takes_w():
     schedule, (x, z, cond) = RectifiedFlow(), drawn(labels=1)
     pair = Pair([[U], [C]], STD, schedule=schedule)
     shifted = exact_map(schedule, U + 2.5 * (C - U))
@@ -143,7 +143,7 @@ def test_the_tangent_does_not_follow_the_wiggle_of_integer_timesteps():
     assert norm[None] < size + 2 * size / h and norm["forward"] > 0.3
 
 
-def test_the_student_is_asked_within_its_range_of_times_only():
+def test_the_student_is_evaluated_within_its_range_of_times_only():
     seen, h = [], 0.02
 
     def spy(x, t, s, **cond):
@@ -182,7 +182,7 @@ def test_what_the_networks_cannot_take_is_refused():
         AYF({"teacher": teacher, "student": Denoiser(net, RectifiedFlow())}, guidance_range=[1.0, 2.0])
 
 
-def test_more_steps_do_not_hurt_a_flow_map_with_noise_in_its_walk():
+def test_more_steps_do_not_hurt_a_flow_map_with_noise_in_its_sampler():
     m = method(RectifiedFlow(), gamma=0.4, grid=4)
     assert isinstance(m.sampler, FlowMap) and m.sampler.stochastic
     z = torch.randn(20000, 1, generator=torch.Generator().manual_seed(0)).double()

@@ -206,7 +206,7 @@ def test_each_sample_is_weighed_by_the_heads_density_ratio(name):
 
 
 @pytest.mark.parametrize("make", [dmd2, sid])
-def test_teacher_and_critic_are_asked_at_one_point_and_time(make):
+def test_teacher_and_critic_are_evaluated_at_one_point_and_time(make):
     z, noise = columns(2)
     teacher, critic = Constant(2.0), Constant(3.0)
     method = make(teacher, critic, 0.3, RectifiedFlow())

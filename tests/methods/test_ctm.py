@@ -153,7 +153,7 @@ class LogSigma(nn.Module):
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.002])
-def test_an_edm_network_is_never_asked_for_the_noise_level_zero(floor):
+def test_an_edm_network_is_never_evaluated_at_noise_level_zero(floor):
     schedule = VE(sigma_min=floor)
     net = Denoiser(LogSigma(schedule), schedule, "edm", sigma_data=STD)
     method = CTM({"teacher": Gaussian([0.3, 0.3], STD, schedule), "student": net}, intervals=4)

@@ -85,7 +85,7 @@ def test_the_critic_learns_from_the_head_only_if_the_head_reads_it():
         assert (touched(method) == {"critic"}) == both
 
 
-def test_the_critic_leads_and_the_head_exists_when_asked_for():
+def test_the_critic_steps_first_and_the_head_exists_where_a_weight_is_set():
     plain = small(grid=2, student_every=3)
     assert plain.trainable == ("critic", "student") and not plain.needs_data and not hasattr(plain, "head")
     turns = [[role for role, _ in plain.turns(step)] for step in range(3)]
@@ -209,7 +209,7 @@ def test_training_sees_what_sampling_makes():
 
 
 @pytest.mark.parametrize("features", ["critic", "teacher"])
-def test_a_critic_that_takes_a_second_time_is_told_the_step(features):
+def test_a_critic_that_takes_a_second_time_gets_the_step(features):
     """It, and a head that reads it, is told t of the student's step; the teacher is not, and a plain critic neither."""
     torch.manual_seed(0)
     net, conditions = (Denoiser(MLP(2, 16, 2, flow_map=s), RectifiedFlow()).double() for s in (False, True))

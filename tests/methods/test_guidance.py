@@ -92,7 +92,7 @@ def test_gradient_reaches_the_student_only():
     assert any(p.grad.abs().sum() > 0 for p in m.student.parameters())
 
 
-def test_a_distilled_network_is_asked_once_with_w():
+def test_a_distilled_network_is_evaluated_once_with_w():
     net = MLP(dim=2, width=8, classes=2, guided=True)
     torch.nn.init.normal_(net.condition.guidance.outer.weight)
     model = Denoiser(net, RectifiedFlow())

@@ -150,7 +150,7 @@ class Dropout(nn.Module):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_guidance_in_the_target_is_asked_in_eval_mode_and_the_mode_comes_back(training):
+def test_the_guidance_in_the_target_is_evaluated_in_eval_mode_and_the_mode_comes_back(training):
     method = MeanFlow({"student": Denoiser(Dropout(), FLOW)}, guidance=2.0, kappa=0.5).train(training)
     x, t = torch.randn(6, 2), torch.rand(6)
     method.velocity(x, x, t, {"label": torch.zeros(6, dtype=torch.long)}, torch.zeros(6, dtype=torch.bool))

@@ -200,7 +200,7 @@ def test_the_target_does_not_follow_the_wiggle_of_integer_timesteps():
     )
 
 
-def test_the_student_is_asked_within_its_range_of_times_only():
+def test_the_student_is_evaluated_within_its_range_of_times_only():
     """t - h to t + h, cut at s and 1: below s the map does not exist, above 1 the network was not trained."""
     seen, h = [], 0.02
 

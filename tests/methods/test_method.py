@@ -144,7 +144,7 @@ def test_a_step_that_is_not_finite_moves_nothing_and_is_counted(bad):
     )
 
 
-def test_the_guard_speaks_up_at_its_limit_in_a_row():
+def test_the_guard_raises_at_its_limit_in_a_row():
     guard, yes, no = NonFiniteGuard(("a", "b"), limit=2), torch.tensor(True), torch.tensor(False)
     assert [int(guard.update("a", s)) for s in (no, yes, no)] == [1, 1, 2] and guard.over() is None
     assert guard.state() == {"a": [2, 1], "b": [0, 0]}
@@ -238,7 +238,7 @@ def test_conditions_of_students_and_critics():
     assert told.critic_time_condition(torch.zeros(3)) == {}
 
 
-def test_a_reward_is_told_each_samples_caption():
+def test_a_reward_gets_each_samples_caption():
     method, seen = made(), []
     method.metric = lambda x, data, **cond: seen.append(cond.get("caption")) or x.sum(1)
     method.reward_of(torch.ones(4, 2), None, {})

@@ -122,7 +122,7 @@ def test_padding_does_not_matter():
     assert values[0] == values[1] > 0
 
 
-def test_stage_two_tells_the_distilled_teacher_and_the_student_the_same_w():
+def test_stage_two_gives_the_distilled_teacher_and_the_student_the_same_w():
     schedule, (x, z, cond) = RectifiedFlow(), drawn(labels=1)
     pair = Pair([[-0.4], [0.7]], STD, schedule=schedule)
     one = student(lambda x, t, w, label: Guided(pair)(x, t, w=w, label=label))  # the optimum of stage one

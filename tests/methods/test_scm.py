@@ -206,7 +206,7 @@ def test_the_tangent_does_not_follow_the_wiggle_of_integer_timesteps(monkeypatch
     assert rms[None] < 0.05 and rms["forward"] > 0.3
 
 
-def test_the_student_is_asked_within_its_range_of_times_only():
+def test_the_student_is_evaluated_within_its_range_of_times_only():
     """t - h to t + h with h = 0.04, cut at t / 2 and just below 1, where F is singular."""
     seen, h = [], 0.04
     method = made(TrigFlow(), Gaussian([0.0, 0.0], STD, TrigFlow()))

@@ -29,7 +29,7 @@ def under(recipe: Path, schedule: dict, *overrides: str):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
-def test_networks_are_asked_with_the_schedules_own_noise_at_its_start(recipe, schedule, monkeypatch):
+def test_networks_are_evaluated_with_the_schedules_own_noise_at_its_start(recipe, schedule, monkeypatch):
     node, scale = SCHEDULES[schedule]
     experiment, inputs = under(recipe, node), []
     for cls in (Denoiser, Gaussian, GaussianMixture):

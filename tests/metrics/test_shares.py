@@ -121,7 +121,7 @@ def test_a_samplers_nan_on_one_rank_ends_both(tmp_path):
     assert two.ranks(work) == ["BadInput: samples hold NaN or infinite values; check the sampler that made them."] * 2
 
 
-def test_latents_of_two_ranks_are_told_their_own_captions():
+def test_latents_of_two_ranks_get_their_own_captions():
     from distill.metrics.latents import LatentSuite
 
     x = torch.randn(9, 4, 6, 6, generator=torch.Generator().manual_seed(0))

@@ -473,6 +473,6 @@ def test_load_takes_configs_and_safetensors_only_from_the_hub(folder, monkeypatc
         load("somebody/ddpm")
 
 
-def test_the_nets_package_does_not_import_diffusers():
+def test_the_models_package_does_not_import_diffusers():
     code = "import sys, distill.models, distill.export.folder; sys.exit('diffusers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

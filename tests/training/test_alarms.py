@@ -166,7 +166,7 @@ def test_the_update_is_the_change_over_the_weights(watched):
     assert "student/update" not in method.logs, "off the beat nothing is measured"
 
 
-def test_a_spike_between_two_beats_is_seen(watched):
+def test_a_spike_between_two_intervals_is_seen(watched):
     watch, method, alarms = watched
     drive(watch, method, 2 * LEAST, norm=lambda n: 1 + n % 3)
     assert alarms == []
@@ -213,7 +213,7 @@ def test_a_head_without_loss_is_flagged():
     assert kinds(alarms) == ["head saturated"]
 
 
-def test_a_step_off_the_beat_reads_nothing_from_the_device(watched, monkeypatch):
+def test_a_step_between_intervals_reads_nothing_from_the_device(watched, monkeypatch):
     """No `float(tensor)`: that would wait for an accelerator."""
     watch, method, _ = watched
     watch.every = 100

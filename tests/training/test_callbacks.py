@@ -65,7 +65,7 @@ def test_an_error_gives_the_terminal_back(monkeypatch):
         (3, True, True, 5, [0, 3]),
     ],
 )
-def test_actions_come_on_their_beat_and_at_the_end_once(every, start, finished, stops, expected):
+def test_actions_come_at_their_interval_and_at_the_end_once(every, start, finished, stops, expected):
     seen, m = [], method(total=6 if stops == 6 else 7)
     call = callbacks.PeriodicCallback(every, lambda m: seen.append(m.step), start, finished)
     call.on_train_start(None, m)
@@ -75,7 +75,7 @@ def test_actions_come_on_their_beat_and_at_the_end_once(every, start, finished, 
     assert seen == expected
 
 
-def test_several_beats_call_once_where_they_meet():
+def test_several_intervals_call_once_where_they_meet():
     seen, m = [], method(total=12)
     call = callbacks.PeriodicCallback((4, 0, 6), lambda m: seen.append(m.step))
     for m.step in range(1, 13):
@@ -90,7 +90,7 @@ def test_a_resumed_run_does_not_start_anew():
     assert seen == []
 
 
-def test_records_are_written_on_their_beat():
+def test_records_are_written_at_their_interval():
     rows = []
     sink = SimpleNamespace(write=lambda row, step: rows.append((step, row["loss"])))
     record, m = callbacks.MetricLogger([sink, sink], every=2), method(loss=0.5)

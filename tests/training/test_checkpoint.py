@@ -78,7 +78,7 @@ def test_a_failing_write_leaves_the_old_one_alone(tmp_path, monkeypatch, error):
     assert (tmp_path / "step-00000001" / "state.pt").read_bytes() == before
 
 
-def test_a_disk_that_fills_up_within_torch_save_is_told_as_such(tmp_path, monkeypatch):
+def test_a_disk_that_fills_up_within_torch_save_is_reported_as_such(tmp_path, monkeypatch):
     real = open
 
     class Full:
@@ -146,7 +146,7 @@ def test_what_a_killed_process_left_is_swept_by_the_next_save(tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["empty", "absent"])
-def test_no_checkpoint_is_told(tmp_path, folder):
+def test_no_checkpoint_is_reported(tmp_path, folder):
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput, match=f"{folder} has no complete checkpoint"):
         checkpoints.latest(tmp_path / folder)

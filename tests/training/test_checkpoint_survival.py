@@ -274,7 +274,7 @@ def test_a_run_keeps_its_best_by_the_metric_and_direction_of_the_config(tmp_path
     assert [int(p.name[5:]) for p in checkpoints.complete(tmp_path / "run" / "checkpoints")] == expected
 
 
-def test_a_metric_that_is_not_measured_is_told_before_the_first_step(tmp_path):
+def test_a_metric_that_is_not_measured_is_reported_before_the_first_step(tmp_path):
     with pytest.raises(BadInput, match="train.best: 'min fd' must be min or max and one of energy"):
         tiny.train(tmp_path / "run", "train.keep_best=1", "train.best=min fd")
     assert list(tmp_path.iterdir()) == []
@@ -315,7 +315,7 @@ def test_a_torn_newest_checkpoint_stops_a_resume_with_the_newest_good_one(tmp_pa
         tiny.train(folder, *keys, resume=True)
 
 
-def test_what_is_no_longer_exact_is_said():
+def test_what_is_no_longer_exact_is_reported():
     before = {"world": 2, "strategy": "ddp", "precision": "32", "order": {"workers": 2}, "torch": "2.13", "config": "a"}
     assert run_folder.resume_notices(before, before) == [] and run_folder.resume_notices(before, {}) == []
     said = run_folder.resume_notices(before | {"world": 4, "strategy": "fsdp", "config": "b"}, before)

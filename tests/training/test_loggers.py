@@ -41,7 +41,7 @@ def test_a_key_is_found_in_the_environment_and_in_netrc_for_the_right_host(keyle
     assert not loggers.has_api_key()
 
 
-def test_online_without_a_key_is_refused_not_asked(keyless, tmp_path, monkeypatch):
+def test_online_without_a_key_is_refused_without_a_prompt(keyless, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("a prompt"))
     with pytest.raises(BadInput, match=r"log\.wandb=online needs a key: set WANDB_API_KEY"):
         loggers.WandbLogger(tmp_path, Log(wandb="online"), "n", {})
@@ -119,7 +119,7 @@ def test_offline_entity_group_tags_and_the_checkpoint_artifact_are_there(offline
     }
 
 
-def test_an_export_becomes_an_artifact_only_if_asked_for(tmp_path):
+def test_an_export_becomes_an_artifact_only_with_log_artifacts(tmp_path):
     assert not loggers.log_export(tmp_path, Log(), "n", tmp_path)
     assert not loggers.log_export(tmp_path, Log(artifacts=True, to=["csv"]), "n", tmp_path)
 
@@ -213,7 +213,7 @@ def test_one_key_says_where_to(tmp_path):
         tiny.recipe("log.to=[tensorbord]")
 
 
-def test_without_tensorboards_package_the_mend_is_said(tmp_path, monkeypatch):
+def test_without_tensorboards_package_the_mend_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     with pytest.raises(
         BadInput, match=r"log.to: tensorboard needs its package: pip install 'distill-diffusion\[tensorboard\]'"

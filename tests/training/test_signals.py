@@ -105,7 +105,7 @@ def ranks(rank: int, world: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_what_one_rank_is_told_ends_all_at_the_same_step(tmp_path):
+def test_a_signal_to_one_rank_ends_all_at_the_same_step(tmp_path):
     multiprocessing.spawn(ranks, (2, str(tmp_path)), nprocs=2)
     assert [(tmp_path / r).read_text() for r in "01"] == ["3 True", "3 True"]
 

@@ -265,7 +265,7 @@ def test_a_lock_of_another_machine_is_waited_for(holder, tmp_path, monkeypatch):
         assert held.acquire()
 
 
-def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
+def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch, capsys):
     def unsupported(*arguments):
         raise OSError(95, "Operation not supported")
 

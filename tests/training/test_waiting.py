@@ -219,7 +219,7 @@ def test_under_torchrun_the_exit_code_is_left_in_a_file(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["devices", "torchrun"])
-def test_bad_input_of_two_ranks_is_said_once_exits_2_and_is_not_started_again(tmp_path, how):
+def test_bad_input_of_two_ranks_is_printed_once_exits_2_and_is_not_started_again(tmp_path, how):
     recipe, keys = str(tiny.TOY / "teacher.yaml"), [*KEYS, "roles.student.prediction=nothing", "engine.accelerator=cpu"]
     if how == "devices":
         process = distill("train", recipe, *keys, "engine.devices=2", folder=tmp_path)
