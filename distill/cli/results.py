@@ -206,7 +206,6 @@ def push(out: Path, repo: str, private: bool, revision: str | None) -> None:
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--share",
-    "--weight",
     "shares",
     type=click.FloatRange(0, 1),
     multiple=True,
@@ -222,12 +221,12 @@ def merge(a: Path, b: Path, out: Path, shares: tuple[float, ...], samples: int |
     Example:
       distill merge runs/quality runs/diverse runs/tradeoff
       distill merge runs/quality runs/diverse runs/half --share 0.5
-      distill merge quality-lora diverse-lora half-lora --weight 0.5
-      distill merge fast.safetensors style.safetensors both.safetensors --weight 0.3
+      distill merge quality-lora diverse-lora half-lora --share 0.5
+      distill merge fast.safetensors style.safetensors both.safetensors --share 0.3
     """
-    from distill.inspect.frontier import interpolate_exports, interpolate_runs, markdown
+    from distill.inspect.frontier import interpolate_exports, interpolate_runs, tradeoff_table
 
     if interpolate_exports(a, b, out, shares):
         click.echo(f"{out}: {1 - shares[0]:g} x {a.name} + {shares[0]:g} x {b.name}.")
         return
-    click.echo(markdown(interpolate_runs(a, b, out, shares or (0.0, 0.25, 0.5, 0.75, 1.0), samples, allowed())))
+    click.echo(tradeoff_table(interpolate_runs(a, b, out, shares or (0.0, 0.25, 0.5, 0.75, 1.0), samples, allowed())))

@@ -47,7 +47,7 @@ def interpolate_runs(
         rows.append({"share": share} | evaluation.score(x))
     out.mkdir(parents=True)
     write_json(out / "tradeoff.json", rows)
-    write_text(out / "tradeoff.md", markdown(rows))
+    write_text(out / "tradeoff.md", tradeoff_table(rows))
     if len(shares) == 1:
         write_export(experiment, out / "student", None)
     return rows
@@ -68,7 +68,7 @@ def interpolate_exports(a: Path, b: Path, out: Path, shares: Sequence[float]) ->
     if out.exists():
         raise BadInput(f"{out} exists; name another so nothing is overwritten.")
     if len(shares) != 1:
-        raise BadInput("Exports have no data to be measured on: give one --weight, the share of the second.")
+        raise BadInput("Exports have no data to be measured on: give one --share, that of the second.")
     from distill.export import blend
     from distill.export.verify import verify
 
@@ -97,6 +97,6 @@ def _interpolation(first: Denoiser, second: Denoiser) -> Callable[[float], None]
     return lambda share: first.load_state_dict(interpolate(*ends, share))
 
 
-def markdown(points: list[dict[str, float]]) -> str:
+def tradeoff_table(points: list[dict[str, float]]) -> str:
     """A table with one row per share."""
     return markdown_table(list(points[0]), [[f"{value:.3g}" for value in point.values()] for point in points])

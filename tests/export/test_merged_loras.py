@@ -54,7 +54,7 @@ def test_a_merged_file_acts_in_stock_diffusers_as_the_sum_of_both(tmp_path, fami
     for name, spec in FILES.items():
         write(tmp_path / f"{name}.safetensors", layout, part, network, spec, ord(name))
     paths = [str(tmp_path / f"{name}.safetensors") for name in ("a", "b", "out")]
-    done = CliRunner().invoke(main, ["merge", *paths, "--weight", str(SHARE)])
+    done = CliRunner().invoke(main, ["merge", *paths, "--share", str(SHARE)])
     assert done.exit_code == 0, done.output
     for path, weight in zip(paths, (1 - SHARE, SHARE)):
         file = load_file(path)
