@@ -54,7 +54,7 @@ def test_the_phases_make_up_the_step(plain):
     rows = plain["phases"]
     assert set(rows) == {"all", "student"} and set(rows["student"]) == {"forward", "backward", "optimizer", "average"}
     assert all(value >= 0 for row in rows.values() for value in row.values())
-    text = module.markdown("toy", plain)
+    text = module.bench_tables("toy", plain)
     assert f"{plain['ratio']:.3f}" in text and "| student |" in text and "| all |" in text
 
 
@@ -72,7 +72,7 @@ TINY = [
 ]
 
 
-def test_a_real_size_made_tiny_tells_what_each_role_keeps_and_the_share_of_the_peak():
+def test_a_real_size_made_tiny_states_what_each_role_keeps_and_the_share_of_the_peak():
     found = {}
     for layout in ("full", "shared_base"):
         cfg = config.load([TOY.parents[1] / "bench" / "dit-2b.yaml"], [*TINY, f"roles.layout={layout}"])
@@ -86,7 +86,9 @@ def test_a_real_size_made_tiny_tells_what_each_role_keeps_and_the_share_of_the_p
         assert shared[role][0] < 0.8 * full[role][0] and shared[role][1] < 0.8 * full[role][1]
     for each in found.values():
         assert each["share"] == pytest.approx(each["tflop"] / (each["step"] / 1e3) / 0.5)
-    assert "of the peak" in module.markdown("x", found["full"]) and "| critic |" in module.markdown("x", found["full"])
+    assert "of the peak" in module.bench_tables("x", found["full"]) and "| critic |" in module.bench_tables(
+        "x", found["full"]
+    )
 
 
 def test_adapters_and_their_base_are_one_call():

@@ -12,7 +12,7 @@ import pytest
 from distill import config
 from distill.errors import BadInput
 from distill.inspect import compare as module
-from distill.inspect.compare import compare
+from distill.inspect.compare import compare_recipes
 
 ROOT = Path(__file__).parents[1]
 TOYS = [ROOT / "configs" / "toy" / f"{name}.yaml" for name in ("mmd", "tdm")]
@@ -22,7 +22,7 @@ SMALL = ["eval.samples=64", "eval.validation_samples=16", "data.batch_size=8", "
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     out = tmp_path_factory.mktemp("compare")
-    return out, compare(TOYS, out, 1.0, SMALL)
+    return out, compare_recipes(TOYS, out, 1.0, SMALL)
 
 
 def test_every_recipe_gets_the_same_processor_time(compared):
@@ -53,12 +53,12 @@ def test_the_table_has_every_row_and_is_made_of_what_was_measured(compared):
 def test_rows_are_kept_and_budgets_never_mixed(compared, monkeypatch):
     out, text = compared
     monkeypatch.setattr(module, "train", lambda *a, **kw: pytest.fail("trained again"))
-    assert compare(TOYS, out, 1.0, SMALL) == text
-    assert compare(TOYS[:1], out, 1.0, [*SMALL, "expect.energy=0.001"]) == text, "what a recipe should reach"
+    assert compare_recipes(TOYS, out, 1.0, SMALL) == text
+    assert compare_recipes(TOYS[:1], out, 1.0, [*SMALL, "expect.energy=0.001"]) == text, "what a recipe should reach"
     with pytest.raises(BadInput, match="toy-mmd.seed-0.json was made with 1 seconds"):
-        compare(TOYS, out, 2.0, SMALL)
+        compare_recipes(TOYS, out, 2.0, SMALL)
     with pytest.raises(BadInput, match="Two recipes are named toy-mmd"):
-        compare([TOYS[0], TOYS[0]], out, 1.0, SMALL)
+        compare_recipes([TOYS[0], TOYS[0]], out, 1.0, SMALL)
 
 
 class Trained(Exception):
@@ -74,10 +74,10 @@ def test_a_changed_recipe_or_method_is_measured_again(compared, monkeypatch):
     monkeypatch.setattr(module, "train", trained)
     folders = set()
     with pytest.raises(Trained) as recipe:
-        compare(TOYS[:1], out, 1.0, [*SMALL, "optim.student.lr=1e-5"])
+        compare_recipes(TOYS[:1], out, 1.0, [*SMALL, "optim.student.lr=1e-5"])
     monkeypatch.setattr(module, "method_digest", lambda method: "another")
     with pytest.raises(Trained) as code:
-        compare(TOYS[:1], out, 1.0, SMALL)
+        compare_recipes(TOYS[:1], out, 1.0, SMALL)
     folders = {str(recipe.value), str(code.value)}
     assert len(folders) == 2 and not any((out / folder).exists() for folder in folders), "a run would be overwritten"
 
@@ -104,10 +104,10 @@ def test_an_interrupted_run_makes_no_row_and_continues_with_its_steps(tmp_path, 
 
     monkeypatch.setattr(module, "train", train)
     with pytest.raises(KeyboardInterrupt):
-        compare(TOYS[:1], tmp_path, 1.0, SMALL)
+        compare_recipes(TOYS[:1], tmp_path, 1.0, SMALL)
     assert not list((tmp_path / "rows").iterdir())
     monkeypatch.setattr(module, "seconds_a_step", lambda *a: pytest.fail("the steps were chosen already"))
-    compare(TOYS[:1], tmp_path, 1.0, SMALL)
+    compare_recipes(TOYS[:1], tmp_path, 1.0, SMALL)
     row = json.loads((tmp_path / "rows" / "toy-mmd.seed-0.json").read_text())
     assert [resume for _, resume in calls] == [False, True]
     assert calls[0][0] == calls[1][0] == row["steps"] > 3
@@ -116,11 +116,11 @@ def test_an_interrupted_run_makes_no_row_and_continues_with_its_steps(tmp_path, 
 def test_recipes_that_state_what_they_reach_get_the_seeds(tmp_path, monkeypatch):
     measured = []
     monkeypatch.setattr(module, "measure_recipe", lambda cfg, *a: measured.append((cfg.name, cfg.seed)))
-    monkeypatch.setattr(module, "markdown", lambda out: "")
+    monkeypatch.setattr(module, "comparison_table", lambda out: "")
     other = tmp_path / "other.yaml"
     text = TOYS[1].read_text()
     other.write_text(text[: text.index("expect:")].replace("name: toy-tdm", "name: other"))
-    compare([TOYS[0], other], tmp_path / "out", 1.0, ["seed=5"], seeds=3)
+    compare_recipes([TOYS[0], other], tmp_path / "out", 1.0, ["seed=5"], seeds=3)
     assert measured == [("toy-mmd", 5), ("toy-mmd", 6), ("toy-mmd", 7), ("other", 5)]
 
 
@@ -130,7 +130,7 @@ def test_a_line_has_the_mean_over_seeds(tmp_path):
         student = {str(n): {"fd": fd * n, "recall": None if seed == 1 else 0.5} for n in (1, 2, 4)}
         row = {"name": "r", "seed": seed, "method": "M", "trained_for": 4, "seconds_a_step": 0.1, "steps": 10}
         (tmp_path / "rows" / f"r.seed-{seed}.json").write_text(json.dumps(row | {"student": student}))
-    line = module.markdown(tmp_path).splitlines()[2]
+    line = module.comparison_table(tmp_path).splitlines()[2]
     assert line == "| r | `M` | 4 | 0.100 | 10 | 3 | 0.3 / 0.6 / 1.2 |  /  /  |"
 
 

@@ -105,7 +105,7 @@ def test_two_processes_say_of_a_folder_what_one_says(folders, tmp_path):
         (torch.from_numpy(np.stack([np.asarray(p) for p in _open(folders / name)])).permute(0, 3, 1, 2) / 127.5 - 1)
         for name in ("made", "real")
     )
-    assert one["mmd"] == pytest.approx(distances.mmd(x, y), rel=1e-4)
+    assert one["mmd"] == pytest.approx(distances.squared_mmd(x, y), rel=1e-4)
     options = asked(folders)
     wanted = module.metric_settings(options[1], options[2:])
     first, second = two.ranks(lambda rank: module.score(folders / "made", folders / "real", wanted))
@@ -138,7 +138,7 @@ def test_bad_input_is_one_sentence(folders, monkeypatch, given, says):
     assert says in said and len(said.splitlines()) == 1
 
 
-def test_too_few_samples_are_said_in_one_sentence(folders, tmp_path):
+def test_too_few_samples_are_reported_in_one_sentence(folders, tmp_path):
     few = looks.save(tmp_path / "few", looks.pictures(9, 0, 8))
     said = distill("score", few, folders / "real", f"fd_dinov2.weights={folders / 'dino'}", "fd_dinov2.side=28")
     lines = [line for line in said.splitlines() if "singular" in line]

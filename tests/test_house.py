@@ -190,6 +190,20 @@ def test_no_two_classes_share_a_name():
     assert not {name: paths for name, paths in found.items() if len(paths) > 1}
 
 
+# Plain names that several modules once gave to different functions; a second one needs a name that says what it does.
+UNIQUE = {"compare", "decoder", "fingerprint", "markdown", "mmd"}
+
+
+def test_no_two_functions_share_one_of_the_unique_names():
+    """Verbs of the command line, which call a function of the same task, are not counted."""
+    found: dict[str, list[str]] = {}
+    for path in SOURCES:
+        for node in ast.parse(path.read_text()).body if room(path) != "cli" else ():
+            if isinstance(node, ast.FunctionDef) and node.name in UNIQUE:
+                found.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert not {name: paths for name, paths in found.items() if len(paths) > 1}
+
+
 def identifiers(tree: ast.AST):
     """Names that the code itself gives or uses: functions, classes, variables, arguments, attributes, modules."""
     for node in ast.walk(tree):
@@ -253,6 +267,17 @@ def test_the_lowest_constraints_are_the_lower_bounds_of_pyproject():
     lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
     pinned = {name: Version(version) for name, _, version in (x.partition("==") for x in lines if x[:1] != "#")}
     assert pinned == bounds and len(bounds) == len({r.name for r in needed})
+
+
+def test_names_of_tests_use_no_retired_word():
+    """Those of RETIRED that are no plain English word in a sentence; `nets` is `models` now."""
+    plain = {"place", "match", "home", "lines", "see", "here", "beats", "front", "watch"}
+    retired = (set(RETIRED) | {"nets"}) - plain
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                words = set(node.name.split("_")) & retired
+                assert not words, f"{path.name}::{node.name}: {words}"
 
 
 def test_no_two_test_files_have_one_name():

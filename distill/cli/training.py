@@ -182,7 +182,7 @@ def bench(configs: tuple[str, ...], steps: int, layout: str | None, peak: float 
         return
     if out:
         table.write(timings, out)
-    click.echo(module.markdown(cfg.name, timings))
+    click.echo(module.bench_tables(cfg.name, timings))
 
 
 @main.command()
@@ -230,10 +230,10 @@ def compare(configs: tuple[str, ...], out: Path, seconds: float, seeds: int, rec
     """
     if record or Path(configs[0]).is_dir():
         sys.exit(_compare_with_recipe([Path(c) for c in configs], record))
-    from distill.inspect.compare import compare as run_all
+    from distill.inspect.compare import compare_recipes
 
     files, overrides = _split(configs)
-    click.echo(run_all([Path(file) for file in files], out, seconds, overrides, allowed(), seeds))
+    click.echo(compare_recipes([Path(file) for file in files], out, seconds, overrides, allowed(), seeds))
 
 
 def _compare_with_recipe(paths: list[Path], record: bool) -> int:

@@ -31,6 +31,7 @@ from distill.data.shards.sample import Sample
 from distill.data.shards.write import Skipped, shard_name
 from distill.data.sources import text
 from distill.data.sources.folder import state
+from distill.data.sources.image import to_uint8
 from distill.data.sources.plan import (
     Plan,
     ShardJob,
@@ -188,9 +189,9 @@ class Encoder:
         """Conditions of first frames. Where the stock pipeline draws them at random, the sample's key is the seed."""
         rows = []
         for item, x in zip(items, latents):
-            frame = ((item.pixels[:, 0] + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0)
+            frame = to_uint8(item.pixels[:, 0]).transpose(1, 2, 0)
             random = torch.Generator().manual_seed(crc32(item.key.encode()))
-            rows.append(self.frames([Image.fromarray(frame.numpy())], tuple(x.shape[1:]), random))
+            rows.append(self.frames([Image.fromarray(frame)], tuple(x.shape[1:]), random))
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
     def stored(self, x: Tensor, name: str, key: str) -> np.ndarray:

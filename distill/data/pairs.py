@@ -92,7 +92,9 @@ def write(
         barrier()
         if rank:
             return None
-        source = f"{_SOURCE}{fingerprint(teacher)}, at {'/'.join(map(repr, times))}, {about or 'solver not stated'}"
+        source = (
+            f"{_SOURCE}{model_fingerprint(teacher)}, at {'/'.join(map(repr, times))}, {about or 'solver not stated'}"
+        )
         splits = {"train": Split(paths.__getitem__, count, np.array(label) if classes else None)}
         info = Info((), classes, source=source)
         return write_splits(out, splits, info, seed=seed, per_shard=per_shard)["train"]
@@ -140,9 +142,9 @@ class Pairs(Dataset):
         if not info.source.startswith(_SOURCE):
             raise BadInput(f"{path} holds no pairs but {info.source or 'samples'}: make some by `distill data pairs`.")
         stored, times = info.source.removeprefix(_SOURCE).split(", ")[:2]
-        if teacher is not None and stored != fingerprint(teacher):
+        if teacher is not None and stored != model_fingerprint(teacher):
             raise BadInput(
-                f"{path} holds pairs of teacher {stored}, but this run's is {fingerprint(teacher)}: "
+                f"{path} holds pairs of teacher {stored}, but this run's is {model_fingerprint(teacher)}: "
                 "solve new ones by `distill data pairs`, or name the teacher that they came from."
             )
         self.times = tuple(float(t) for t in times.removeprefix("at ").split("/"))
@@ -166,7 +168,7 @@ class Pairs(Dataset):
         return batch
 
 
-def fingerprint(model: nn.Module) -> str:
+def model_fingerprint(model: nn.Module) -> str:
     """Twelve hex digits that identify a model: SHA-256 of its weights and buffers, its schedule and its prediction."""
     return digest(_contents(model))
 

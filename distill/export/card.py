@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-
-from PIL import Image
-from torch import Tensor
 
 from distill.export.snippet import kind_phrase, pipeline_tag, usage_snippet
 from distill.files import markdown_table, sample_counts
@@ -106,18 +102,6 @@ def _conventions(record: dict) -> dict[str, str]:
         "LoRA": f"rank {record['rank']}, for weight 1.0" if "rank" in record else None,
     }
     return {key: value for key, value in rows.items() if value not in (None, "")}
-
-
-def picture(samples: Tensor) -> Image.Image:
-    """Samples (B, C, H, W) in [-1, 1], C = 1 or 3, side by side in one image; at most 64 of them."""
-    samples = ((samples[:64].detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).byte()
-    count, channels, height, width = samples.shape
-    columns = math.ceil(math.sqrt(count))
-    sheet = Image.new("L" if channels == 1 else "RGB", (columns * width, math.ceil(count / columns) * height))
-    for i, sample in enumerate(samples):
-        tile = Image.fromarray((sample[0] if channels == 1 else sample.permute(1, 2, 0)).numpy())
-        sheet.paste(tile, (i % columns * width, i // columns * height))
-    return sheet
 
 
 def _metrics(metrics: dict) -> str:

@@ -37,7 +37,7 @@ def verify(out: str | Path, steps: int | None = None, base: str | Path = "", dev
             f"{out} is made for {trained} steps; with {steps} it may be evaluated at times it was not trained on.",
             stacklevel=2,
         )
-    value = compare([out], [steps or trained], base, device)[0]
+    value = stock_differences([out], [steps or trained], base, device)[0]
     if isinstance(value, str):
         raise BadInput(f"{out}: stock code cannot sample from it: {value}")
     print(
@@ -52,7 +52,7 @@ def verify(out: str | Path, steps: int | None = None, base: str | Path = "", dev
     return value
 
 
-def compare(
+def stock_differences(
     folders: list[str | Path], steps: list[int] | None = None, base: str | Path = "", device: str = "cpu"
 ) -> list[float | str]:
     """For each folder the difference, or why it cannot be computed; all in one new process."""

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from distill import __version__
+from distill.data.sources.image import tile, to_uint8
 from distill.denoise import Delegate, Denoiser
 from distill.errors import BadInput, suggest
-from distill.export.card import card, picture
+from distill.export.card import card
 from distill.export.licence import Licence, licence_of
 from distill.export.request import ExportRequest
 from distill.export.verify import TOLERANCES
@@ -22,6 +23,7 @@ from distill.models.copies import copy_network, share_weights
 from distill.times import Grid
 
 KINDS = ("pipeline", "lora", "single-file", "onnx")
+PICTURED = 64  # samples on the card at most
 
 
 def export(
@@ -94,7 +96,7 @@ def export(
         )
         record |= terms.record() | {"recipe_hash": recipe and hashlib.sha256(recipe.encode()).hexdigest()}
         if samples is not None:
-            picture(samples).save(staging / "samples.png")
+            tile(to_uint8(samples[:PICTURED]))[0].save(staging / "samples.png")
         if terms.file:
             shutil.copyfile(terms.file, staging / terms.file.name)
         write_text(staging / "README.md", card(record, recipe, out.name, samples is not None))

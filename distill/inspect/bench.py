@@ -247,7 +247,7 @@ def _inside_transform(value: Any) -> bool:
     return isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)
 
 
-def markdown(name: str, measured: dict[str, Any]) -> str:
+def bench_tables(name: str, measured: dict[str, Any]) -> str:
     """Three tables: the step and its floor, bytes per network, and phases by role."""
     share = "" if measured["share"] is None else f", {measured['share']:.1%} of the peak"
     step = [

@@ -39,7 +39,7 @@ FORMALISM = tuple(
 )  # the modules whose code belongs to a method
 
 
-def compare(
+def compare_recipes(
     recipes: Sequence[Path],
     out: Path,
     seconds: float,
@@ -86,7 +86,7 @@ def compare(
         for seed in range(cfg.seed, cfg.seed + (seeds if cfg.expect else 1)):
             measure_recipe(OmegaConf.merge(cfg, {"seed": seed}), out, seconds, allow)
             console.print(f"{name}, seed {seed}: done", highlight=False)
-    text = markdown(out)
+    text = comparison_table(out)
     write_text(out / "table.md", text)
     return text
 
@@ -210,7 +210,7 @@ class _Clock(lightning.Callback):
         self.ticks.append(time.process_time())
 
 
-def markdown(out: Path) -> str:
+def comparison_table(out: Path) -> str:
     """The table of all rows in `out`: a line for each recipe, best at the most evaluations first.
 
     With several seeds a cell has their mean, and the column "seeds" their number.

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from distill.data.sources.image import to_uint8
 from distill.denoise import Conditions, network_of
 from distill.errors import BadInput, suggest
 from distill.files import atomic_folder, write_text
@@ -207,7 +208,7 @@ def write_picture(experiment: Experiment, request: SampleRequest, out: Path, dev
     to_pixels = pixels_of(experiment, device)
     images = torch.cat([to_pixels(x) for x in draw(experiment, request, device, dtype)])
     images = images[:, :, images.shape[2] // 2] if images.ndim == 5 else images
-    pictures.compare({title: images}, out, columns=min(10, math.ceil(math.sqrt(len(images)))))
+    pictures.side_by_side({title: images}, out, columns=min(10, math.ceil(math.sqrt(len(images)))))
     return out
 
 
@@ -219,5 +220,5 @@ def _label(request: SampleRequest, index: int, classes: int) -> int | None:
 
 def _image(x: Tensor) -> Image.Image:
     """A PIL image of pixels (1 or 3, H, W) in [-1, 1]."""
-    values = ((x + 1) * 127.5).round().byte()
-    return Image.fromarray((values[0] if len(values) == 1 else values.permute(1, 2, 0)).numpy())
+    values = to_uint8(x)
+    return Image.fromarray(values[0] if len(values) == 1 else values.transpose(1, 2, 0))

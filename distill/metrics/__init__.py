@@ -14,11 +14,11 @@ from distill.metrics.distances import (
     frechet,
     kl,
     map_kl,
-    mmd,
     mode_kl,
     mode_masses,
     nll_gap,
     precision_recall,
+    squared_mmd,
     wasserstein1d,
 )
 from distill.metrics.training_free import Counted, baseline
@@ -31,7 +31,7 @@ __all__ = [
     "frechet",
     "kl",
     "map_kl",
-    "mmd",
+    "squared_mmd",
     "mode_kl",
     "mode_masses",
     "nll_gap",

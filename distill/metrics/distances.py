@@ -89,7 +89,7 @@ def frechet_moments(mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y: Tensor
     return float(mean + root_x.square().sum() + root_y.square().sum() - 2 * cross)
 
 
-def mmd(x: Tensor, y: Tensor, kernel: str = "cubic", bandwidth: float | None = None) -> float:
+def squared_mmd(x: Tensor, y: Tensor, kernel: str = "cubic", bandwidth: float | None = None) -> float:
     r"""Squared maximum mean discrepancy, the unbiased U-statistic; it can be negative for equal distributions.
 
     E k(x, x') + E k(y, y') - 2 E k(x, y) over distinct pairs, with one of two kernels:

@@ -68,7 +68,7 @@ def _plain(images: ImageSet, reference: ImageSet | None, names: list[str]) -> di
         elif name == "fd":
             values[name] = distances.frechet(x, y)
         elif name == "mmd":
-            values[name] = distances.mmd(x, y)
+            values[name] = distances.squared_mmd(x, y)
     return {name: values[name] for name in names}
 
 

@@ -112,7 +112,7 @@ class LatentSuite(Suite):
     def _plain(self, x: Tensor, quick: bool) -> dict[str, float]:
         ours, theirs = features(x), self.features
         out = {"latent_fd": distances.frechet(ours, theirs), "mean": float(x.mean()), "std": float(x.std())}
-        return out if quick else out | {"latent_mmd": distances.mmd(ours, theirs)}
+        return out if quick else out | {"latent_mmd": distances.squared_mmd(ours, theirs)}
 
     def _named(self, x: Tensor, cond: dict[str, Any], quick: bool, ranks: SampleShares, **kw) -> dict[str, float]:
         self.measures.real = self.measures.real or ImageSet(self.x, self.pixels)
@@ -139,7 +139,7 @@ class LatentSuite(Suite):
         return values | (self._named(local.float(), {}, True, ranks, only=only) if only else {})
 
     def picture(self, panels: dict[str, Tensor], path: str | Path, columns: int = 4) -> None:
-        pictures.compare({k: self._shown(v[:SHOWN].float()) for k, v in panels.items()}, path, columns=columns)
+        pictures.side_by_side({k: self._shown(v[:SHOWN].float()) for k, v in panels.items()}, path, columns=columns)
 
     @torch.no_grad()
     def _shown(self, x: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class LatentSuite(Suite):
         return x / (3 * x.std()).clamp_min(1e-6)
 
 
-def decoder(path: str, device: Any) -> Callable[[Tensor], Tensor] | None:
+def transient_decoder(path: str, device: Any) -> Callable[[Tensor], Tensor] | None:
     """Latents to pixels by the autoencoder of a diffusers folder, if it has one, which is freed after each call."""
     from distill.models.diffusers import Latent
     from distill.models.diffusers.folder import folder_of

@@ -98,7 +98,7 @@ class Metric:
             both = measure.precision_recall(x, real.rows(self.name).to(x.device), self.k)
             return both[self.name == "recall"]
         if self.name.startswith("k"):
-            return measure.mmd(x, real.rows(self.name).to(x.device))
+            return measure.squared_mmd(x, real.rows(self.name).to(x.device))
         n = min(len(x), len(x if real.features is None else real.features))
         if n <= x.shape[1]:
             warnings.warn(

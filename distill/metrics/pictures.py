@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from distill.data.sources.image import tile, to_uint8
 from distill.errors import BadInput
 
-GAP = 2  # pixels between images, before scaling
 INK, SOFT, PAPER, LINE, BLUE = "#1f2328", "#656d76", "#ffffff", "#d0d7de", "#0969da"
 
 
@@ -40,7 +40,7 @@ def strip(x: Tensor, path: str | os.PathLike, side: int = 96, gap: int = 4) -> P
     return _save(_tiles(x, len(x), None, max(side // x.shape[-1], 1), gap, paper=None).save, path)
 
 
-def compare(
+def side_by_side(
     panels: Mapping[str, Tensor],
     path: str | os.PathLike,
     columns: int | None = None,
@@ -56,7 +56,7 @@ def compare(
 
     size, margin, between = 16, 12, 24
     font = _font(size)
-    images = {title: _tiles(x, columns, labels, scale) for title, x in _not_empty(panels, "compare").items()}
+    images = {title: _tiles(x, columns, labels, scale) for title, x in _not_empty(panels, "side_by_side").items()}
     widths = [max(image.width, math.ceil(font.getlength(title))) for title, image in images.items()]
     top = margin + round(1.6 * size)
     height = top + max(image.height for image in images.values()) + margin
@@ -133,7 +133,7 @@ def _tiles(
     paper: str | None = PAPER,
 ):
     """A PIL image of the grid, transparent between the images where `paper` is None."""
-    from PIL import Image, ImageDraw
+    from PIL import ImageDraw
 
     if x.ndim != 4 or x.shape[1] not in (1, 3) or len(x) == 0:
         raise BadInput(f"images have the shape {tuple(x.shape)}; give (B, C, H, W) with B > 0 and C 1 or 3.")
@@ -142,23 +142,11 @@ def _tiles(
     names = None if labels is None else labels.tolist() if isinstance(labels, Tensor) else list(labels)
     if names is not None and len(names) != len(x):
         raise BadInput(f"{len(names)} labels for {len(x)} images; give one per image, or none.")
-    count, _, height, width = x.shape
-    columns = min(columns or math.ceil(math.sqrt(count)), count)
-    scale = scale or max(1, round(48 / max(height, width)))
-    gap, size = max(2, GAP * scale // 3) if gap is None else gap, 11
-    text = 0 if names is None else round(1.3 * size)
-    rows, step_x, step_y = math.ceil(count / columns), width * scale + gap, height * scale + gap + text
-    mode, background = ("RGB", paper) if paper else ("RGBA", (0, 0, 0, 0))
-    sheet = Image.new(mode, (columns * step_x - gap, rows * step_y - gap), background)
+    size = 11
+    sheet, edges = tile(to_uint8(x), columns, scale, gap, 0 if names is None else round(1.3 * size), paper)
     draw, font = ImageDraw.Draw(sheet), _font(size)
-    bytes_ = ((x.detach().cpu().float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
-    for i, tile in enumerate(bytes_.expand(-1, -1, -1, 3).numpy()):
-        left, top = i % columns * step_x, i // columns * step_y
-        small = Image.fromarray(tile)
-        sheet.paste(small.resize((width * scale, height * scale), Image.Resampling.NEAREST), (left, top))
-        if names is not None:
-            middle = (left + width * scale / 2, top + height * scale + 2)
-            draw.text(middle, str(names[i]), fill=SOFT, font=font, anchor="mt")
+    for name, (middle, bottom) in zip(names or (), edges):
+        draw.text((middle, bottom + 2), str(name), fill=SOFT, font=font, anchor="mt")
     return sheet
 
 

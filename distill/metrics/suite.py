@@ -132,7 +132,7 @@ class ImageSuite(Suite):
                 if not math.isnan(accuracy := self.accuracy.score(x, label)):
                     out[name] = accuracy
             elif name == "mmd":
-                out[name] = distances.mmd(x, self.x)
+                out[name] = distances.squared_mmd(x, self.x)
             elif name in ("precision", "recall") and name not in out:
                 both = dict(zip(("precision", "recall"), distances.precision_recall(x, self.x, self.k[name])))
                 out |= {key: value for key, value in both.items() if self.k.get(key) == self.k[name]}
@@ -152,7 +152,7 @@ class ImageSuite(Suite):
 
     def picture(self, panels: dict[str, Tensor], path: str | Path, columns: int = 10) -> None:
         images = {k: torch.cat(list(self.pixels(v.cpu().float()))) for k, v in panels.items()}
-        pictures.compare(images, path, columns=columns)
+        pictures.side_by_side(images, path, columns=columns)
 
 
 class ToySuite(Suite):
@@ -160,11 +160,19 @@ class ToySuite(Suite):
 
     In one dimension with a deterministic student also `map_error`: root mean square of G(z) - flow map(z), over the
     data's standard deviation.
+
+    Raises:
+        BadInput: `metrics`, which are of images.
     """
 
     headline = "energy"
 
-    def __init__(self, oracle: Any, samples: int = 4000, seed: int = 12345):
+    def __init__(self, oracle: Any, samples: int = 4000, seed: int = 12345, metrics: Any = None):
+        if metrics:
+            raise BadInput(
+                f"eval.metrics: {', '.join(map(str, metrics))} cannot be computed of data with an exact distribution, "
+                "which is scored by energy, nll_gap and mode_kl: leave eval.metrics out."
+            )
         self.oracle = oracle
         self.x, _ = oracle.sample(samples, generator=torch.Generator().manual_seed(seed))
 

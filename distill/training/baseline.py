@@ -23,7 +23,7 @@ Scores = dict[str, dict[str, float]]
 SAMPLED = 256  # values of each tensor that name it
 
 
-def fingerprint(teacher: nn.Module, z: Tensor, cond: Mapping[str, Tensor], tests: Any, about: Any) -> str:
+def baseline_fingerprint(teacher: nn.Module, z: Tensor, cond: Mapping[str, Tensor], tests: Any, about: Any) -> str:
     """A digest of everything the baseline depends on: weights, noises, conditions, reference, and the settings `about`.
 
     Of each tensor the shape and `SAMPLED` evenly spaced values are used, so that 10^10 weights take about a second.

@@ -85,7 +85,7 @@ class Experiment:
         """The metrics of this data: against an exact law for toys; against the data's samples for images; for latents
         under tensor conditions against the data's, or without samples against the teacher's, saved in `folder`."""
         if self.data.oracle is not None:
-            return suite.ToySuite(self.data.oracle)
+            return suite.ToySuite(self.data.oracle, metrics=self._metrics())
         if self.conditions or self.data.info.encoder:
             return self._latents(folder)
         real, held_out = self.data.all(), self._held_out()
@@ -123,7 +123,7 @@ class Experiment:
     def _latents(self, folder: Path | None) -> latents.LatentSuite:
         settings, decode = self.cfg.roles.get("teacher") or {}, None
         if str(settings.get(config.TARGET, "")).endswith("diffusers.load"):
-            decode = latents.decoder(settings["path"], lambda: next(self.method.student.parameters()).device)
+            decode = latents.transient_decoder(settings["path"], lambda: next(self.method.student.parameters()).device)
         options = {
             "metrics": self._metrics(),
             "allow": self.allow,

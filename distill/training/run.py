@@ -139,4 +139,4 @@ def _baseline_name(experiment: Experiment, fixed: tuple[Tensor, dict[str, Tensor
     teacher = cfg.roles.get("teacher")
     recipe = OmegaConf.to_container(OmegaConf.create({"eval": cfg.eval, "teacher": teacher}))
     about = [recipe, method.guidance, method.grid.steps, cfg.engine.precision]
-    return baseline.fingerprint(method.role("teacher") or torch.nn.Identity(), *fixed, tests, about)
+    return baseline.baseline_fingerprint(method.role("teacher") or torch.nn.Identity(), *fixed, tests, about)

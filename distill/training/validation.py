@@ -43,7 +43,7 @@ class Validation(PeriodicCallback):
         fixed: noises and conditions of every validation.
         record: the MetricLogger.
         writer: the checkpoint Writer, which receives the scores; None on ranks that write nothing.
-        name: of the teacher baseline; see `baseline.fingerprint`.
+        name: of the teacher baseline; see `baseline.baseline_fingerprint`.
         rows: samples per call.
         ranks: who shares the samples.
     """

@@ -56,6 +56,21 @@ def test_images_round_trip(channels):
     assert np.array_equal(image.decode(image.encode(x)), x)
 
 
+def test_pixels_are_rounded_and_clipped_to_bytes():
+    assert image.to_uint8(torch.tensor([-7.0, -1.0, 0.0, 0.25, 1.0, 7.0])).tolist() == [0, 0, 128, 159, 255, 255]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_tiles_stand_row_by_row(channels):
+    x = np.broadcast_to(np.array([0, 255, 100], np.uint8)[:, None, None, None], (3, channels, 4, 6))
+    sheet, edges = image.tile(x, scale=1, gap=0)
+    assert sheet.mode == "RGB" and sheet.size == (12, 8) and edges == [(3, 4), (9, 4), (3, 8)]
+    assert [sheet.getpixel(p)[0] for p in ((0, 0), (6, 0), (0, 4), (6, 4))] == [0, 255, 100, 255]
+    sheet, edges = image.tile(x, 3, scale=2, gap=1, below=5, background=None)
+    assert sheet.mode == "RGBA" and sheet.size == (3 * 12 + 2, 8 + 5) and edges == [(6, 8), (19, 8), (32, 8)]
+    assert sheet.getpixel((12, 0)) == sheet.getpixel((0, 8)) == (0, 0, 0, 0)
+
+
 def saved(picture: Image.Image, kind: str = "PNG", **options) -> bytes:
     out = io.BytesIO()
     picture.save(out, kind, **options)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from distill.data import prepare
-from distill.data.pairs import Pairs, fingerprint, write
+from distill.data.pairs import Pairs, model_fingerprint, write
 from distill.denoise import Denoiser, Gaussian
 from distill.errors import BadInput
 from distill.models.small import MLP
@@ -105,7 +105,7 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(folder, tmp_path):
 def test_a_fingerprint_names_weights_schedule_and_prediction():
     net = MLP(dim=2, width=8)
     models = [Denoiser(net, RectifiedFlow()), Denoiser(net, VPCosine()), Denoiser(net, RectifiedFlow(), "v")]
-    names = [fingerprint(m) for m in models]
-    assert len(set(names)) == 3 and names[0] == fingerprint(Denoiser(net, RectifiedFlow()))
+    names = [model_fingerprint(m) for m in models]
+    assert len(set(names)) == 3 and names[0] == model_fingerprint(Denoiser(net, RectifiedFlow()))
     next(net.parameters()).data[0] += 1e-3
-    assert fingerprint(models[0]) != names[0]
+    assert model_fingerprint(models[0]) != names[0]

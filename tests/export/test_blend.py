@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from distill.errors import BadInput
 from distill.export import blend, export
-from distill.export.verify import compare
+from distill.export.verify import stock_differences
 from distill.inspect.frontier import interpolate_exports
 from distill.models import MLP
 from distill.models.diffusers import load
@@ -114,7 +114,7 @@ def test_exported_folders_mix_and_are_proven_again(tmp_path):
             ends[kind, seed] = net.stock.state_dict()
             export(one, 4, "ode", tmp_path / f"{kind}{seed}", kind=kind)
         jobs.append(blend.merge_folders(tmp_path / f"{kind}1", tmp_path / f"{kind}2", tmp_path / f"{kind}-mix", 0.3))
-    for value in compare(jobs):
+    for value in stock_differences(jobs):
         assert not isinstance(value, str) and value < 1e-5, value
     mixed = diffusers.SD3Transformer2DModel.from_pretrained(jobs[0] / "transformer").state_dict()
     for key, value in mixed.items():

@@ -10,7 +10,7 @@ import torch
 from distill import config
 from distill.denoise import Denoiser
 from distill.export import export, lora, single_file
-from distill.export.card import card, picture
+from distill.export.card import card
 from distill.export.snippet import COMFYUI
 from distill.export.verify import verify
 from distill.models.diffusers import DiT, load, schedule_of, tiny
@@ -95,17 +95,6 @@ def test_card_lays_out_the_nested_metrics_of_a_run():
     ):
         assert line in text, line
     assert "heun" not in text
-
-
-@pytest.mark.parametrize("channels, mode", [(1, "L"), (3, "RGB")])
-def test_picture_puts_samples_side_by_side(channels, mode):
-    samples = torch.full((3, channels, 4, 4), -1.0)
-    samples[1] = 1.0
-    samples[2] = 7.0  # clipped
-    sheet = picture(samples)
-    assert sheet.mode == mode and sheet.size == (8, 8)
-    gray = sheet.convert("L")
-    assert [gray.getpixel(p) for p in ((0, 0), (4, 0), (0, 4), (4, 4))] == [0, 255, 255, 0]
 
 
 # -- what a card says of other programs -----------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from distill.denoise import Denoiser
 from distill.errors import BadInput
 from distill.export import export
 from distill.export.folder import stock_table
-from distill.export.verify import compare
+from distill.export.verify import stock_differences
 from distill.models import MLP, Transformer
 from distill.models.diffusers import DiT, UNet2D, grid_of, load, schedule_of
 from distill.noise import RectifiedFlow, Table
@@ -52,7 +52,7 @@ def test_stock_diffusers_draws_the_trainers_samples(tmp_path):
     assert pixels.net.stock.config.out_channels == 6 and len(pixels.net.stock.conv_out.bias) == 6  # itself as it was
     folders = sorted(tmp_path.iterdir())
     assert len(folders) == 14
-    for folder, value in zip(folders, compare(folders)):
+    for folder, value in zip(folders, stock_differences(folders)):
         assert value < (5e-5 if folder.name == "teacher" else 1e-5), folder.name  # fifty steps round more often
         samples = load_file(folder / "reference.safetensors")["samples"]
         assert samples.std() > 0.1 and samples.std(0).max() > 0.1, folder.name

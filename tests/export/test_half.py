@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from distill.errors import BadInput
 from distill.export import export
-from distill.export.verify import TOLERANCES, compare
+from distill.export.verify import TOLERANCES, stock_differences
 from distill.models.diffusers import load, tiny
 from distill.models.lora import SharedBase
 
@@ -61,7 +61,7 @@ def exported(tmp_path_factory):
         config = wrong / "scheduler" / "scheduler_config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"timestep_spacing": "leading"}))
         folders[f"{dtype} wrong"] = wrong
-    return folders, dict(zip(folders, compare(list(folders.values()))))
+    return folders, dict(zip(folders, stock_differences(list(folders.values()))))
 
 
 def test_bases_in_half_precision_only_are_exported_whole(exported):

@@ -15,7 +15,7 @@ from distill.cli import main
 from distill.denoise import Denoiser
 from distill.errors import BadInput
 from distill.export import export
-from distill.export.verify import compare
+from distill.export.verify import stock_differences
 from distill.models import MLP
 from distill.models.diffusers import UNet2D, load, schedule_of
 from distill.models.diffusers import tiny as families
@@ -39,13 +39,13 @@ def test_the_graph_is_the_students_step_at_any_batch(tmp_path):
     assert (x - wanted).abs().max() / wanted.abs().max() < 1e-5
     wanted = student.schedule.add_noise(wanted, s, noise)
     assert (x_s - wanted).abs().max() / wanted.abs().max() < 1e-5
-    assert compare([out])[0] < 1e-5
+    assert stock_differences([out])[0] < 1e-5
     space, code = {}, (out / "README.md").read_text().split("```")[1].removeprefix("python\n")
     exec(code.replace('"out/', f'"{tmp_path}/out/'), space)  # as it stands on the card, conditions too
     assert space["x"].shape == (1, 1, 8, 8) and list(space["cond"]) == ["label"]
     stored = load_file(out / "reference.safetensors")
     save_file(stored | {"samples": stored["samples"] + 0.01}, out / "reference.safetensors")
-    assert 1e-3 < compare([out])[0] < 0.1
+    assert 1e-3 < stock_differences([out])[0] < 0.1
 
 
 def test_the_verbs_export_and_verify(tmp_path, monkeypatch):
@@ -84,7 +84,7 @@ class Counted(onnxruntime.InferenceSession):
 def test_networks_of_our_own_need_no_stock_class(tmp_path):
     torch.manual_seed(0)
     out = export(Denoiser(MLP(dim=2), RectifiedFlow(), "flow"), 3, "ode", tmp_path / "out", kind="onnx")
-    assert compare([out])[0] < 1e-5
+    assert stock_differences([out])[0] < 1e-5
 
 
 FAMILIES = {
@@ -106,7 +106,7 @@ def test_text_families(tmp_path, name):
     families.shake(student.net, 0.03, seed=9)
     out = export(student, 4, "ode", tmp_path / "out", kind="onnx")
     assert json.loads((out / "distill.json").read_text())["batch"] == batch
-    found = compare([out])[0]
+    found = stock_differences([out])[0]
     print(f"{name} onnx ode: {found:.1e}")
     assert found < 1e-5
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from distill.errors import BadInput
 from distill.export import export
-from distill.export.verify import compare
+from distill.export.verify import stock_differences
 from distill.models.diffusers import grid_of, load
 from distill.models.diffusers import tiny as families
 from distill.models.lora import SharedBase
@@ -90,7 +90,7 @@ def ship(teachers, out, jobs):
         one = student(teachers, name, kind == "lora")
         key = f"{name} {kind} {sampler}"
         folders[key] = export(one, 4, sampler, out / key.replace(" ", "-"), kind=kind, w=2.0)
-    return dict(zip(folders, compare(list(folders.values())))), folders
+    return dict(zip(folders, stock_differences(list(folders.values())))), folders
 
 
 def jobs_of(table):
@@ -198,7 +198,7 @@ def test_flow_schedulers_serve_uniform_grids_under_any_shift(shift, even):
         flow_scheduler(one, odd, "ode", even, False)
 
 
-def test_told_inputs_fold_and_free_grids_are_named_in_the_call(teachers, tmp_path):
+def test_guidance_inputs_fold_and_free_grids_are_named_in_the_call(teachers, tmp_path):
     guided = student(teachers, "sd1", null=None, guided=True, flow_map=True)
     free = student(teachers, "sd3"), Grid.of([1, 0.9, 0.3, 0.2, 0])
     lattice = student(teachers, "sd1"), Grid.of([1, 0.9, 0.25, 0])
@@ -209,7 +209,7 @@ def test_told_inputs_fold_and_free_grids_are_named_in_the_call(teachers, tmp_pat
     ]
     calls = [json.loads((f / "distill.json").read_text())["call"] for f in folders]
     assert "sigmas" in calls[1] and calls[2] == {"num_inference_steps": 3, "timesteps": [999, 899, 249]}
-    for value in compare(folders):
+    for value in stock_differences(folders):
         assert not isinstance(value, str) and value < 1e-5, value
 
 

@@ -11,7 +11,7 @@ from distill.denoise import Denoiser
 from distill.errors import BadInput
 from distill.export import export
 from distill.export import verify as module
-from distill.export.verify import STOCK, compare, verify
+from distill.export.verify import STOCK, stock_differences, verify
 from distill.models.diffusers import UNet2D, schedule_of
 
 
@@ -43,7 +43,7 @@ def judged(tmp_path_factory):
     for name, hurt in damage.items():
         hurt(shutil.copytree(honest, root / name))
     jobs = {name: (name, 2) for name in ("honest", *damage)} | {"other steps": ("honest", 4)}
-    found = compare([root / name for name, _ in jobs.values()], [steps for _, steps in jobs.values()])
+    found = stock_differences([root / name for name, _ in jobs.values()], [steps for _, steps in jobs.values()])
     return dict(zip(jobs, found)), root
 
 
@@ -66,7 +66,7 @@ def test_the_difference_sees_every_damage(judged):
 )
 def test_verify_refuses_what_differs(judged, monkeypatch, name, words):
     found, root = judged
-    monkeypatch.setattr(module, "compare", lambda folders, steps, base, device: [found[name]])
+    monkeypatch.setattr(module, "stock_differences", lambda folders, steps, base, device: [found[name]])
     with pytest.raises(BadInput, match=words):
         verify(root / name)
 
@@ -74,7 +74,7 @@ def test_verify_refuses_what_differs(judged, monkeypatch, name, words):
 def test_an_honest_export_passes(judged, monkeypatch, capsys):
     found, root = judged
     monkeypatch.setattr(
-        module, "compare", lambda folders, steps, base, device: [found["honest"]] if steps == [2] else []
+        module, "stock_differences", lambda folders, steps, base, device: [found["honest"]] if steps == [2] else []
     )
     assert verify(root / "honest") == found["honest"]
     assert "max |stock - ours|" in capsys.readouterr().out
@@ -83,7 +83,7 @@ def test_an_honest_export_passes(judged, monkeypatch, capsys):
 def test_other_steps_warn_and_are_not_judged(judged, monkeypatch):
     found, root = judged
     monkeypatch.setattr(
-        module, "compare", lambda folders, steps, base, device: [found["other steps"]] if steps == [4] else []
+        module, "stock_differences", lambda folders, steps, base, device: [found["other steps"]] if steps == [4] else []
     )
     with pytest.warns(UserWarning, match="made for 2 steps; with 4"):
         assert verify(root / "honest", steps=4) > 1e-3
@@ -94,7 +94,7 @@ def test_strange_folders_and_dead_processes(tmp_path, monkeypatch):
         verify(tmp_path)
     monkeypatch.setattr(module, "STOCK", "raise SystemExit('no torch here')")
     with pytest.raises(BadInput, match="no torch here"):
-        compare([tmp_path], [1])
+        stock_differences([tmp_path], [1])
 
 
 def test_the_proof_is_independent_of_us():

@@ -72,7 +72,7 @@ def test_a_folder_of_single_images_by_prompt(runs, tmp_path):
     assert not torch.equal(x[0], opened.sample(seed=4, prompts=["something else"] * 3)[0])
 
 
-def test_latents_are_drawn_as_many_as_asked(runs, tmp_path):
+def test_latents_are_drawn_in_the_given_number(runs, tmp_path):
     assert distill.sample(runs / "tdm", tmp_path / "few.png", 40).exists()
     assert Image.open(tmp_path / "few.png").width > 6 * 16  # seven columns of 16 pixels, not four
     distill.sample(runs / "tdm", tmp_path / "many", 19)
@@ -103,7 +103,7 @@ def test_the_batch_size_bounds_a_call(runs, monkeypatch):
     assert len(opened.sample(7, batch_size=3)) == 7 and seen == [3, 3, 1]
 
 
-def test_labels_are_asked_by_name(runs, tmp_path):
+def test_labels_are_given_by_name(runs, tmp_path):
     call = ["sample", str(runs / "digits"), str(tmp_path / "out"), "-n", "4", "--label", "7", "--label", "3"]
     done = CliRunner().invoke(main, call)
     assert done.exit_code == 0, done.output
@@ -117,7 +117,7 @@ def test_labels_are_asked_by_name(runs, tmp_path):
     assert names(tmp_path / "plain")[10] == "00010-seed0-label0.png"  # as balanced labels are drawn
 
 
-def test_samples_and_exports_go_where_they_are_told(runs, monkeypatch):
+def test_samples_and_exports_are_written_to_the_given_folder(runs, monkeypatch):
     """Without an accelerator here: every tensor of the student is asked for on the device `meta`."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert drawing.choose_device(None) == "cpu"
@@ -161,8 +161,8 @@ def test_exports_in_half_precision_are_verified_once(runs, tmp_path, name, kind,
     from distill.export import verify as module
 
     calls = []
-    inner = module.compare
-    monkeypatch.setattr(module, "compare", lambda *a, **kw: calls.append(a) or inner(*a, **kw))
+    inner = module.stock_differences
+    monkeypatch.setattr(module, "stock_differences", lambda *a, **kw: calls.append(a) or inner(*a, **kw))
     out = tmp_path / "student"
     done = CliRunner().invoke(main, ["export", str(runs / name), str(out), "--as", kind, "--dtype", "bfloat16"])
     assert done.exit_code == 0, done.output

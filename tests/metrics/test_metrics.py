@@ -17,8 +17,8 @@ from distill.noise import RectifiedFlow
 RF = RectifiedFlow()
 PAIRWISE = {
     "frechet": m.frechet,
-    "cubic": m.mmd,
-    "rbf": partial(m.mmd, kernel="rbf"),
+    "cubic": m.squared_mmd,
+    "rbf": partial(m.squared_mmd, kernel="rbf"),
     "energy": m.energy_distance,
     "precision": lambda x, y: m.precision_recall(x, y)[0],
     "recall": lambda x, y: m.precision_recall(x, y)[1],
@@ -68,14 +68,14 @@ def test_mmd_cubic_agrees_with_torchmetrics():
     from torchmetrics.image.kid import poly_mmd
 
     x, y = randn(60, 9), 0.5 * randn(60, 9, seed=1) + 0.3
-    assert m.mmd(x, y) == pytest.approx(float(poly_mmd(x, y, degree=3)), rel=1e-10)
+    assert m.squared_mmd(x, y) == pytest.approx(float(poly_mmd(x, y, degree=3)), rel=1e-10)
 
 
 def test_mmd_of_two_points_is_the_kernel_itself():
     a, b = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, -1.0]])
     x, y = a.expand(3, 2), b.expand(5, 2)
-    assert m.mmd(x, y) == pytest.approx(3.5**3 + 1.5**3 - 2 * 0.0**3)
-    assert m.mmd(x, y, kernel="rbf", bandwidth=2.0) == pytest.approx(2 - 2 * math.exp(-10 / 8))
+    assert m.squared_mmd(x, y) == pytest.approx(3.5**3 + 1.5**3 - 2 * 0.0**3)
+    assert m.squared_mmd(x, y, kernel="rbf", bandwidth=2.0) == pytest.approx(2 - 2 * math.exp(-10 / 8))
 
 
 def rbf_closed_form(shift, s, h):
@@ -86,7 +86,7 @@ def rbf_closed_form(shift, s, h):
 def test_mmd_rbf_is_unbiased_even_from_four_samples():
     shift, s, h = 0.7, 0.5, 1.0
     draws = randn(3000, 2, 4, 1)
-    values = torch.tensor([m.mmd(s * a + shift, b, kernel="rbf", bandwidth=h) for a, b in draws])
+    values = torch.tensor([m.squared_mmd(s * a + shift, b, kernel="rbf", bandwidth=h) for a, b in draws])
     error = float(values.std()) / math.sqrt(len(values))
     assert float(values.mean()) == pytest.approx(rbf_closed_form(shift, s, h), abs=4 * error)
     assert error < 0.01  # the biased estimate is 0.2 too high here
@@ -94,7 +94,9 @@ def test_mmd_rbf_is_unbiased_even_from_four_samples():
 
 def test_mmd_bandwidth_comes_from_the_reference_alone():
     x, y = randn(30, 2), 3 * white(40, 2, seed=1)
-    assert m.mmd(x, y, kernel="rbf") == pytest.approx(m.mmd(x, y, kernel="rbf", bandwidth=math.sqrt(18)))
+    assert m.squared_mmd(x, y, kernel="rbf") == pytest.approx(
+        m.squared_mmd(x, y, kernel="rbf", bandwidth=math.sqrt(18))
+    )
 
 
 def test_energy_distance_agrees_with_scipy():
@@ -169,9 +171,9 @@ def test_bad_samples_are_refused(metric):
 
 def test_unknown_kernel_and_constant_reference_are_refused():
     with pytest.raises(BadInput, match="Did you mean 'cubic'"):
-        m.mmd(randn(5, 2), randn(5, 2), kernel="cubik")
+        m.squared_mmd(randn(5, 2), randn(5, 2), kernel="cubik")
     with pytest.raises(BadInput, match="bandwidth"):
-        m.mmd(randn(5, 2), torch.ones(5, 2), kernel="rbf")
+        m.squared_mmd(randn(5, 2), torch.ones(5, 2), kernel="rbf")
     with pytest.raises(BadInput, match="k is 0"):
         m.precision_recall(randn(5, 2), randn(5, 2), k=0)
 
@@ -201,7 +203,7 @@ def test_accuracy_on_digits_it_has_not_seen(digits, accuracy):
     assert accuracy.predict(x[:5]).tolist() == y[:5].tolist()
 
 
-def test_accuracy_refuses_what_it_cannot_judge(digits, accuracy):
+def test_accuracy_refuses_what_it_cannot_classify(digits, accuracy):
     x, y = digits[0][:4], digits[1][:4]
     for bad_x, bad_y in ((x, -torch.ones_like(y)), (x, y[:3]), (x, y.float()), (x[..., :7], y), (x * math.nan, y)):
         with pytest.raises(BadInput):

@@ -67,7 +67,7 @@ def test_the_names_of_papers_use_their_networks(sets, tmp_path):
     x, y = (Dinov2(weights, side=28)(part) for part in sets)
     assert found == {
         "fd_dinov2": pytest.approx(distances.frechet(x, y), rel=1e-4),
-        "kd_dinov2": pytest.approx(distances.mmd(x, y), rel=1e-3),
+        "kd_dinov2": pytest.approx(distances.squared_mmd(x, y), rel=1e-3),
     }
     assert named.FEATURES == {"fid": "inception", "kid": "inception", "fd_dinov2": "dinov2", "kd_dinov2": "dinov2"}
 
@@ -86,11 +86,11 @@ def test_fid_looks_through_inception(tmp_path, monkeypatch):
     a, b = (torch.nn.functional.adaptive_avg_pool2d(part, 2).flatten(1) for part in (a, b))
     assert found == {
         "fid": pytest.approx(distances.frechet(a, b), rel=1e-5),
-        "kid": pytest.approx(distances.mmd(a, b), rel=1e-4),
+        "kid": pytest.approx(distances.squared_mmd(a, b), rel=1e-4),
     }
 
 
-def test_scores_of_each_sample_are_averaged_and_told_what_was_asked_for(sets, tmp_path):
+def test_scores_of_each_sample_are_averaged_and_get_its_conditions(sets, tmp_path):
     from distill.metrics.rewards import ClipScore
 
     clip, x = looks.clip(tmp_path / "clip"), sets[0][:70]
@@ -149,7 +149,7 @@ def test_a_reference_may_be_a_folder_of_images(sets, tmp_path):
     assert named.images_of(folder).key == named.images_of(folder).key
 
 
-def test_too_few_samples_are_said_and_one_is_refused(sets):
+def test_too_few_samples_are_reported_and_one_is_refused(sets):
     with pytest.warns(UserWarning, match="fd_own of 12 samples with 12 features: their covariance is singular"):
         measure({"fd_own": {"features": SHRINK}}, sets[0][:12], sets[1])
     with pytest.raises(BadInput, match="has 1 samples and this metric needs at least 2"):

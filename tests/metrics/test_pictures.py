@@ -65,10 +65,10 @@ def test_labels_are_written_below(tmp_path):
     ).any()
 
 
-def test_compare_puts_panels_side_by_side_under_their_titles(tmp_path):
+def test_panels_are_side_by_side_under_their_titles(tmp_path):
     dark, light = -torch.ones(4, 1, 8, 8), 0.5 * torch.ones(4, 1, 8, 8)
     long = "a title that is longer than four little images"
-    image = pixels(pictures.compare({long: dark, "student": light}, tmp_path / "x.png", columns=2, scale=2))
+    image = pixels(pictures.side_by_side({long: dark, "student": light}, tmp_path / "x.png", columns=2, scale=2))
     black, grey = (image == 0).all(-1), (image == 191).all(-1)
     assert black.sum() == grey.sum() == 4 * 16 * 16
     assert black.any(0).nonzero()[0].max() < grey.any(0).nonzero()[0].min()  # left and right
@@ -89,10 +89,10 @@ def test_pictures_refuse_bad_images(tmp_path):
         with pytest.raises(BadInput):
             pictures.grid(bad, 2, path)
         with pytest.raises(BadInput):
-            pictures.compare({"x": bad}, path)
+            pictures.side_by_side({"x": bad}, path)
     with pytest.raises(BadInput, match="5 labels for 6 images"):
         pictures.grid(GREY, 3, path, labels=range(5))
-    for draw in (pictures.compare, pictures.scatter, pictures.histogram):
+    for draw in (pictures.side_by_side, pictures.scatter, pictures.histogram):
         with pytest.raises(BadInput, match="no panels"):
             draw({}, path)
     assert not path.exists()

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from distill import config
 from distill.denoise import Gaussian, GaussianMixture
+from distill.errors import BadInput
 from distill.metrics import suite
 from distill.noise import RectifiedFlow
+from distill.training.experiment import build_experiment
+
+TOY = Path(__file__).parents[2] / "configs" / "toy" / "tdm.yaml"
 
 RING = {"modes": 6, "radius": 1.5, "std": 0.15, "schedule": RectifiedFlow()}
 
@@ -85,6 +92,12 @@ def test_exact_samples_of_a_toy_score_as_other_samples_of_its_law():
     assert suite.ToySuite(law).score(x, {}, quick=True) == tests.score(
         x, {}, quick=True
     )  # the same reference each time
+
+
+def test_metrics_of_images_are_refused_for_a_toy():
+    cfg = config.load([TOY], ["eval.metrics=[fid, mmd]"])
+    with pytest.raises(BadInput, match=r"^eval\.metrics: fid, mmd cannot be computed .*: leave eval\.metrics out\.$"):
+        build_experiment(cfg).suite()
 
 
 def test_a_lost_mode_and_a_shift_are_seen():

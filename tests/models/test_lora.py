@@ -10,7 +10,7 @@ from distill import config
 from distill.denoise import Denoiser
 from distill.errors import BadInput
 from distill.export import export
-from distill.export.verify import compare
+from distill.export.verify import stock_differences
 from distill.models import Transformer
 from distill.models.diffusers import DiT
 from distill.models.lora import LoRAAdapter, SharedBase, apply_layout
@@ -150,4 +150,4 @@ def test_an_adapter_is_exported_as_the_network_that_it_makes(tmp_path):
         torch.nn.init.normal_(p, std=0.2)
     student = Denoiser(moved(shared), Table.of(RectifiedFlow(), 1000), "v")
     out = export(student, 4, "ode", tmp_path / "out")
-    assert compare([out])[0] < 1e-5
+    assert stock_differences([out])[0] < 1e-5

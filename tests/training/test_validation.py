@@ -44,7 +44,7 @@ def test_the_teacher_stands_beside_the_student_at_every_validation(done):
             assert len(line) == 1 and line != {""}, "a horizontal line"
 
 
-def test_the_lines_are_the_teachers_own_from_the_students_noise(done):
+def test_the_baseline_is_the_teachers_own_from_the_students_noise(done):
     folder, experiment = done
     z, cond = experiment.noise(60, experiment.cfg.eval.seed)
     teacher, tests = experiment.method.teacher, experiment.suite()
@@ -87,7 +87,7 @@ def test_another_teacher_noise_count_or_grid_is_another_line(change):
 
 def test_other_weights_are_another_teacher():
     net, tests = torch.nn.Linear(50, 50), Suite()
-    name = lambda: baseline.fingerprint(net, torch.zeros(2), {}, tests, None)
+    name = lambda: baseline.baseline_fingerprint(net, torch.zeros(2), {}, tests, None)
     before = name()
     assert name() == before
     with torch.no_grad():

@@ -1,18 +1,66 @@
-"""Images: decoding, encoding and resizing of uint8 (C, H, W) with C = 1 (grey) or 3 (colour)."""
+"""Images: decoding, encoding, resizing and tiling of uint8 (C, H, W) with C = 1 (grey) or 3 (colour)."""
 
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff")
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 _GREY = ("1", "L", "LA")
 _MODES = {1: "L", 3: "RGB"}
+
+
+def to_uint8(x: Tensor) -> np.ndarray:
+    """uint8 of pixels in [-1, 1], of any shape: 127.5 (x + 1), rounded and clipped."""
+    return ((x.detach().cpu().float() + 1) * 127.5).round().clamp(0, 255).byte().numpy()
+
+
+def tile(
+    images: np.ndarray,
+    columns: int | None = None,
+    scale: int | None = None,
+    gap: int | None = None,
+    below: int = 0,
+    background: str | None = "#ffffff",
+) -> tuple[Any, list[tuple[float, int]]]:
+    """Images in a grid, row by row.
+
+    Args:
+        images: uint8 (B, C, H, W).
+        columns: images in a row; None makes the grid nearly square.
+        scale: the whole factor by which images grow, pixels staying square; None makes them about 48 pixels wide.
+        gap: pixels between images; None takes two thirds of `scale`, at least 2.
+        below: pixels left free below each image.
+        background: colour of what no image covers; None makes it transparent.
+
+    Returns:
+        The grid as an RGB (RGBA if transparent) image of PIL, and the middle (x, y) of each image's lower edge in it.
+    """
+    from PIL import Image
+
+    count, _, height, width = images.shape
+    columns = min(columns or math.ceil(math.sqrt(count)), count)
+    scale = scale or max(1, round(48 / max(height, width)))
+    gap = max(2, 2 * scale // 3) if gap is None else gap
+    step_x, step_y = width * scale + gap, height * scale + gap + below
+    mode, fill = ("RGB", background) if background else ("RGBA", (0, 0, 0, 0))
+    sheet = Image.new(mode, (columns * step_x - gap, math.ceil(count / columns) * step_y - gap), fill)
+    edges = []
+    for i, x in enumerate(images):
+        left, top = i % columns * step_x, i // columns * step_y
+        colour = np.broadcast_to(x, (3, height, width)).transpose(1, 2, 0)
+        sheet.paste(Image.fromarray(colour.repeat(scale, 0).repeat(scale, 1)), (left, top))
+        edges.append((left + width * scale / 2, top + height * scale))
+    return sheet, edges
 
 
 def encode(x: np.ndarray) -> bytes:
