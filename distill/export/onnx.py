@@ -55,7 +55,7 @@ def write(request: ExportRequest) -> dict:
         raise BadInput("Export as onnx needs further packages: pip install 'distill-diffusion[onnx]'.") from error
     from safetensors.torch import save_file
 
-    net, grid, about = request.student.net, request.grid, network_of(request.student)
+    net, grid = request.student.net, request.grid
     conditions = _conditions(request)
     generator = torch.Generator().manual_seed(SEED)
     rows = len(next(iter(conditions.values()))) if conditions else folder.REFERENCES
@@ -80,11 +80,18 @@ def write(request: ExportRequest) -> dict:
         raise BadInput(f"{type(net).__name__} becomes a graph that onnxruntime does not load: {error}") from error
     stored = {"noise": noise, "samples": x} | conditions | ({"fresh": torch.stack(fresh)} if fresh else {})
     save_file({k: v.contiguous() for k, v in stored.items()}, request.staging / "reference.safetensors")
-    record = {
+    pictures = text.pictures(text.source(net), x) if text.takes_text(request.student) else {}
+    return _record(request, list(conditions), batch) | pictures
+
+
+def _record(request: ExportRequest, conditions: list[str], batch: int | None) -> dict:
+    """The conventions of the graph, for distill.json."""
+    net, grid, about = request.student.net, request.grid, network_of(request.student)
+    return {
         "part": about.part or None,
         "network": type(net).__name__,
         "file": FILE,
-        "conditions": list(conditions),
+        "conditions": conditions,
         "shape": list(net.shape),
         "batch": batch,
         "steps": grid.steps,
@@ -97,7 +104,6 @@ def write(request: ExportRequest) -> dict:
         "timesteps": [],
         "reference": {"seed": SEED},
     }
-    return record | (text.pictures(text.source(net), x) if text.takes_text(request.student) else {})
 
 
 def _folded(request: ExportRequest) -> nn.Module:

@@ -67,14 +67,7 @@ def export(
     from distill.export import folder, lora, onnx, single_file, text  # and diffusers with them
 
     out, grid = Path(out), Grid.of(grid)
-    if kind not in KINDS:
-        raise BadInput(f"'{kind}' is not a kind of export: {', '.join(KINDS)} are.{suggest(kind, KINDS)}")
-    if sampler not in folder.SAMPLERS:
-        raise BadInput(f"sampler '{sampler}' is none of {', '.join(folder.SAMPLERS)}.")
-    if dtype not in TOLERANCES:
-        raise BadInput(f"dtype '{dtype}' must be one of {', '.join(TOLERANCES)}.{suggest(dtype, TOLERANCES)}")
-    if kind == "onnx" and dtype != "float32":
-        raise BadInput(f"ONNX graphs are written in float32: leave dtype {dtype} out.")
+    _check_options(kind, sampler, dtype)
     device = "cpu" if kind == "onnx" else device
     recipe = recipe if isinstance(recipe, str) or recipe is None else _yaml(recipe)
     with atomic_folder(out) as staging:
@@ -89,12 +82,12 @@ def export(
         about = writers[kind].write(request)
         pictures = about.pop("pictures", None)
         samples = pictures if samples is None else samples
-        record = (
-            {"distill": __version__, "kind": kind, "dtype": dtype}
-            | about
-            | {"method": method, "metrics": metrics or {}}
+        record = {"distill": __version__, "kind": kind, "dtype": dtype} | about
+        record |= (
+            {"method": method, "metrics": metrics or {}}
+            | terms.record()
+            | {"recipe_hash": recipe and hashlib.sha256(recipe.encode()).hexdigest()}
         )
-        record |= terms.record() | {"recipe_hash": recipe and hashlib.sha256(recipe.encode()).hexdigest()}
         if samples is not None:
             tile(to_uint8(samples[:PICTURED]))[0].save(staging / "samples.png")
         if terms.file:
@@ -103,6 +96,20 @@ def export(
         write_json(staging / "distill.json", record)
         _share(staging)
     return out
+
+
+def _check_options(kind: str, sampler: str, dtype: str) -> None:
+    """Raises BadInput for an unknown kind, sampler or dtype, or two that do not go together."""
+    from distill.export.folder import SAMPLERS
+
+    if kind not in KINDS:
+        raise BadInput(f"'{kind}' is not a kind of export: {', '.join(KINDS)} are.{suggest(kind, KINDS)}")
+    if sampler not in SAMPLERS:
+        raise BadInput(f"sampler '{sampler}' is none of {', '.join(SAMPLERS)}.")
+    if dtype not in TOLERANCES:
+        raise BadInput(f"dtype '{dtype}' must be one of {', '.join(TOLERANCES)}.{suggest(dtype, TOLERANCES)}")
+    if kind == "onnx" and dtype != "float32":
+        raise BadInput(f"ONNX graphs are written in float32: leave dtype {dtype} out.")
 
 
 def _prepare(student: Denoiser, dtype: str, device: str) -> tuple[Denoiser, Any]:

@@ -357,6 +357,47 @@ def gemma_tokenizer():
     return transformers.GemmaTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[])
 
 
+def deep_compression_autoencoder():
+    torch.manual_seed(3)
+    return diffusers.AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=0.41,
+    )
+
+
+def gemma2():
+    torch.manual_seed(4)
+    return shake(
+        transformers.Gemma2Model(
+            transformers.Gemma2Config(
+                vocab_size=32,
+                hidden_size=8,
+                intermediate_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=8,
+                pad_token_id=0,
+                eos_token_id=1,
+                bos_token_id=2,
+            )
+        )
+    )
+
+
 def sana():
     torch.manual_seed(2)
     network = shake(
@@ -376,45 +417,10 @@ def sana():
         ),
         0.05,
     )
-    torch.manual_seed(3)
-    autoencoder = diffusers.AutoencoderDC(
-        latent_channels=4,
-        attention_head_dim=2,
-        encoder_block_types=("ResBlock", "EfficientViTBlock"),
-        decoder_block_types=("ResBlock", "EfficientViTBlock"),
-        encoder_block_out_channels=(8, 8),
-        decoder_block_out_channels=(8, 8),
-        encoder_qkv_multiscales=((), (5,)),
-        decoder_qkv_multiscales=((), (5,)),
-        encoder_layers_per_block=(1, 1),
-        decoder_layers_per_block=(1, 1),
-        downsample_block_type="conv",
-        upsample_block_type="interpolate",
-        decoder_norm_types="rms_norm",
-        decoder_act_fns="silu",
-        scaling_factor=0.41,
-    )
-    torch.manual_seed(4)
-    encoder = shake(
-        transformers.Gemma2Model(
-            transformers.Gemma2Config(
-                vocab_size=32,
-                hidden_size=8,
-                intermediate_size=16,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                head_dim=8,
-                pad_token_id=0,
-                eos_token_id=1,
-                bos_token_id=2,
-            )
-        )
-    )
     return diffusers.SanaPipeline(
         tokenizer=gemma_tokenizer(),
-        text_encoder=encoder,
-        vae=autoencoder,
+        vae=deep_compression_autoencoder(),
+        text_encoder=gemma2(),
         transformer=network,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
