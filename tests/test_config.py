@@ -498,8 +498,16 @@ def test_arguments_of_an_older_config_are_refused_with_the_new_ones():
         config.build(tensors, (), "data")
     with pytest.raises(BadInput, match="'method.same_noise' of distill.methods.LADD was removed; leave it out"):
         config.build({"_target_": "distill.methods.LADD", "same_noise": True}, (), "method")
+    for method, weight in {"Guidance": "max(SNR, 1)", "Reflow": "that of the error in z - x"}.items():
+        message = f"'method.weight' of distill.methods.{method} was removed; leave it out, the weight is {weight}."
+        with pytest.raises(BadInput, match=re.escape(message)):
+            config.build({"_target_": f"distill.methods.{method}", "weight": "x"}, (), "method")
+    with pytest.raises(
+        BadInput, match="'method.clamp' of distill.methods.MMD was removed; clip the samples in the forw"
+    ):
+        config.build({"_target_": "distill.methods.MMD", "clamp": True}, (), "method")
     for (target, _), new in schema.MOVED_ARGUMENTS.items():
-        assert not new or new in config.signature(config.resolve(target))
+        assert not new or " " in new or new in config.signature(config.resolve(target))
 
 
 @pytest.mark.parametrize("value", ["off", "False", "'off'", "disabled"])

@@ -153,10 +153,13 @@ MOVED_OBJECTS = {  # classes of an older config: the new name, or a sentence; em
     "distill.solvers.flowmap.Gamma": "distill.solvers.flowmap.GammaSampler",
     "distill.solvers.stochastic.ReverseSDE": "",
 }
-MOVED_ARGUMENTS = {  # (class, argument) of an older config; empty: removed
+MOVED_ARGUMENTS = {  # (class, argument) of an older config: the new name, or a sentence; empty: removed
     ("distill.data.toy.Tensors", "told"): "conditions",
     ("distill.methods.LADD", "same_noise"): "",
     ("distill.methods.DistillationDPO", "loser"): "form",
+    ("distill.methods.Guidance", "weight"): "was removed; leave it out, the weight is max(SNR, 1).",
+    ("distill.methods.Reflow", "weight"): "was removed; leave it out, the weight is that of the error in z - x.",
+    ("distill.methods.MMD", "clamp"): "was removed; clip the samples in the forward of your roles.features.",
 }
 MOVED = {
     "train.skips": "train.nonfinite_limit",

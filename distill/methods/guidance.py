@@ -31,7 +31,6 @@ class Guidance(Method):
     Args:
         guidance_range: [w_min, w_max]; `guidance` is the w of validation and samples.
         density: law of t; any object of `distill.times` with `density(n, device=...)`.
-        weight: `snr`, `v` or `x`, see `distill.losses.snr`.
         sampler: `ddim`, or `overshoot`, the paper's stochastic sampler.
         base: arguments of Method; `grid` is what validation samples with.
 
@@ -45,7 +44,6 @@ class Guidance(Method):
         *,
         guidance_range: list[float] | tuple[float, float] = (1.0, 5.0),
         density: Any = None,
-        weight: str = "snr",
         sampler: str = "ddim",
         **base,
     ):
@@ -55,7 +53,7 @@ class Guidance(Method):
         low, high = guidance_range
         if low > high:
             raise BadInput(f"method.guidance_range: [{low}, {high}] is empty; give [low, high].")
-        self.strength, self.density, self.weight = Uniform(low, high), density or Uniform(), weight
+        self.strength, self.density = Uniform(low, high), density or Uniform()
         self.sampler = solver(sampler)
         self.serving = "overshoot" if self.sampler.stochastic else "ode"
         self.guided = Guided(self.teacher)
@@ -70,5 +68,5 @@ class Guidance(Method):
         x_t = schedule.add_noise(x, t, z)
         with torch.no_grad():
             target = self.guided(x_t, t, w=w, **cond)
-        weight = snr.weight(self.weight, schedule.log_snr(t))
+        weight = snr.weight("snr", schedule.log_snr(t))
         return mse(self.student(x_t, t, w=w, **cond), target, weight)

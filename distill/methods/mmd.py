@@ -24,7 +24,6 @@ class MMD(Method):
         kernel: `cubic` or `rbf`.
         bandwidths: of the RBF kernels, in units of sqrt(features).
         recompute: keep no activations of the K steps, but compute them again in the backward pass.
-        clamp: clip samples to [-1, 1] before the features, as image networks expect; no gradient outside.
         base: arguments of Method. `roles.features`, a module x (B, ...) -> (B, d), is optional: none compares samples.
     """
 
@@ -38,12 +37,11 @@ class MMD(Method):
         kernel: str = "cubic",
         bandwidths: list[float] | tuple[float, ...] = (0.5**0.5,),
         recompute: bool = True,
-        clamp: bool = False,
         **base,
     ):
         super().__init__({"features": nn.Flatten()} | roles, **base)
         mmd(torch.zeros(2, 1), torch.zeros(2, 1), kernel)  # refuses an unknown name
-        self.kernel, self.bandwidths, self.recompute, self.clamp = kernel, tuple(bandwidths), recompute, clamp
+        self.kernel, self.bandwidths, self.recompute = kernel, tuple(bandwidths), recompute
 
     def turns(self, step):
         yield "student", self.loss
@@ -54,11 +52,8 @@ class MMD(Method):
             denoiser, self.student.schedule.start(z), self.grid, self.sampler, **self.student_conditions(cond, len(z))
         )
         with torch.no_grad():
-            real = self.seen(data)
-        return mmd(self.seen(x), real, self.kernel, self.bandwidths)
-
-    def seen(self, x):
-        return self.features(x.clamp(-1, 1) if self.clamp else x)
+            real = self.features(data)
+        return mmd(self.features(x), real, self.kernel, self.bandwidths)
 
 
 class Recomputed:

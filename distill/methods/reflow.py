@@ -35,7 +35,6 @@ class Reflow(Method):
         solver, solver_steps: the teacher's ODE solver and its uniform steps, where a batch has no `z`.
         only_grid: train at the times of the grid only (distillation), not at all times (reflow).
         density: law of t in reflow.
-        weight: `flow`, the error in z - x; or `x`, `snr`, `v`, see `distill.losses.snr`.
         base: arguments of Method.
     """
 
@@ -49,12 +48,11 @@ class Reflow(Method):
         solver_steps: int = 16,
         only_grid: bool = False,
         density: Any = None,
-        weight: str = "flow",
         **base,
     ):
         super().__init__(roles, **base)
         self.solver, self.times = solver_of(solver), Grid.uniform(solver_steps).times
-        self.only_grid, self.density, self.weight = only_grid, density or Uniform(1e-3, 1.0), weight
+        self.only_grid, self.density = only_grid, density or Uniform(1e-3, 1.0)
         self.guided = Guided(self.teacher, self.guidance)
 
     def turns(self, step):
@@ -89,5 +87,5 @@ class Reflow(Method):
         else:
             t = self.density(n, device=z.device, dtype=at_least_float32(z).dtype)
         x_t = torch.where(bcast(t == 1, z), self.start_of(z), schedule.add_noise(x, t, z))
-        weight = snr.weight(self.weight, schedule.log_snr(t))
+        weight = snr.weight("flow", schedule.log_snr(t))
         return mse(self.student(x_t, t, **self.student_conditions(cond, n)), x, weight)

@@ -84,8 +84,9 @@ def test_only_the_student_gets_gradient_also_through_features():
     assert not any(p.requires_grad for p in method.features.parameters()) and not method.features.training
 
 
-def test_the_clamp_stops_gradient_outside_the_image_range():
-    method = MMD({"teacher": of_gaussian(0, 1), "student": Affine(5.0, 0.1)}, grid=1, clamp=True)
+def test_features_that_clip_pass_no_gradient_outside_the_image_range():
+    roles = {"teacher": of_gaussian(0, 1), "student": Affine(5.0, 0.1), "features": torch.nn.Hardtanh()}
+    method = MMD(roles, grid=1)
     in_turn(method, "student")
     method.loss(torch.randn(8, 1, dtype=D), torch.randn(8, 1, dtype=D), {}).backward()
     assert method.student.m.grad.abs().sum() == 0
