@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -14,25 +16,33 @@ from distill.methods.base import Method
 ROOT = Path(__file__).parents[2]
 BASE = set(inspect.signature(Method.__init__).parameters)
 
-# Numbers, laws and solvers that the recipes leave at the papers' values; the tests of each method pass others.
+# Numbers, laws and solvers that the recipes leave at the papers' values; the tests of each method pass others. Switches, which choose
+# other code, need a recipe: flags, names, averaged targets and a drawn guidance; but for NAMES.
 DEFAULTS = {
-    "AYF": "c distance gamma guidance_range jvp share_max",
-    "CTM": "denoise density gamma solver weighted",
-    "ConsistencyTraining": "target_ema weigh",
-    "Curation": "density temperature",
+    "AYF": "c distance gamma share_max",
+    "CTM": "denoise density solver",
+    "Curation": "density",
     "Diffusion": "density drop_label",
     "DiffusionDPO": "density pair_steps",
     "DistillationDPO": "density normalise student_every",
     "Guidance": "density",
-    "LADD": "balance distillation r1_step",
-    "MeanFlow": "c jvp",
-    "PCM": "guidance_range solver",
+    "LADD": "r1_step",
+    "MeanFlow": "c",
+    "PCM": "solver",
     "Progressive": "rung_steps",
     "Reflow": "density",
-    "SCM": "c jvp sigma_data",
+    "SCM": "c sigma_data",
     "SiD": "density student_every",
-    "TDM": "critic_weight margin separate snr_max student_every",
+    "TDM": "margin snr_max student_every",
 }
+NAMES = {"solver", "normalise"}  # of code that other recipes run: the solvers, and DMD2's and TDM's divisor of the gradient
+
+
+def is_switch(option: inspect.Parameter) -> bool:
+    """By its annotation: a flag, or a name; `float | str` is a number with the value `auto`."""
+    types = set(re.findall(r"\w+", str(option.annotation)))
+    named = "str" in types and not types & {"float", "int"} and option.name not in NAMES
+    return "bool" in types or named or option.name.endswith("_ema") or option.name == "guidance_range"
 
 
 def settings(node) -> list[dict]:
@@ -55,10 +65,32 @@ def used() -> dict[str, set[str]]:
 
 @pytest.mark.parametrize("name", methods.names())
 def test_each_option_is_set_by_a_recipe_or_is_a_listed_default(name, used):
-    keywords = set(inspect.signature(getattr(methods, name).__init__).parameters) - BASE - {"base"}
+    signature = inspect.signature(getattr(methods, name).__init__).parameters
+    keywords = set(signature) - BASE - {"base"}
     listed = set(DEFAULTS.get(name, "").split())
     assert listed <= keywords, f"{name} has no option {', '.join(listed - keywords)}: use DEFAULTS"
+    stale = listed & used[name]
+    assert not stale, f"a recipe sets {', '.join(sorted(stale))} of {name}: take it out of DEFAULTS"
+    switches = sorted(option for option in listed if is_switch(signature[option]))
+    assert not switches, f"{', '.join(switches)} of {name} chooses other code: write a recipe that needs it, or delete it"
     unused = keywords - used[name] - listed
     assert not unused, (
         f"no recipe sets {', '.join(sorted(unused))} of {name}: write one that needs it, or delete the option"
     )
+
+
+def test_flags_names_averages_and_drawn_guidance_are_switches():
+    def options(
+        flag: bool = False,
+        flag_or_name: bool | str = False,
+        name: str | None = None,
+        target_ema: float = 0.0,
+        guidance_range: list[float] | None = None,
+        solver: str = "heun",
+        number: float = 1.0,
+        number_or_auto: float | str | None = "auto",
+        density: Any = None,
+    ): ...
+
+    found = {name for name, option in inspect.signature(options).parameters.items() if is_switch(option)}
+    assert found == {"flag", "flag_or_name", "name", "target_ema", "guidance_range"}
