@@ -16,8 +16,8 @@ from distill.methods.base import Method
 ROOT = Path(__file__).parents[2]
 BASE = set(inspect.signature(Method.__init__).parameters)
 
-# Numbers, laws and solvers that the recipes leave at the papers' values; the tests of each method pass others. Switches, which choose
-# other code, need a recipe: flags, names, averaged targets and a drawn guidance; but for NAMES.
+# Numbers, laws and solvers that the recipes leave at the papers' values; the tests of each method pass others.
+# Switches choose other code and need a recipe: flags, names except NAMES, averaged targets and a drawn guidance.
 DEFAULTS = {
     "AYF": "c distance gamma share_max",
     "CTM": "denoise density solver",
@@ -35,7 +35,7 @@ DEFAULTS = {
     "SiD": "density student_every",
     "TDM": "margin snr_max student_every",
 }
-NAMES = {"solver", "normalise"}  # of code that other recipes run: the solvers, and DMD2's and TDM's divisor of the gradient
+NAMES = {"solver", "normalise"}  # of code that recipes of other methods run
 
 
 def is_switch(option: inspect.Parameter) -> bool:
@@ -72,7 +72,9 @@ def test_each_option_is_set_by_a_recipe_or_is_a_listed_default(name, used):
     stale = listed & used[name]
     assert not stale, f"a recipe sets {', '.join(sorted(stale))} of {name}: take it out of DEFAULTS"
     switches = sorted(option for option in listed if is_switch(signature[option]))
-    assert not switches, f"{', '.join(switches)} of {name} chooses other code: write a recipe that needs it, or delete it"
+    assert not switches, (
+        f"{', '.join(switches)} of {name} chooses other code: write a recipe that needs it, or delete it"
+    )
     unused = keywords - used[name] - listed
     assert not unused, (
         f"no recipe sets {', '.join(sorted(unused))} of {name}: write one that needs it, or delete the option"
