@@ -68,6 +68,7 @@ TESTS = {  # of modules whose tests are not in `tests/KIND/test_NAME.py` alone; 
     "methods/tdm": "methods/test_critics methods/test_tdm",
     **{f"methods/{name}": f"methods/test_laws methods/test_{name}" for name in LAWS},
 }
+PAGES = "methods/test_pages"  # the defaults that a method's page states
 SLOWER = {  # tests of mutants that the first tests do not notice
     "methods/base": "methods/test_modes training/test_stock_trainer",
     "methods/module": "methods/test_modes training/test_stock_trainer",
@@ -136,7 +137,8 @@ class Replaced(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 def tests_of(module: str) -> list[list[str]]:
     """Files of the tests of `distill/KIND/NAME.py`: the first ones, and those of what these do not notice."""
     kind, name = Path(module).parts[1], Path(module).stem
-    stages = TESTS.get(f"{kind}/{name}", f"{kind}/test_{name}"), SLOWER.get(f"{kind}/{name}", "")
+    slower = SLOWER.get(f"{kind}/{name}", PAGES if kind == "methods" else "")
+    stages = TESTS.get(f"{kind}/{name}", f"{kind}/test_{name}"), slower
     return [[f"tests/{name}.py" for name in stage.split()] for stage in stages if stage]
 
 
