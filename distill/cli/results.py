@@ -211,8 +211,9 @@ def push(out: Path, repo: str, private: bool, revision: str | None) -> None:
     multiple=True,
     help="Share of B's weights; give it several times for runs.  [default: 0, 1/4, 1/2, 3/4, 1]",
 )
+@click.option("--weight", hidden=True, multiple=True)
 @click.option("--samples", type=click.IntRange(2), help="How many; the run's own number by default.")
-def merge(a: Path, b: Path, out: Path, shares: tuple[float, ...], samples: int | None) -> None:
+def merge(a: Path, b: Path, out: Path, shares: tuple[float, ...], weight: tuple[str, ...], samples: int | None) -> None:
     """Interpolate the weights of two students A and B: of runs, exports or LoRA files.
 
     Runs: every --share is measured for the quality-diversity trade-off, and a single one is exported too.
@@ -226,6 +227,8 @@ def merge(a: Path, b: Path, out: Path, shares: tuple[float, ...], samples: int |
     """
     from distill.inspect.frontier import interpolate_exports, interpolate_runs, tradeoff_table
 
+    if weight:
+        raise BadInput(f"--weight is --share now: give --share {weight[0]}.")
     if interpolate_exports(a, b, out, shares):
         click.echo(f"{out}: {1 - shares[0]:g} x {a.name} + {shares[0]:g} x {b.name}.")
         return

@@ -40,6 +40,7 @@ class ConsistencyTraining(Method):
     """
 
     frozen, sampler, serving = (), Renoise(), "renoise"
+    needs_total_steps = True
 
     def __init__(
         self,

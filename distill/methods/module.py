@@ -5,6 +5,7 @@ It runs under any `lightning.Trainer`; `distill train` uses the same module with
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sized
 from typing import Any
@@ -38,6 +39,7 @@ class TurnModule(lightning.LightningModule):
     ema: nn.Module
     trainable: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()
+    needs_total_steps = False  # True: the losses depend on the share of the steps that is done
 
     def __init__(self, warm_start: int = 0):
         super().__init__()
@@ -231,17 +233,20 @@ class TurnModule(lightning.LightningModule):
         return Placement(accumulate, scale)
 
     def on_fit_start(self) -> None:
-        """Take the number of steps from the Trainer, and continue from a checkpoint."""
+        """Note whether anything reads the log, and continue from a checkpoint."""
         trainer: lightning.Trainer = self.trainer
-        if trainer.max_steps > 0:
-            self.total_steps = trainer.max_steps
         watching = (Checkpoint, EarlyStopping, ProgressBar)
         self._logging = bool(trainer.loggers) or any(isinstance(c, watching) for c in _callbacks(trainer))
         if self._resumed is not None:
             self.restore(self._resumed)
 
     def on_train_start(self) -> None:
-        """Lightning has loaded the optimizers' states of a checkpoint, with the settings of that run."""
+        """Take the number of steps from the Trainer, and apply this run's settings to the optimizers' loaded states.
+
+        Raises:
+            BadInput: the Trainer has no end, and a schedule needs it.
+        """
+        self.total_steps = self._total_steps()
         self.placement.apply_settings()
         loader = self.trainer.train_dataloader
         if isinstance(loader, Stateful) and not isinstance(loader, Sized):
@@ -250,6 +255,23 @@ class TurnModule(lightning.LightningModule):
                 "resumed run leaves out a batch. Give it a __len__, such as 2**62 for an endless one.",
                 stacklevel=2,
             )
+
+    def _total_steps(self) -> int:
+        """The value of `step` at the end of this fit, by the Trainer's max_steps and max_epochs; 0 if it has no end."""
+        trainer: lightning.Trainer = self.trainer
+        left = trainer.max_steps - trainer.global_step if trainer.max_steps > 0 else math.inf
+        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+            done = trainer.fit_loop.epoch_loop.batch_progress.current.ready  # of the epoch that a checkpoint continues
+            left = min(left, (trainer.max_epochs - trainer.current_epoch) * trainer.num_training_batches - done)
+        if math.isfinite(left):
+            return self.step + int(left)
+        decaying = [f"optim.{role}.decay" for role, o in self.optim.items() if o.decay != "constant"]
+        if decaying or self.needs_total_steps:
+            raise BadInput(
+                f"{decaying[0] if decaying else type(self).__name__} needs the number of training steps, and this Trainer "
+                "has no end: give Trainer(max_steps=...), or max_epochs and a data loader that has a length."
+            )
+        return 0
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Restore the random generators of a resumed run, after data loaders have drawn what they need to start."""

@@ -66,6 +66,7 @@ class Progressive(Method):
         if distance not in DISTANCES:
             raise BadInput(f"method.distance: '{distance}' is none of {', '.join(DISTANCES)}.")
         self.rung_steps, self.weight, self.distance = rung_steps, weight, DISTANCES[distance]
+        self.needs_total_steps = rung_steps is None
         self.strength = None if guidance_range is None else Uniform(*guidance_range)
         self.stride = 2 if stochastic else 1
         self.sampler, self.serving = (Overshoot(), "overshoot") if stochastic else (DDIM(), "ode")

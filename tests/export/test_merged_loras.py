@@ -71,3 +71,8 @@ def test_a_merged_file_acts_in_stock_diffusers_as_the_sum_of_both(tmp_path, fami
     assert len(touched) > 5 and found.keys() == expected.keys()
     for name in found:
         assert (found[name] - expected[name]).abs().max() < 1e-5, name
+
+
+def test_the_older_name_of_the_share_is_refused_with_its_new_one(tmp_path):
+    result = CliRunner().invoke(main, ["merge", "a", "b", str(tmp_path / "c"), "--weight", "0.3"])
+    assert result.exit_code == 2 and "--weight is --share now: give --share 0.3." in result.output

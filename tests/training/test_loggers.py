@@ -119,6 +119,27 @@ def test_offline_entity_group_tags_and_the_checkpoint_artifact_are_there(offline
     }
 
 
+def test_offline_the_export_becomes_an_artifact_of_the_run(offline, tmp_path):
+    folder, _ = offline
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "model_index.json").write_text("{}")
+    before = set((folder / "wandb").glob("offline-run-*/run-*.wandb"))
+    time.sleep(1.1)
+    log = Log(wandb="offline", artifacts=True, to=["wandb"])
+    assert loggers.log_export(folder, log, "n", tmp_path / "student")
+    (new,) = set((folder / "wandb").glob("offline-run-*/run-*.wandb")) - before
+    for _ in range(100):  # wandb's own process writes the file
+        found = list(records(new))
+        names = [r.request.log_artifact.artifact for r in found if r.request.HasField("log_artifact")]
+        names += [r.artifact for r in found if r.HasField("artifact")]
+        if names:
+            break
+        time.sleep(0.1)
+    artifact = next(a for a in names if a.type == "export")
+    assert [e.path for e in artifact.manifest.contents] == ["model_index.json"]
+    assert next(r.run for r in found if r.HasField("run")).run_id == (folder / "wandb_id").read_text().strip()
+
+
 def test_an_export_becomes_an_artifact_only_with_log_artifacts(tmp_path):
     assert not loggers.log_export(tmp_path, Log(), "n", tmp_path)
     assert not loggers.log_export(tmp_path, Log(artifacts=True, to=["csv"]), "n", tmp_path)

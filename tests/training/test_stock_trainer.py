@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import subprocess
 import sys
 import warnings
@@ -66,6 +67,70 @@ def test_every_method_ends_at_max_steps_and_counts_passes(recipe, tmp_path):
     runner.fit(experiment.method, experiment.data)
     assert runner.global_step == experiment.method.step == experiment.method.total_steps == 3
     assert len(runner.optimizers) == len(experiment.method.trainable)
+
+
+class Rates(lightning.Callback):
+    """Keeps the student's learning rate of each pass, and the total of the schedule."""
+
+    def __init__(self):
+        self.rates, self.totals = [], set()
+
+    def on_train_batch_end(self, trainer, method, *_):
+        self.rates.append(method.placement.optimizers["student"].param_groups[0]["lr"])
+        self.totals.add(method.total_steps)
+
+
+def finite(batches=4, batch_size=8, dim=2):
+    x = torch.randn(batches * batch_size, dim)
+    return torch.utils.data.DataLoader(torch.utils.data.StackDataset(x=x), batch_size=batch_size)
+
+
+def epochs(folder, number, callbacks, **options):
+    return trainer(folder, -1, callbacks, max_epochs=number, **options)
+
+
+def test_epochs_set_the_length_of_the_schedules(tmp_path):
+    """Cosine over 3 epochs of 4 batches: 1e-3 (1 + cos(pi k / 12)) / 2 at pass k."""
+    method, rates = tdm(), Rates()
+    epochs(tmp_path, 3, [rates]).fit(method, finite())
+    assert rates.totals == {12} and method.step == 12
+    expected = [1e-3 * (1 + math.cos(math.pi * k / 12)) / 2 for k in (0, 5, 10)]
+    assert [rates.rates[k] for k in (0, 5, 10)] == pytest.approx(expected)
+
+
+def test_the_earlier_of_steps_and_epochs_ends_the_schedule(tmp_path):
+    for steps, number, total in ((5, 3, 5), (50, 2, 8)):
+        rates = Rates()
+        trainer(tmp_path, steps, [rates], max_epochs=number).fit(tdm(), finite())
+        assert rates.totals == {total}
+
+
+def test_a_second_fit_continues_the_count_and_a_resumed_one_ends_where_the_first_would(tmp_path):
+    method, rates = tdm(), Rates()
+    epochs(tmp_path, 2, [rates]).fit(method, finite())
+    epochs(tmp_path, 1, [rates]).fit(method, finite())
+    assert rates.totals == {8, 12} and method.step == 12
+    saves = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=5, save_top_k=-1)
+    epochs(tmp_path, 2, [saves]).fit(tdm(), finite())
+    rates, resumed = Rates(), tdm()
+    epochs(tmp_path, 2, [rates]).fit(resumed, finite(), ckpt_path=tmp_path / "step=5.ckpt")
+    assert rates.totals == {8} and len(rates.rates) == 3 and resumed.step == 8
+
+
+def test_progressive_halves_over_the_epochs(tmp_path):
+    experiment = build_experiment(tiny.recipe("method.warm_start=0", "method.rung_steps=null", name="progressive"))
+    rungs = []
+    seen = lightning.pytorch.callbacks.LambdaCallback(
+        on_train_batch_end=lambda t, method, *_: rungs.append(method.rung)
+    )
+    epochs(tmp_path, 2, [seen]).fit(experiment.method, finite(2 * len(experiment.method.ladder), dim=1))
+    assert rungs == [k for k in range(len(experiment.method.ladder)) for _ in range(4)]
+
+
+@pytest.mark.parametrize("method", [tdm, lambda: build_experiment(tiny.recipe(name="ect")).method])
+def test_a_trainer_without_end_is_refused_where_a_schedule_needs_one(method, tmp_path):
+    with pytest.raises(BadInput, match=r"has no end: give Trainer\(max_steps=...\)"):
+        trainer(tmp_path, -1).fit(method(), data())
 
 
 def test_a_pass_in_which_no_student_steps_counts_too(tmp_path):
