@@ -88,9 +88,13 @@ def config_page(path: Path) -> str:
         "([command line](cli.md)). `base: other.yaml` reads another file first. Unknown keys raise an error that suggests "
         "the nearest name.",
         "`roles`, `method` and `data` hold objects: `_target_` is the dotted path of a class, and the other keys are the "
-        "arguments of its constructor, which the [API](api/index.md) lists.",
+        "arguments of its constructor. Those of the methods, of the adapter and of the data are listed below; other classes are "
+        "in the [API](api/index.md).",
         f"This page is generated from [{path.name}](../../{path.relative_to(ROOT)}).",
         *config_section("RunConfig", "", classes, allowed, notes),
+        *roles_section(),
+        *data_section(),
+        *method_sections(),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -114,6 +118,77 @@ def config_section(name: str, prefix: str, classes: dict, allowed: dict, notes: 
     yield table(("key", "meaning", "default", "allowed", "type"), rows)
     for inner, inner_prefix in nested:
         yield from config_section(inner, inner_prefix, classes, allowed, notes)
+
+
+def roles_section() -> Iterator[str]:
+    """Keys of `roles` beside the networks."""
+    layout = "`full`: every role has its own weights; `shared_base`: all but the teacher are adapters on its network"
+    rows = [("`roles.layout`", layout, "`full`", "`full`, `shared_base`", "`str`")]
+    yield "## roles"
+    yield (
+        "`roles.ROLE` is a network: a `_target_` with its arguments, or the name of another role whose weights it starts from. "
+        "The roles of a method are on [its page](../methods/README.md)."
+    )
+    rows += argument_rows(PACKAGE / "models" / "lora.py", "SharedBase", "roles.adapter.", without=("net",))
+    yield table(("key", "meaning", "default", "allowed", "type"), rows)
+
+
+def data_section() -> Iterator[str]:
+    """Arguments of the two kinds of data that the recipes use."""
+    for path, name in ((("data", "shards", "dataset.py"), "Shards"), (("data", "toy.py"), "Samples")):
+        yield f"## data: {name}"
+        rows = argument_rows(PACKAGE.joinpath(*path), name, "data.")
+        yield table(("key", "meaning", "default", "allowed", "type"), rows)
+
+
+def method_sections() -> Iterator[str]:
+    """Arguments of every method, after those that all have."""
+    yield "## method"
+    yield "Every method has these keys; the sections below list its own."
+    head = ("key", "meaning", "default", "allowed", "type")
+    yield table(head, argument_rows(PACKAGE / "methods" / "base.py", "Method", "method.", without=("roles",)))
+    for path in sorted((PACKAGE / "methods").glob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and "Method" in map(ast.unparse, node.bases):
+                rows = argument_rows(path, node.name, "method.", without=("roles", "base"))
+                if rows:
+                    yield f"## method: {node.name}"
+                    yield table(head, rows)
+
+
+def argument_rows(path: Path, name: str, prefix: str, without: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """A row for each argument of a class's constructor; its meaning is that of the docstring's `Args`."""
+    node = next(n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef) and n.name == name)
+    init = next(n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__")
+    texts = argument_texts(ast.get_docstring(node) or "") | argument_texts(ast.get_docstring(init) or "")
+    required = len(init.args.args) - len(init.args.defaults)
+    pairs = zip(init.args.args[1:], [*[None] * (required - 1), *init.args.defaults])
+    rows = []
+    for argument, value in [*pairs, *zip(init.args.kwonlyargs, init.args.kw_defaults)]:
+        if argument.arg not in without:
+            kind = f"`{ast.unparse(argument.annotation)}`" if argument.annotation else ""
+            shown = f"`{in_yaml(value)}`" if value else "required"
+            rows.append((f"`{prefix}{argument.arg}`", texts.get(argument.arg, ""), shown, "", kind))
+    return rows
+
+
+def argument_texts(docstring: str) -> dict[str, str]:
+    """Argument -> text, from the section `Args` of a docstring; `a, b: text` is the text of both."""
+    found: dict[str, str] = {}
+    match = re.search(r"^Args:\n((?:[ ]+.*\n?|\n)+)", docstring, re.MULTILINE)
+    names: list[str] = []
+    for line in match.group(1).splitlines() if match else ():
+        if start := re.match(r"    (\w+(?:, \w+)*): (.*)", line):
+            names = start.group(1).split(", ")
+            found |= dict.fromkeys(names, start.group(2))
+        else:
+            found |= {name: f"{found[name]} {line.strip()}" for name in names}
+    return found
+
+
+def in_yaml(value: ast.expr) -> str:
+    """A default as YAML; an expression as in the source."""
+    return json.dumps(ast.literal_eval(value)) if is_literal(value) else ast.unparse(value)
 
 
 def comments(source: str) -> dict[int, str]:
