@@ -11,11 +11,12 @@ from PIL import Image
 
 from distill.config.recipes import CHECKPOINTS, PACKAGE
 
+DASHBOARD = "docs/pictures/dashboard.py"
 PAGES = {  # page -> files that it takes for granted; each name is a key of FILES or a run made by `Library`
     "README.md": ("photos", "runs/demo/student"),
     "docs/benchmarks.md": ("fashion_mnist", "data/digits"),
     "docs/check.md": ("data/digits",),
-    "docs/dashboard.md": ("data/digits",),
+    "docs/dashboard.md": ("data/digits", DASHBOARD),
     "docs/data.md": ("photos", "clips", "prompts.txt", "arrays.npz"),
     "docs/export.md": ("runs/digits-tdm", "runs/digits-mmd"),
     "docs/methods/ayf.md": ("data/digits",),
@@ -89,7 +90,7 @@ def teacher(path: Path) -> None:
     shutil.copytree(CHECKPOINTS / "digits-teacher", path)
 
 
-FILES: dict[str, Callable[[Path], None]] = {
+FILES: dict[str, Callable[[Path], object]] = {
     "photos": photos,
     "samples": samples,
     "photo.png": photo,
@@ -98,6 +99,7 @@ FILES: dict[str, Callable[[Path], None]] = {
     "arrays.npz": arrays,
     "fashion_mnist": fashion,
     "runs/demo/student": teacher,
+    DASHBOARD: lambda path: shutil.copy(Path(__file__).parents[1] / DASHBOARD, path),
 }
 RUNS = {"runs/digits-tdm": "digits/tdm", "runs/digits-dmd2": "digits/dmd2", "runs/digits-mmd": "digits/mmd"}
 

@@ -11,8 +11,7 @@ adds options to some verbs, and MODELS replaces ids of published models by their
 an unknown option or key fails here as it fails for a reader.
 
 A comment on the line above a block says why it is not run: `<!-- needs: accelerator -->`, `<!-- needs: network -->`,
-or `<!-- needs: weights -->` (published ones, or a run on them); `<!-- sketch -->` is the one exception. Its `distill`
-commands are still parsed and the keys of
+or `<!-- needs: weights -->` (published ones, or a run on them). Its `distill` commands are still parsed and the keys of
 their configs checked, its Python is compiled and what it imports from `distill` is looked up. `<!-- file: NAME -->` saves the
 block to that file first.
 """
@@ -61,8 +60,8 @@ SLOW = {
     "docs/report.md",
     "docs/tutorials/first-student.md",
 }
-MARK = re.compile(r"<!-- (?:(sketch)|needs: (accelerator|network|weights)|file: (\S+)) -->")
-SKETCHES = 1  # of all pages together: docs/dashboard.md draws validations, which `small` leaves out
+MARK = re.compile(r"<!-- (?:needs: (accelerator|network|weights)|file: (\S+)) -->")
+VALIDATED = ("docs/dashboard.md",)  # pages whose runs validate at each step, as their blocks draw it
 GENERATED = re.compile(
     r"(^|/)(index|changelog|contributing)\.md$|(^|/)reference/(config|cli|map|api/)|pictures/first_student\.png$"
 )
@@ -143,7 +142,7 @@ class Block:
     language: str
     text: str
     line: int  # of its fence
-    mark: str  # "sketch", or what it needs; empty if it is run
+    mark: str  # what it needs; empty if it is run
     file: str = ""  # where a reader is told to save it
 
 
@@ -165,8 +164,8 @@ def blocks(page: Path) -> list[Block]:
         assert mark or not above.startswith("<!--"), f"{page}:{number}: unknown comment {above}"
         if fence[2] in ("bash", "python", "yaml"):
             text = "\n".join(line.removeprefix(fence[1]) for line in lines[number + 1 : end])
-            sketch, needs, file = mark.groups(default="") if mark else ("", "", "")
-            found.append(Block(fence[2], text, number + 1, sketch or needs, file))
+            needs, file = mark.groups(default="") if mark else ("", "")
+            found.append(Block(fence[2], text, number + 1, needs, file))
         number = end + 1
     return found
 
@@ -362,6 +361,8 @@ def test_page(page, library, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)  # pages import the modules that they write
     make_small(monkeypatch)
+    if page in VALIDATED:
+        monkeypatch.setitem(MOST, "train.validate_every", 1)
     names, environment = {"__name__": "__page__"}, dict(os.environ)
     monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))  # pages register their own
     try:
@@ -394,11 +395,6 @@ def test_links(page):
         file = (ROOT / page).parent / path if path else ROOT / page
         assert file.exists(), f"{page} links to {target}, which does not exist"
         assert not anchor or anchor in anchors(file), f"{page} links to {target}, a heading that {path} lacks"
-
-
-def test_few_blocks_are_sketches():
-    marked = [f"{page}:{b.line}" for page in PAGES for b in blocks(ROOT / page) if b.mark == "sketch"]
-    assert len(marked) <= SKETCHES, f"{len(marked)} blocks are never run: {', '.join(marked)}"
 
 
 def test_wrong_blocks_fail(tmp_path, monkeypatch):
