@@ -4,6 +4,7 @@ The blocks of a page run in order in one temporary folder, which starts with the
 
     ```bash    `distill ...` runs in this process, other lines in bash; those that install or need an account (TOOLS) do not
     ```python  runs; the blocks of a page share their names
+    ```toml    names the entry point of plugins
     ```yaml    with keys of a run: keys, types and the arguments of every `_target_` are checked
 
 So that a page takes seconds, `small` lowers numbers of steps and samples after the config was read and checked, FEWER
@@ -25,6 +26,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +42,7 @@ from reader import Library
 
 from distill import config
 from distill.cli import main
-from distill.config import schema
+from distill.config import plugins, schema
 from distill.errors import BadInput
 from distill.models.diffusers import folder as families
 
@@ -321,6 +323,9 @@ def do(block: Block, names: dict, folder: Path) -> None:
         (folder / block.file).write_text(text + "\n")
     if block.language == "yaml":
         check_yaml(text, folder)
+    elif block.language == "toml":
+        for group in tomllib.loads(text)["project"]["entry-points"]:
+            assert group == plugins.GROUP
     elif block.language == "python":
         check_python(text)
         if not block.mark:
