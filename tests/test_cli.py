@@ -84,6 +84,14 @@ def test_every_verb_explains_itself_with_an_example(verb):
     assert result.exit_code == 0 and f"Example:\n    distill {' '.join(verb)}".rstrip() in result.output
 
 
+@pytest.mark.parametrize("verb", [(), *verbs()], ids=" ".join)
+def test_help_fits_80_columns(verb):
+    """No line is longer, and no short description in a list of commands is cut."""
+    output = CliRunner(env={"COLUMNS": "80"}).invoke(main, [*verb, "--help"], prog_name="distill").output
+    assert [line for line in output.splitlines() if len(line) > 80] == []
+    assert [line for line in output.partition("\nCommands:\n")[2].splitlines() if line.endswith("...")] == []
+
+
 def test_the_version_is_printed():
     assert distill("--version").output.startswith("distill, version ")
 

@@ -31,7 +31,9 @@ def _print_splits(out: Path, written: dict[str, Any]) -> None:
 @data.command("digits")
 @click.argument("out", type=click.Path(path_type=Path))
 def data_digits(out: Path) -> None:
-    """Write scikit-learn's 1,797 handwritten digits (8x8, ten classes) to OUT, as train and test split.
+    """Write the 8x8 digits of scikit-learn to shards in OUT.
+
+    1,797 handwritten digits of ten classes, as train and test split.
 
     \b
     Example:
@@ -47,7 +49,9 @@ def data_digits(out: Path) -> None:
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--size", type=int, help="Resize the short side and crop to SIZE x SIZE.")
 def data_images(src: Path, out: Path, size: int | None) -> None:
-    """Write a folder of images to shards in OUT; classes are sub-folders, captions .txt files beside the images.
+    """Write a folder of images to shards in OUT.
+
+    Classes are sub-folders, captions .txt files beside the images.
 
     \b
     Example:
@@ -82,7 +86,9 @@ def data_npz(src: Path, out: Path, channels: str | None, low_high: tuple[float, 
 @click.argument("src", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 def data_idx(src: Path, out: Path) -> None:
-    """Write a folder of MNIST-format idx files (also .gz) to shards in OUT.
+    """Write a folder of MNIST-format idx files to shards in OUT.
+
+    Compressed files (.gz) are read too.
 
     \b
     Example:
@@ -102,15 +108,15 @@ def data_idx(src: Path, out: Path) -> None:
     "--processes", type=click.IntRange(1), default=1, show_default=True, help="Processes that share the work."
 )
 def data_pairs(config_file: Path, out: Path, count: int, seed: int, processes: int) -> None:
-    """Write pairs of noise and the teacher's ODE solution to OUT, with the solver and guidance of CONFIG's method.
+    """Write pairs of noise and the teacher's ODE solution to OUT.
 
-    Reflow stores the ends of each path, Knowledge the path at the times of its grid. Under torchrun or srun the ranks
-    share the work.
+    Solver and guidance are those of CONFIG's method. Reflow stores the ends of each path, Knowledge the path at the
+    times of its grid. Under torchrun or srun the ranks share the work.
 
     \b
     Example:
-      distill data pairs configs/toy/reflow.yaml data/pairs -n 20000
-      distill data pairs configs/digits/knowledge.yaml data/paths -n 20000 --processes 2
+      distill data pairs toy/reflow data/pairs -n 20000
+      distill data pairs digits/knowledge data/paths -n 20000 --processes 2
     """
     from distill import config
     from distill.training import launch
@@ -230,16 +236,16 @@ def _encode(src, out, pipeline, workers, size, frames, per_shard, test, seed, bu
 @click.option("--caption", help="For samples without a .txt; {class} is the name of their folder, '' the empty prompt.")
 @click.option("--skip-bad", is_flag=True, help="Leave out what cannot be read, and list it in OUT/skipped.txt.")
 def data_encode(src: Path, out: Path, **options) -> None:
-    """Encode images, video or sound in SRC, with captions, to shards of latents and text embeddings in OUT.
+    """Encode images, video or sound to shards of latents in OUT.
 
-    SRC is a folder of images, of .npy arrays (video uint8 (F, H, W, 3), sound float (C, L)), or of image shards. A caption is
-    the .txt of the same name beside a file. If the command is interrupted, repeat it to continue. Under torchrun or srun
-    each process does its share.
+    Captions become text embeddings. SRC is a folder of images, of .npy arrays (video uint8 (F, H, W, 3), sound float
+    (C, L)), or of image shards. A caption is the .txt of the same name beside a file. If the command is interrupted,
+    repeat it to continue. Under torchrun or srun each process does its share.
 
     \b
     Example:
-      distill data encode photos/ data/photos-sd15 --pipeline checkpoints/stable-diffusion-v1-5 --workers 4
-      distill data encode photos/ data/photos-sdxl --pipeline checkpoints/sdxl --size 1024 --buckets
+      distill data encode photos/ data/sd15 --pipeline sd15/ --workers 4
+      distill data encode photos/ data/sdxl --pipeline sdxl/ --buckets
     """
     if src.is_file():
         raise BadInput(f"{src} is a file: give a folder, or encode a list of prompts by `distill data prompts`.")
@@ -251,13 +257,14 @@ def data_encode(src: Path, out: Path, **options) -> None:
 @click.argument("out", type=click.Path(path_type=Path))
 @_encode_options
 def data_prompts(src: Path, out: Path, **options) -> None:
-    """Encode the prompts in FILE (.txt: one per line; .tsv, .csv: column Prompt) to shards of text embeddings in OUT.
+    """Encode prompts to shards of text embeddings in OUT.
 
-    For methods that need no images. --size is that of the samples that the method will generate.
+    FILE is .txt (one prompt per line) or .tsv, .csv (column Prompt). For methods that need no images. --size is that of
+    the samples that the method will generate.
 
     \b
     Example:
-      distill data prompts prompts.txt data/prompts --pipeline checkpoints/stable-diffusion-v1-5
+      distill data prompts prompts.txt data/prompts --pipeline checkpoints/sd15
     """
     if src.is_dir():
         raise BadInput(f"{src} is a folder: give a file of prompts, or encode the folder by `distill data encode`.")
@@ -268,13 +275,14 @@ def data_prompts(src: Path, out: Path, **options) -> None:
 @click.argument("src", metavar="SHARDS", type=click.Path(path_type=Path))
 @click.option("--pipeline", help="The teacher's folder: compare fingerprints, sizes and scale of the latents.")
 def data_audit(src: Path, pipeline: str | None) -> None:
-    """Read every sample of SHARDS, a split or a folder of splits, and report its statistics and errors.
+    """Read every sample of SHARDS and report statistics and errors.
+
+    SHARDS is a split or a folder of splits.
 
     \b
     Example:
-      distill data audit data/photos-sd15 --pipeline checkpoints/stable-diffusion-v1-5
+      distill data audit data/sd15 --pipeline checkpoints/sd15
 
-    \b
     Exit codes: 0 no errors, 2 errors.
     """
     from distill.data.audit import audit, render

@@ -12,9 +12,9 @@ from distill.cli.group import main
 @main.command()
 @click.argument("name", required=False)
 def recipes(name: str | None) -> None:
-    """List the recipes that come with distill, or print the one called NAME.
+    """List the recipes that come with distill, or print one.
 
-    A recipe is named wherever a verb takes a CONFIG, from any folder: `distill train toy/tdm`.
+    NAME is such as toy/tdm. Every command that takes a CONFIG takes the name of a recipe, from any folder.
 
     \b
     Example:

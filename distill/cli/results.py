@@ -15,11 +15,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 @main.command()
 @click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("-n", "count", type=click.IntRange(1), help="Number of samples.  [default: one a prompt, or 100]")
+@click.option("-n", "count", type=click.IntRange(1), help="Number of samples.  [default: one per prompt, or 100]")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Prompt; give it several times for several.")
 @click.option(
-    "--prompts", "file", type=click.Path(path_type=Path), help="File of prompts: .txt (one a line), .tsv, .csv."
+    "--prompts", "file", type=click.Path(path_type=Path), help="File of prompts: .txt (one per line), .tsv, .csv."
 )
 @click.option("--label", "labels", type=int, multiple=True, help="Class label; give it several times for several.")
 @click.option("--device", help="As cpu, cuda or cuda:1.  [default: an accelerator if there is one]")
@@ -37,15 +37,16 @@ def sample(
     dtype: str,
     batch_size: int | None,
 ) -> None:
-    """Draw samples of RUN's student into the folder OUT, or into one picture OUT.png of them all.
+    """Draw samples of RUN's student into a folder or one picture.
 
-    The images of a folder are named by index, seed and label, and have their prompt beside them as .txt.
+    OUT is a folder, or with the ending .png one picture of all samples. The images of a folder are named by index, seed
+    and label, and have their prompt beside them as .txt.
 
     \b
     Example:
       distill sample runs/digits-tdm digits.png -n 50
       distill sample runs/digits-tdm sevens -n 1000 --label 7 --batch-size 250
-      distill sample runs/sdxl-lcm cats --prompt "a cat on a sofa" -n 8 --device cuda --dtype bfloat16
+      distill sample runs/sdxl-lcm cats --prompt "a cat" -n 8 --dtype bfloat16
     """
     from distill.data.sources import text
     from distill.inspect import results
@@ -58,11 +59,12 @@ def sample(
 
 @main.command("eval")
 @click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
-@click.option("-n", "samples", type=click.IntRange(2), default=None, help="Samples a row; by default eval.samples.")
+@click.option("-n", "samples", type=click.IntRange(2), default=None, help="Samples per row; by default eval.samples.")
 def evaluate(run_folder: Path, samples: int | None) -> None:
-    """Measure RUN: teacher, training-free solvers and student at each number of evaluations, from the same noise.
+    """Measure the student of RUN beside its teacher.
 
-    Writes metrics.json and samples.png into RUN.
+    Teacher, the ODE solvers of distill on the teacher, and student start from the same noise, at each number of network
+    evaluations. Writes metrics.json and samples.png into RUN.
 
     \b
     Example:
@@ -78,12 +80,14 @@ def evaluate(run_folder: Path, samples: int | None) -> None:
 @click.argument("given", nargs=-1, required=True, metavar="SAMPLES [REFERENCE] [NAME.KEY=VALUE...]")
 @click.option("--metrics", "names", help="Names with commas: fid, kid, fd_dinov2, kd_dinov2, clip_score, fd, ...")
 def score_images(given: tuple[str, ...], names: str | None) -> None:
-    """Measure SAMPLES, a folder of images or shards, against REFERENCE, which may be a file of statistics too.
+    """Measure images against reference images.
+
+    SAMPLES and REFERENCE are folders of images or shards; REFERENCE may be a file of statistics too.
 
     \b
     Example:
       distill score out/ photos/ --metrics fid,kid fid.weights=inception.pth
-      torchrun --nproc-per-node 8 -m distill.cli score out/ photos/ --metrics fd_dinov2
+      torchrun --nproc-per-node 8 -m distill.cli score out/ photos/ --metrics fid
     """
     from distill.config.schema import Engine
     from distill.metrics.folders import metric_settings, score
@@ -106,13 +110,16 @@ def score_images(given: tuple[str, ...], names: str | None) -> None:
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True)
 @click.option("--quick", is_flag=True, help="Measure nothing: show what was measured before.")
 @click.option(
-    "--evaluations", help="Numbers of evaluations of stock solvers, as 2,4,8; those of eval.evaluations by default."
+    "--evaluations", help="Numbers of evaluations of the solvers of diffusers, as 2,4,8; by default eval.evaluations."
 )
-@click.option("-n", "samples", type=click.IntRange(2), help="Samples of a stock solver; by default eval.samples.")
+@click.option(
+    "-n", "samples", type=click.IntRange(2), help="Samples of each solver of diffusers; by default eval.samples."
+)
 def report(run_folders: tuple[Path, ...], out: Path, quick: bool, evaluations: str | None, samples: int | None) -> None:
-    """Write one self-contained page on RUN, or on several runs: samples, quality against cost, curves, cost.
+    """Write one self-contained HTML page on one or several runs.
 
-    Missing measurements are made first and saved in RUN, as metrics.json and report.json.
+    It has samples, quality against cost, training curves, cost and settings. Missing measurements are made first and
+    saved in RUN, as metrics.json and report.json.
 
     \b
     Example:
@@ -143,7 +150,9 @@ def report(run_folders: tuple[Path, ...], out: Path, quick: bool, evaluations: s
 @click.option("--dtype", type=click.Choice(DTYPES), default=DTYPES[0], show_default=True, help="Of the weights.")
 @click.option("--device", help="That draws and verifies, as cpu or cuda.  [default: an accelerator if there is one]")
 def export(run_folder: Path, out: Path, kind: str, licence: str | None, dtype: str, device: str | None) -> None:
-    """Write RUN's student to OUT for stock diffusers, ComfyUI or onnxruntime, and verify it there.
+    """Export the student of RUN to OUT and verify the export.
+
+    For stock diffusers, ComfyUI or onnxruntime, by --as.
 
     \b
     Example:
@@ -170,9 +179,10 @@ def export(run_folder: Path, out: Path, kind: str, licence: str | None, dtype: s
 @click.option("--base", default="", help="Path of the base of a LoRA or a single file, if it was moved.")
 @click.option("--device", default="cpu", show_default=True, help="Device that samples, as cpu or cuda.")
 def verify(out: Path, steps: int | None, base: str, device: str) -> None:
-    """Sample from the export OUT in a process without distill and compare with the trainer's own samples.
+    """Sample from the export OUT in a process without distill.
 
-    Exit code 0 if they agree to 1e-4 (weights in float16: 1e-2, in bfloat16: 5e-2), else 2.
+    The samples are compared with the trainer's own. Exit code 0 if they agree to 1e-4 (weights in float16: 1e-2, in
+    bfloat16: 5e-2), else 2.
 
     \b
     Example:
@@ -214,16 +224,17 @@ def push(out: Path, repo: str, private: bool, revision: str | None) -> None:
 @click.option("--weight", hidden=True, multiple=True)
 @click.option("--samples", type=click.IntRange(2), help="How many; the run's own number by default.")
 def merge(a: Path, b: Path, out: Path, shares: tuple[float, ...], weight: tuple[str, ...], samples: int | None) -> None:
-    """Interpolate the weights of two students A and B: of runs, exports or LoRA files.
+    """Interpolate the weights of two students A and B.
 
-    Runs: every --share is measured for the quality-diversity trade-off, and a single one is exported too.
+    Both are runs, exports or LoRA files. Runs: every --share is measured for the quality-diversity trade-off, and a
+    single one is exported too.
 
     \b
     Example:
       distill merge runs/quality runs/diverse runs/tradeoff
       distill merge runs/quality runs/diverse runs/half --share 0.5
       distill merge quality-lora diverse-lora half-lora --share 0.5
-      distill merge fast.safetensors style.safetensors both.safetensors --share 0.3
+      distill merge fast.safetensors style.safetensors both.safetensors
     """
     from distill.inspect.frontier import interpolate_exports, interpolate_runs, tradeoff_table
 

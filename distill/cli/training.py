@@ -32,16 +32,16 @@ def _load(arguments: tuple[str, ...], *overrides: str) -> Any:
 @click.option("--resume-if-exists", is_flag=True, help="Resume the run of this name if there is one, else start it.")
 @click.option("--no-check", is_flag=True, help="Skip the checks of `distill check`.")
 def train(configs: tuple[str, ...], runs: Path, resume: bool, resume_if_exists: bool, no_check: bool) -> None:
-    """Train the run that CONFIGs describe; later files and KEY=VALUE override earlier ones.
+    """Train the run that CONFIGs describe.
 
-    A new run is checked first, as by `distill check`, and not started if a check fails.
+    Later files and KEY=VALUE override earlier ones. A new run is checked first, as by `distill check`, and not started
+    if a check fails.
 
     \b
     Example:
       distill train toy/tdm
-      distill train configs/digits/tdm.yaml name=fast optim.student.lr=1e-4 train.steps=300
+      distill train digits/tdm name=fast optim.student.lr=1e-4 train.steps=300
 
-    \b
     Exit codes: 0 all steps done, or stopped by train.patience; 2 bad input; 130 Ctrl-C; 85 SIGTERM or SIGUSR1: repeat
     the command with --resume.
     """
@@ -76,17 +76,16 @@ def train(configs: tuple[str, ...], runs: Path, resume: bool, resume_if_exists: 
 @click.argument("configs", nargs=-1, required=True, metavar="CONFIG... [KEY=VALUE...]")
 @click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Parent folder.")
 def check(configs: tuple[str, ...], runs: Path) -> None:
-    """Check the run that CONFIGs describe: conventions, data, signs of gradients, learning rates, disk space.
+    """Check the run that CONFIGs describe before it is trained.
 
-    Nothing is written. Prints one line per finding: ok, skipped, WARN (suspicious) or FAIL (certainly wrong, with the
-    remedy).
+    Conventions, data, signs of gradients, learning rates, disk space. Nothing is written. Prints one line per finding:
+    ok, skipped, WARN (suspicious) or FAIL (certainly wrong, with the remedy).
 
     \b
     Example:
-      distill check configs/digits/tdm.yaml
-      distill check configs/digits/tdm.yaml method.guidance=2 train.steps=100
+      distill check digits/tdm
+      distill check digits/tdm method.guidance=2 train.steps=100
 
-    \b
     Exit codes: 0 no FAIL, 2 a FAIL or bad input.
     """
     from distill.inspect import check as module
@@ -103,7 +102,7 @@ def check(configs: tuple[str, ...], runs: Path) -> None:
 @click.option("--gpus", type=click.IntRange(1), default=1, show_default=True, help="Number of GPUs, one process each.")
 @click.option("--gpu", metavar="NAME", help="h100, h200, a100, 4090 ...: sets --memory and --flops.  [default: h100]")
 @click.option("--memory", type=click.FloatRange(0, min_open=True), help="GB of each.")
-@click.option("--flops", type=click.FloatRange(0, min_open=True), help="Operations a second at most, such as 989e12.")
+@click.option("--flops", type=click.FloatRange(0, min_open=True), help="Peak operations per second, such as 989e12.")
 @click.option(
     "--utilisation",
     type=click.FloatRange(0, 1, min_open=True),
@@ -123,14 +122,15 @@ def plan(
     batch: bool,
     out: Path | None,
 ) -> None:
-    """Estimate the run that CONFIGs describe: memory a rank for each strategy and layout, hours, disk.
+    """Estimate memory, hours and disk of the run that CONFIGs describe.
 
-    No GPU is needed and no weights are allocated: networks are traced on the meta device.
+    Memory is per rank, for each strategy and layout. No GPU is needed and no weights are allocated: networks are traced
+    on the meta device.
 
     \b
     Example:
-      distill plan configs/bench/dit-12b.yaml --gpus 8 --memory 80
-      distill plan configs/digits/tdm.yaml --gpu 4090 --batch
+      distill plan bench/dit-12b --gpus 8 --memory 80
+      distill plan digits/tdm --gpu 4090 --batch
     """
     from distill.inspect import plan as module
     from distill.inspect.plan.show import show, write
@@ -152,19 +152,20 @@ def plan(
     "--layout", type=click.Choice(["full", "shared_base"]), help="One network for each role, or adapters on one base."
 )
 @click.option(
-    "--peak", type=click.FloatRange(0, min_open=True), help="TFLOP a second of the device at most, for the utilisation."
+    "--peak", type=click.FloatRange(0, min_open=True), help="Peak TFLOP per second of the device, for the utilisation."
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the numbers to this JSON file.")
 def bench(configs: tuple[str, ...], steps: int, layout: str | None, peak: float | None, out: Path | None) -> None:
-    """Time a training step by role and phase, beside the forward and backward passes of the same networks alone.
+    """Time a training step by role and phase.
 
-    Nothing is saved. The recipes bench/* have real sizes with random weights: unet-2b (SDXL's), dit-2b, dit-12b.
+    The forward and backward passes of the same networks alone are timed beside it. Nothing is saved. The recipes
+    bench/* have real sizes with random weights: unet-2b (SDXL's), dit-2b, dit-12b.
 
     \b
     Example:
-      distill bench configs/digits/tdm.yaml
-      distill bench configs/bench/dit-2b.yaml --layout shared_base --steps 10
-      distill bench configs/bench/dit-12b.yaml engine.strategy=fsdp engine.devices=8 --steps 10
+      distill bench digits/tdm
+      distill bench bench/dit-2b --layout shared_base --steps 10
+      distill bench bench/dit-12b engine.strategy=fsdp engine.devices=8
     """
     from distill.metrics import table
     from distill.training import launch
@@ -214,19 +215,20 @@ def bench(configs: tuple[str, ...], steps: int, layout: str | None, peak: float 
     help="Record the reference curves of RECIPE from three RUNs or more, each with its own seed.",
 )
 def compare(configs: tuple[str, ...], out: Path, seconds: float, seeds: int, record: bool) -> None:
-    """Train every CONFIG for the same time and print one table; rows already in OUT are kept.
+    """Train every CONFIG for the same time and print one table.
 
-    If it is interrupted, repeat the command. A changed recipe or method is measured again.
+    Rows already in OUT are kept. If it is interrupted, repeat the command. A changed recipe or method is measured
+    again.
 
     With RUN RECIPE: list where the run is outside the recipe's reference curves and metrics; exit code 1 if there is
     any.
 
     \b
     Example:
-      distill compare configs/digits/tdm.yaml configs/digits/pcm.yaml --seconds 360
-      distill compare configs/digits/*.yaml train.threads=1 --seconds 180 --seeds 3 --out runs/digits
+      distill compare digits/tdm digits/pcm --seconds 360
+      distill compare digits/tdm digits/pcm --seeds 3 --out runs/two
       distill compare runs/toy-tdm toy/tdm
-      distill compare --record runs/seed-1 runs/seed-2 runs/seed-3 configs/toy/tdm.yaml
+      distill compare --record runs/seed-1 runs/seed-2 runs/seed-3 toy/tdm
     """
     if record or Path(configs[0]).is_dir():
         sys.exit(_compare_with_recipe([Path(c) for c in configs], record))
@@ -263,9 +265,10 @@ def _compare_with_recipe(paths: list[Path], record: bool) -> int:
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
 @click.option("--steps", type=click.IntRange(1), default=None, help="Training steps, to override the recipe's.")
 def demo(out: Path, steps: int | None) -> None:
-    """Distil the shipped digits teacher into a four-step student, measure it and export it: minutes on two CPU cores.
+    """Distil, measure and export a four-step student of digits.
 
-    Writes OUT/run (a run folder), OUT/student (a diffusers folder), OUT/report.html and OUT/data.
+    The teacher comes with the package; the whole takes minutes on two CPU cores. Writes OUT/run (a run folder),
+    OUT/student (a diffusers folder), OUT/report.html and OUT/data.
 
     \b
     Example:
