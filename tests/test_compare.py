@@ -44,7 +44,7 @@ def test_the_table_has_every_row_and_is_made_of_what_was_measured(compared):
     assert re.search(r"\n[\d,]+ samples per row, against [\d,]+ reference samples\.\n$", text)
     assert [line.split(" | ")[0] for line in lines[2:]][-3:] == [
         "| teacher, DDIM",
-        "| best training-free solver",
+        "| best distill solver",
         "| teacher at 50",
     ]
     assert {line.split(" | ")[0] for line in lines[2:4]} == {"| toy-mmd", "| toy-tdm"}

@@ -17,7 +17,7 @@ def ran(out, *more) -> tuple[int, str]:
 
 
 def test_requirements():
-    """Of a student at 0.122, a teacher at 0.148 and the best of our solvers at 0.511, and of ones a little worse."""
+    """Of a student at 0.122, a teacher at 0.148 and the best distill solver at 0.511, and of ones a little worse."""
 
     def kept(fd, accuracy, difference):
         rows = {"teacher": {"50": {"fd": 0.148}}, "training_free": {"4": {"fd": 0.511}}}

@@ -85,7 +85,7 @@ def requirements(result: dict[str, Any], difference: float) -> list[tuple[str, s
             of_teacher <= 0.9,
         ),
         (
-            f"FD of the student <= 0.5 x the best of our ODE solvers on the teacher at {STUDENT_STEPS} evaluations",
+            f"FD of the student <= 0.5 x the best distill solver on the teacher at {STUDENT_STEPS} evaluations",
             f"{of_solvers:.2f}",
             of_solvers <= 0.5,
         ),
@@ -102,7 +102,7 @@ def _print_checks(checks: list[tuple[str, str, bool]], result: dict[str, Any]) -
 
 
 def _write_report(out: Path, run: Path, experiment: Experiment, result: dict[str, Any]) -> Path:
-    """Write the run's report, and print the best solver of stock diffusers at the student's evaluations."""
+    """Write the run's report, and print the best solver of diffusers at the student's evaluations."""
     from distill.inspect.report import report
     from distill.inspect.report.measure import measure_stock
 
@@ -113,7 +113,7 @@ def _write_report(out: Path, run: Path, experiment: Experiment, result: dict[str
         name = min(solvers, key=solvers.get)
         student = result["student"][str(STUDENT_STEPS)]["fd"]
         console.print(
-            f"best solver of stock diffusers at {STUDENT_STEPS} evaluations: {name}, FD {solvers[name]:.3f}; the "
+            f"best diffusers solver at {STUDENT_STEPS} evaluations: {name}, FD {solvers[name]:.3f}; the "
             f"student has {student / solvers[name]:.2f} x that.",
             highlight=False,
         )

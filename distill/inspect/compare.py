@@ -233,7 +233,7 @@ def comparison_table(out: Path) -> str:
         many = teacher["teacher"][str(MANY)]
         for name, cells in (
             ("teacher, DDIM", _cells(teacher["teacher"], metrics)),
-            ("best training-free solver", _cells(teacher["training_free"], metrics)),
+            ("best distill solver", _cells(teacher["training_free"], metrics)),
             (f"teacher at {MANY}", [_number(many.get(m)) for m in metrics]),
         ):
             rows_of_table.append([name, "", "", "", "", "", *cells])

@@ -1,4 +1,4 @@
-"""Evaluates an experiment: teacher, training-free solvers and student, by `distill.metrics.evaluate`."""
+"""Evaluates an experiment: teacher, ODE solvers on the teacher and student, by `distill.metrics.evaluate`."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def measure(
 
     Args:
         evaluations: NFEs of teacher and student; the config's `eval.evaluations` by default, and K in any case.
-        every_solver: NFEs at which every training-free solver is tried on the teacher; all up to 16 by default.
+        every_solver: NFEs at which every ODE solver of distill is tried on the teacher; all up to 16 by default.
         folder: the run's, where a reference drawn from the teacher is stored.
     """
     cfg = experiment.cfg

@@ -112,7 +112,7 @@ class Run:
         return self._sampling[1], device
 
     def evaluate(self, samples: int | None = None) -> dict[str, Any]:
-        """Measure teacher, training-free solvers and student; see `distill.evaluate`."""
+        """Measure teacher, ODE solvers on the teacher and student; see `distill.evaluate`."""
         return evaluate(self.folder, samples, self.allow)
 
     def export(
@@ -226,7 +226,7 @@ def sample(
 
 
 def evaluate(folder: str | Path, samples: int | None = None, allow: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Measure teacher, training-free solvers and student at each number of evaluations, from the same noise.
+    """Measure teacher, ODE solvers on the teacher and student at each number of evaluations, from the same noise.
 
     Writes metrics.json and samples.png into the run folder. Under torchrun or srun the ranks share the samples.
 

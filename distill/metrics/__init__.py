@@ -1,4 +1,4 @@
-"""Evaluation: metrics on tensors, training-free baselines at equal cost, pictures, and the table of a run.
+"""Evaluation: metrics on tensors, baselines of ODE solvers on the teacher at equal cost, pictures, and the table of a run.
 
 Examples:
     >>> import torch

@@ -1,4 +1,4 @@
-"""Evaluation of teacher, training-free solvers and student on the same noise: samples, metrics and time."""
+"""Evaluation of teacher, ODE solvers on the teacher and student on the same noise: samples, metrics and time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from distill.times import Grid
 Conditions = dict[str, Tensor]
 Sampler = Callable[[Tensor, Conditions], Tensor]  # (z, cond) -> x
 PLAIN = "ddim/uniform"  # the solver and grid of the teacher's own row
-FEW = 16  # the most evaluations at which every training-free solver is tried by default
+FEW = 16  # the most evaluations at which every ODE solver of distill is tried by default
 REPEATS = 3  # of a timing, of which the least counts: other work on a machine only ever adds
 WARM = 2  # samples of the first call, which is not timed
 
@@ -156,7 +156,7 @@ class Evaluation:
 
         Args:
             evaluations: NFEs of teacher and student; the student's own is measured too.
-            every_solver: NFEs at which every training-free solver is tried on the teacher; all up to 16 by default.
+            every_solver: NFEs at which every ODE solver of distill is tried on the teacher; all up to 16 by default.
         """
         nfes = sorted({*evaluations, self.grid.steps})
         tried = [n for n in nfes if n <= FEW] if every_solver is None else every_solver

@@ -5,8 +5,8 @@
      "every_solver": {nfe: {name: {metric: value}}},
      "reference_vs_holdout": {metric: value}, "about": {"samples": ..., "reference": ..., "seed": ..., ...}}
 
-"training_free" is the best solver of each metric and "solvers" its name; nfe is a string, network evaluations per
-sample, so that the dict is the same before and after JSON.
+"training_free" is the best of distill's ODE solvers on the teacher, for each metric, and "solvers" its name; nfe is a
+string, network evaluations per sample, so that the dict is the same before and after JSON.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HIGHER = frozenset(
 SCORES = ("_score", "_reward")  # lower is better for all others
 SIGNED = frozenset({"nll_gap"})  # best at zero
 UNRANKED = frozenset({"mean", "std"})  # no better and no worse
-ROWS = {"teacher": "teacher", "training_free": "training-free best", "student": "student"}  # key -> title
+ROWS = {"teacher": "teacher", "training_free": "best distill solver", "student": "student"}  # key -> title
 
 
 def better(metric: str, a: float, b: float) -> bool:
@@ -180,7 +180,7 @@ def markdown(metrics: dict, names: Sequence[str] | None = None) -> str:
         for metric, nfe in columns
         if metric in metrics.get("solvers", {}).get(nfe, {})
     ]
-    text += f"\nTraining-free best: {'; '.join(won)}.\n" if won else ""
+    text += f"\nBest distill solver: {'; '.join(won)}.\n" if won else ""
     counts = sample_counts(metrics.get("about", {}))
     return text + (f"\n{counts}\n" if counts else "")
 

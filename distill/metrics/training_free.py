@@ -1,4 +1,4 @@
-"""Training-free baselines: the teacher under several solvers and time grids at equal, counted cost."""
+"""Baselines without training: the teacher under the ODE solvers of distill and several time grids, at counted cost."""
 
 from __future__ import annotations
 

@@ -75,7 +75,11 @@ def test_the_tiles_say_what_was_measured(folder):
     found = tables.tiles(gather.read(folder))
     assert found[0] == ("0.01", "Energy distance, student at 2", "teacher at 50: 0.02")
     assert found[1].value == "0.5×" and "25× fewer" in found[1].beside
-    assert found[2].value == "0.3"  # the best of ours at two evaluations is below UniPC's 0.35; Heun costs three
+    assert found[1].what == "the teacher's distance at 50"
+    assert found[2][:2] == (
+        "0.3",
+        "best distill solver, teacher at 2",
+    )  # the best of ours at two evaluations is below UniPC's 0.35; Heun costs three
     assert found[3].value == "0.1 s" and found[3].beside == "teacher at 50: 5 s"
     assert found[4].value == "10 s"
 
@@ -94,6 +98,18 @@ def test_the_tables_have_every_number_and_mark_the_best(folder):
     assert rows["student"]["seconds"] == "0.1" and rows["Heun"]["seconds"] == ""
     signed = {row["who"]: row["cells"][0] for row in gap["rows"]}
     assert signed == {"student": ("0.2", True), "teacher": ("-0.3", False)}  # nearer to zero
+
+
+def test_a_diverged_solver_is_named_so_and_the_only_value_beside_it_is_not_the_best(folder):
+    run = gather.read(folder)
+    run.measured["points"].append(point("DPM2", "stock", 3, 0.4, 3.1e6))
+    energy = tables.results(run)[0]
+    rows = {row["who"]: row["cells"] for row in energy["rows"]}
+    at = energy["nfes"].index(3)
+    assert rows["DPM2"][at] == ("diverged", False) and rows["Heun"][at] == ("0.9", False)
+    run.measured["points"][-1]["scores"]["energy"] = 2.36
+    rows = {row["who"]: row["cells"] for row in tables.results(run)[0]["rows"]}
+    assert rows["DPM2"][at] == ("2.36", False) and rows["Heun"][at] == ("0.9", True)
 
 
 @pytest.mark.parametrize("metric, wanted", [("energy", [(1, 0.5), (3, 0.2)]), ("recall", [(1, 0.6), (2, 0.9)])])
@@ -130,7 +146,7 @@ def test_every_figure_is_one_of_plotly(folder):
         for figure in found.values():
             Figure(plain(figure))  # raises on a key or value that plotly does not have
     names = [trace.get("name") for trace in figures["quality-nfe"]["energy"]["data"]]
-    assert names == ["UniPC", "Heun", "best stock solver", "teacher, DDIM", "student"]
+    assert names == ["UniPC", "Heun", "best diffusers solver", "teacher, DDIM", "student"]
     student = figures["quality-seconds"]["energy"]["data"][-1]
     assert (student["x"], student["y"]) == ([0.1], [0.01])
     assert "range of the recipe, 3 seeds" in [trace.get("name") for trace in figures["loss"][""]["data"]]

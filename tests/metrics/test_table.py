@@ -72,10 +72,10 @@ def test_markdown(run):
 |  | fd ↓, 1 NFE | fd ↓, 4 NFE | fd ↓, 50 NFE | recall ↑, 1 NFE | recall ↑, 4 NFE | recall ↑, 50 NFE |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: |
 | teacher | – | – | 0.5 | – | – | 0.9 |
-| training-free best | 40 | 4 | – | 0 | **0.7** | – |
+| best distill solver | 40 | 4 | – | 0 | **0.7** | – |
 | student | – | **1.23** | – | – | 0.65 | – |
 
-Training-free best: fd at 1 NFE ddim/uniform; fd at 4 NFE dpmpp_2m/karras; recall at 1 NFE ddim/uniform; \
+Best distill solver: fd at 1 NFE ddim/uniform; fd at 4 NFE dpmpp_2m/karras; recall at 1 NFE ddim/uniform; \
 recall at 4 NFE ddim/uniform.
 """
     assert table.markdown(run, ["fd", "recall"]) == text
@@ -92,7 +92,7 @@ def test_the_printed_table_holds_all_numbers_at_every_width(run):
         assert text.startswith("Digits")
         for cell in (
             "teacher",
-            "training-free best",
+            "best distill solver",
             "student",
             "1.23",
             "0.65",

@@ -41,7 +41,7 @@ def metrics_of(runs: Sequence[RunSummary]) -> list[str]:
 
 
 def quality(runs: Sequence[RunSummary], metric: str, cost: str) -> Figure:
-    """A metric against "nfe" or "seconds" of students, teacher and training-free solvers, the best of which form a line."""
+    """A metric against "nfe" or "seconds" of students, teacher and the solvers of diffusers, the best of which form a line."""
     traces, solvers = [], {}
     for point in runs[0].measured.get("points", []):
         if point["kind"] == "stock":
@@ -61,7 +61,7 @@ def quality(runs: Sequence[RunSummary], metric: str, cost: str) -> Figure:
         traces.append(_line(name, points, "solver", width=1, size=5, group="solvers", opacity=0.75))
     best = _best_by_cost([item for points in solvers.values() for item in points], metric)
     if len(solvers) > 1:
-        traces.append(_line("best stock solver", best, "solver", dash="dot", width=2, size=0, strong=True))
+        traces.append(_line("best diffusers solver", best, "solver", dash="dot", width=2, size=0, strong=True))
     for run, colour, shape in zip(runs, COLOURS * len(runs), SHAPES * len(runs)):
         rows, own = run.scores("teacher"), run is runs[0]
         if rows and (own or rows != runs[0].scores("teacher")):
@@ -74,7 +74,7 @@ def quality(runs: Sequence[RunSummary], metric: str, cost: str) -> Figure:
             15 if nfe == run.steps else 8 for nfe in traces[-1]["customdata"]
         ]  # its own: large
     traces = [t for t in traces if t["x"]]
-    x = "network evaluations a sample" if cost == "nfe" else "seconds for 1,000 samples"
+    x = "network evaluations per sample" if cost == "nfe" else "seconds for 1,000 samples"
     note = f"off the chart: {', '.join(far)}" if far else ""
     return {"data": traces, "layout": {"xaxis": _log(x), "yaxis": _scale(traces, title(metric)), "meta": note}}
 

@@ -1,4 +1,4 @@
-"""Measurements of the report beyond metrics.json: stock solvers on the teacher, time, teacher baseline, pictures."""
+"""Measurements of the report beyond metrics.json: solvers of diffusers on the teacher, time, teacher baseline, pictures."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def measure_stock(
     """Measure what report.json lacks for this checkpoint, and write it there.
 
     Args:
-        evaluations: of the stock solvers; those of `eval.evaluations` up to 16, and K, by default.
-        samples: of each stock solver; `eval.samples` by default. Seconds are those of the validation's samples.
-        stock: False measures pictures and time only, without stock solvers and metrics, which take most of the time.
+        evaluations: of the solvers of diffusers; those of `eval.evaluations` up to 16, and K, by default.
+        samples: of each solver of diffusers; `eval.samples` by default. Seconds are those of the validation's samples.
+        stock: False measures pictures and time only, without solvers of diffusers and metrics, which take most of the time.
 
     Returns:
         key: identifies checkpoint and settings; points: `[{who, kind, nfe, seconds, scores}]`, seconds a thousand samples;
@@ -103,7 +103,7 @@ def _student(timed: Evaluation, nfes: Sequence[int]) -> list[Point]:
 
 
 def _stock(evaluation: Evaluation, nfes: Sequence[int]) -> list[Point]:
-    """Every stock solver for the teacher's schedule, at its counted cost, from the same noise."""
+    """Every solver of diffusers for the teacher's schedule, at its counted cost, from the same noise."""
     from distill.models import diffusers
 
     teacher, price, points = evaluation.teacher, evaluation.price, []
@@ -111,12 +111,12 @@ def _stock(evaluation: Evaluation, nfes: Sequence[int]) -> list[Point]:
     for name in diffusers.stock_solvers(teacher.schedule):
         costs = {diffusers.calls_used(name, teacher.schedule, int(nfe // price)) for nfe in nfes if nfe >= price} - {0}
         for calls in sorted(costs if name in ("DDIM", "Flow Euler") else costs - {1}):  # at one all are DDIM
-            evaluation.progress(f"stock {name}, {round(calls * price)} evaluations")
+            evaluation.progress(f"diffusers {name}, {round(calls * price)} evaluations")
             x, seconds = evaluation.time(_stock_sampler(teacher, name, calls, device))
             if torch.isfinite(x).all():
                 scores = evaluation.score(x, quick=True)
                 points.append(_point(name, "stock", round(calls * price), seconds, scores))
-        console.print(f"stock {name}: measured", highlight=False)
+        console.print(f"diffusers {name}: measured", highlight=False)
     return points
 
 

@@ -39,7 +39,7 @@ def report(
 
     Args:
         quick: measure nothing; show what was measured before.
-        evaluations, samples: of the stock solvers; those of the run's own `eval` by default.
+        evaluations, samples: of the solvers of diffusers; those of the run's own `eval` by default.
 
     Raises:
         BadInput: no run, a run twice, `out` is no .html, or it is a file of another kind.

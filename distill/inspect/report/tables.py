@@ -12,6 +12,7 @@ from distill.inspect.report.gather import RunSummary, finite
 from distill.metrics import table
 
 Rows = list[list[str]]
+DIVERGED = 1000.0  # a solver's value above this multiple of the largest of teacher and student is no result
 
 
 class Tile(NamedTuple):
@@ -63,15 +64,9 @@ def tiles(run: RunSummary) -> list[Tile]:
         out.append(Tile(number(own), f"{name}, student at {run.steps}", beside))
         if finite(best) and best > 0 and own > 0 and not table.higher(metric):
             fewer = f"with {most / run.steps:.3g}× fewer evaluations"
-            out.append(Tile(f"{number(own / best)}×", "of the teacher's distance", fewer))
-        free = run.scores("training_free").get(run.steps, {}).get(metric)
-        stock = [p["scores"].get(metric) for p in _stock(run) if p["nfe"] <= run.steps]
-        rivals = [v for v in [free, *stock] if finite(v)]
-        if rivals:
-            rival = (
-                max(rivals) if table.higher(metric) else min(rivals, key=abs) if metric in table.SIGNED else min(rivals)
-            )
-            out.append(Tile(number(rival), f"best solver without training at {run.steps}", f"student: {number(own)}"))
+            out.append(Tile(f"{number(own / best)}×", f"the teacher's distance at {most}", fewer))
+        if rival := _best_solver(run, metric):
+            out.append(Tile(number(rival[1]), f"{rival[0]}, teacher at {run.steps}", f"student: {number(own)}"))
     timed = {(p["kind"], p["nfe"]): p["seconds"] for p in run.measured.get("points", [])}
     if finite(fast := timed.get(("student", run.steps))):
         slow = timed.get(("teacher", most))
@@ -80,12 +75,23 @@ def tiles(run: RunSummary) -> list[Tile]:
     return [*out, Tile(seconds(run.seconds), "of training", beside)] if run.seconds else out
 
 
+def _best_solver(run: RunSummary, metric: str) -> tuple[str, float] | None:
+    """The best solver on the teacher at the student's evaluations, of distill or of diffusers, and its value."""
+    rivals = [("best distill solver", run.scores("training_free").get(run.steps, {}).get(metric))]
+    rivals += [("best diffusers solver", p["scores"].get(metric)) for p in _stock(run) if p["nfe"] <= run.steps]
+    best = None
+    for name, value in rivals:
+        if finite(value) and (best is None or table.better(metric, value, best[1])):
+            best = name, value
+    return best
+
+
 def _stock(run: RunSummary) -> list[dict[str, Any]]:
     return [point for point in run.measured.get("points", []) if point["kind"] == "stock"]
 
 
 def results(run: RunSummary) -> list[dict[str, Any]]:
-    """One table per metric: rows student, teacher and training-free solvers, columns evaluations; the best is marked."""
+    """One table per metric: rows student, teacher and solvers of diffusers, columns evaluations; the best is marked."""
     seconds_of = {(p["who"], p["nfe"]): p["seconds"] for p in run.measured.get("points", [])}
     return [pivot for name in metrics_of([run]) if (pivot := _pivot(run, name, seconds_of))["rows"]]
 
@@ -97,6 +103,8 @@ def _pivot(run: RunSummary, metric: str, seconds_of: dict[tuple[str, int], float
         for nfe, values in run.scores(kind).items()
     }
     values_at |= {("stock", p["who"], p["nfe"]): p["scores"].get(metric) for p in _stock(run)}
+    limit = DIVERGED * max([abs(v) for (kind, *_), v in values_at.items() if kind != "stock" and finite(v)], default=1)
+    diverged = {key for key, value in values_at.items() if key[0] == "stock" and finite(value) and abs(value) > limit}
     values_at = {key: value for key, value in values_at.items() if finite(value)}
     nfes = sorted({nfe for _, _, nfe in values_at})
     worst, way = (-float("inf"), -1) if table.higher(metric) else (float("inf"), 1)
@@ -108,9 +116,14 @@ def _pivot(run: RunSummary, metric: str, seconds_of: dict[tuple[str, int], float
     )
     rows = []
     for kind, who in sorted({key[:2] for key in values_at}, key=order):
-        values = [values_at.get((kind, who, nfe)) for nfe in nfes]
-        rivals = [[v for key, v in values_at.items() if key[2] == nfe] for nfe in nfes]
-        cells = [(number(v) if finite(v) else "", table.best(metric, v, r)) for v, r in zip(values, rivals)]
+        cells = []
+        for nfe in nfes:
+            value = values_at.get((kind, who, nfe))
+            rivals = [v for key, v in values_at.items() if key[2] == nfe and key not in diverged]
+            if (kind, who, nfe) in diverged:
+                cells.append(("diverged", False))
+            else:
+                cells.append((number(value) if finite(value) else "", table.best(metric, value, rivals)))
         spent = seconds_of.get((who, run.steps))
         rows.append({"kind": kind, "who": who, "cells": cells, "seconds": number(spent) if finite(spent) else ""})
     return {"metric": metric, "head": _head(metric), "nfes": nfes, "rows": rows}
@@ -165,7 +178,7 @@ def costs(runs: Sequence[RunSummary]) -> Rows:
     facts = {
         "Training time": lambda r: seconds(r.seconds),
         "Steps": lambda r: f"{r.step:,} of {r.cfg.train.steps:,}",
-        "Seconds a step": lambda r: number(r.seconds / r.step) if r.seconds and r.step else "–",
+        "Seconds per step": lambda r: number(r.seconds / r.step) if r.seconds and r.step else "–",
         "Samples seen": lambda r: f"{r.samples:,}" if r.samples else "–",
         "Processes": lambda r: str(r.manifest.get("world") or 1),
         "Peak memory": lambda r: (

@@ -1,4 +1,4 @@
-"""Sampling from a Denoiser with the schedulers of diffusers: the training-free baselines of a student."""
+"""Sampling from a Denoiser with the schedulers of diffusers: the baselines of the report."""
 
 from __future__ import annotations
 
