@@ -84,7 +84,7 @@ def scatter(
     sets = {title: _points(title, x, 2) for title, x in _not_empty(panels, "scatter").items()}
     around = _anchor(sets, reference, 2)
     centre, half = _window(around)
-    figure, axes = _figure(len(sets))
+    figure, axes = _figure(len(sets), titled=any(sets))
     for ax, (title, x) in zip(axes, sets.items()):
         if isinstance(reference, Tensor):
             ax.scatter(*around[:points].T, s=3, color="#b6bec8", linewidths=0)
@@ -111,7 +111,7 @@ def histogram(panels: Mapping[str, Tensor], path: str | os.PathLike, reference=N
     def density(x: Tensor) -> Tensor:
         return torch.histogram(x[:, 0], edges).hist / (len(x) * width)
 
-    figure, axes = _figure(len(sets))
+    figure, axes = _figure(len(sets), titled=any(sets))
     for ax, (title, x) in zip(axes, sets.items()):
         if isinstance(reference, Tensor):
             ax.stairs(density(_anchor(sets, reference, 1)), edges, fill=True, color="#ccd4dd")
@@ -150,12 +150,12 @@ def _tiles(
     return sheet
 
 
-def _figure(panels: int):
-    """A figure without a window, and its axes."""
+def _figure(panels: int, titled: bool):
+    """A figure without a window, and its axes; lower if no panel has a title."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.4 * panels, 3.75), dpi=160, layout="constrained", facecolor=PAPER)
+    figure = Figure(figsize=(3.4 * panels, 3.75 if titled else 3.3), dpi=160, layout="constrained", facecolor=PAPER)
     FigureCanvasAgg(figure)
     return figure, figure.subplots(1, panels, squeeze=False, sharey=True)[0]
 

@@ -101,6 +101,16 @@ def test_pictures_refuse_bad_images(tmp_path):
 # --- points
 
 
+def test_a_panel_without_a_title_leaves_no_room_for_one(tmp_path):
+    x = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
+    first_row_with_ink = [
+        int((pixels(pictures.scatter({title: x}, tmp_path / f"{title}.png")) < 250).any(2).any(1).argmax())
+        for title in ("", "title")
+    ]
+    assert pixels(tmp_path / ".png").shape[0] < pixels(tmp_path / "title.png").shape[0]
+    assert first_row_with_ink[0] < 40
+
+
 def test_scatter_draws_every_panel_over_the_reference(tmp_path):
     ring = GaussianMixture.ring(schedule=RF)
     x, _ = ring.sample(300, generator=torch.Generator().manual_seed(0))
