@@ -354,9 +354,15 @@ def label(url: str) -> str:
 
 
 def summary(path: Path) -> str:
-    """The first line of a module's docstring, without URLs."""
+    """The first paragraph of a module's docstring, with its URLs as links."""
     first = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0]
-    return URL.sub("", " ".join(first.split())).rstrip(" ,.:") + "."
+    return URL.sub(link, " ".join(first.split())).rstrip(" ,.:") + "."
+
+
+def link(match: re.Match) -> str:
+    """A bare URL as a short Markdown link; punctuation behind it stays outside."""
+    url = match[0].rstrip(".:")
+    return f"[{label(url)}]({url}){match[0][len(url) :]}"
 
 
 def file_link(path: Path) -> str:
