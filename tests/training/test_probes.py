@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 from torch import nn
 
 from distill.denoise import Gaussian
+from distill.metrics.collapse import collapse_indicators
 from distill.noise import RectifiedFlow
 from distill.times import Grid
 from distill.training.probes import MOST, probes
@@ -113,3 +117,11 @@ def test_asking_leaves_draws_and_modes_as_they_were():
         method, torch.zeros(40, 1), torch.randn(40, 1, generator=torch.Generator().manual_seed(1)), {}, tests
     )
     assert first == again
+
+
+def test_the_guide_lists_every_number_of_a_validation():
+    page = (Path(__file__).parents[2] / "docs" / "dashboard.md").read_text()
+    section = page.partition("## Numbers of a validation\n")[2].partition("\n## ")[0]
+    x = torch.randn(60, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    names = [*collapse_indicators(x, {}, x), *re.findall(r'"((?:critic|head)_\w+)"', inspect.getsource(probes))]
+    assert len(names) == 8 and [name for name in names if f"| `{name}` |" not in section] == []
