@@ -129,7 +129,7 @@ def _open(folder):
         (["made", "real", "more", "--metrics", "fd"], "Give one or two paths"),
         (["made", "nowhere", "--metrics", "fd"], "nowhere does not exist"),
         (["made", "real", "weights=a"], "'weights=a' must be NAME.KEY=VALUE of a metric"),
-        (["real", "clip_score.weights=clip"], "ClipScore needs a caption a sample"),
+        (["real", "clip_score.weights=clip"], "ClipScore needs a caption per sample"),
     ],
 )
 def test_bad_input_is_one_sentence(folders, monkeypatch, given, says):

@@ -51,6 +51,13 @@ RETIRED = {
     r"watch ?dogs?|the dog": "alarms",
     r"come(?:s)? into play": "takes effect",
     r"hold(?:s)? against": "compare with",
+    r"laws?": "distribution",
+    r"rungs?|ladders?": "rounds",
+    r"staircase": "what the reward does",
+    r"(?:'s|the) chart (?:of|y)|network's chart": "parametrisation, coordinates, schedule",
+    r"(?:GB|TFLOP|batch \S+|bytes) a rank": "per rank",
+    r"(?:samples|evaluations|turns|one|picture|values) a (?:row|sample|step|prompt|line|condition|second)": "per",
+    r"(?<!best )training-free (?:best|solvers?)|best solver without training": "best distill solver, best diffusers solver",
 }
 WORD = {re.compile(rf"\b(?:{pattern})\b", re.IGNORECASE): instead for pattern, instead in RETIRED.items()}
 ALLOWED = re.compile(  # names of other projects, and identifiers in text

@@ -5,8 +5,8 @@ A package announces itself by an entry point in the group `distill.plugins` of i
     [project.entry-points."distill.plugins"]
     mypackage = "mypackage"
 
-The module that it names is imported before a verb gives up on a network without a family, so that it may register one
-(`distill.models.diffusers.register_family`); a package named by --allow is imported at the verb's start.
+The module that it names is imported before a command gives up on a network without a family, so that it may register one
+(`distill.models.diffusers.register_family`); a package named by --allow is imported when the command starts.
 """
 
 from __future__ import annotations

@@ -14,8 +14,10 @@ class Optim:
 
     name: str = "AdamW"  # a class of `torch.optim`, or the dotted path of one of an allowed package
     lr: float = 1e-4  # peak learning rate
-    betas: list[float] = dataclasses.field(default_factory=lambda: [0.9, 0.99])  # the two decays, of classes with such
-    eps: float = 1e-8  # of classes with such a number
+    betas: list[float] = dataclasses.field(
+        default_factory=lambda: [0.9, 0.99]
+    )  # decays of the moments, for classes that take `betas`
+    eps: float = 1e-8  # for classes that take `eps`
     weight_decay: float = 0.0  # decoupled under AdamW
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # further arguments of the class
     clip: float = 1.0  # largest gradient norm; 0 does not clip
@@ -48,7 +50,7 @@ class Engine:
     accelerator: str = "auto"  # auto, cpu, cuda, mps
     devices: int = 1  # processes on this machine; overridden by torchrun and srun
     precision: str = "32"  # of computation: 32, bf16, 16; weights stay in float32
-    accumulate: int = 1  # micro-batches a step, each of data.batch_size
+    accumulate: int = 1  # micro-batches per step, each of data.batch_size
     offload_optimizer: bool = False  # optimizer state in host memory: zero1, zero2, zero3
     offload_parameters: bool = False  # weights in host memory: fsdp, zero3
     checkpoint_activations: bool = False  # recompute activations in the backward pass
@@ -91,7 +93,7 @@ class RunConfig:
     """A whole config. `roles`, `method`, `data` and `eval.reference` describe objects by `_target_`."""
 
     name: str = "run"  # of the run folder, and of the run on dashboards
-    model: str = "full"  # or "tiny": the section `tiny` is merged over the files, for a try at small size
+    model: str = "full"  # full, or tiny: the section `tiny` replaces sizes by small ones, for a quick try
     tiny: dict[str, Any] = dataclasses.field(default_factory=dict)  # settings that `model: tiny` merges over the others
     seed: int = 0  # of weights and training
     roles: dict[str, Any] = dataclasses.field(default_factory=dict)  # networks by role, and their layout

@@ -47,7 +47,7 @@ class Dataset(ResumableIteration):
         samples: whether batches have "x"; False for conditions alone.
         null: the null (unconditional) condition by name, one row each; None if the dataset has none.
         shapes: shapes of `x` by bucket, the largest bucket first; None when all samples have `info.shape`.
-        oracle: the exact law of `x` with a `log_prob`, to validate against; None if it is not known.
+        oracle: the exact distribution of `x` with a `log_prob`, to validate against; None if it is not known.
         cached: whether the samples are in memory; False for a stream, whose order depends on `workers` and `window`.
         workers: processes that read a stream.
         window: samples that a stream shuffles at a time.

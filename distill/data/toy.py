@@ -156,7 +156,7 @@ class ShapeData(Dataset):
 
     Args:
         shape, classes: of the samples; classes 0 gives no labels.
-        batch_size: samples a batch.
+        batch_size: samples per batch.
     """
 
     def __init__(self, shape: list[int], classes: int = 0, batch_size: int = 1):

@@ -22,7 +22,7 @@ class Denoiser(nn.Module):
     "x"           x
     "v"           alpha_t z - sigma_t x                  https://arxiv.org/abs/2202.00512
     "flow"        z - x                                  https://arxiv.org/abs/2209.03003
-    "edm"         F with x = c_skip x_t + c_out F(c_in x_t), https://arxiv.org/abs/2206.00364, in the chart
+    "edm"         F with x = c_skip x_t + c_out F(c_in x_t), https://arxiv.org/abs/2206.00364, in the coordinates
                   x_t / alpha_t where the noise has standard deviation sigma_t / alpha_t
 
     The network is called with t in float32 or float64 and with x_in in the dtype of its weights. Everything else is

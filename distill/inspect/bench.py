@@ -255,10 +255,10 @@ def bench_tables(name: str, measured: dict[str, Any]) -> str:
         ["floor: the same networks alone", f"{measured['floor']:.2f}"],
         ["**ratio**", f"**{measured['ratio']:.3f}**"],
         ["processes", measured["processes"]],
-        ["samples a second, in each", f"{measured['samples_per_second']:.1f}"],
+        ["samples per second, in each", f"{measured['samples_per_second']:.1f}"],
         ["peak memory, GiB", f"{measured['peak_gib']:.2f}"],
         ["TFLOP a step", f"{measured['tflop']:.4g}"],
-        ["TFLOP a second", f"{1e3 * measured['tflop'] / measured['step']:.3g}{share}"],
+        ["TFLOP per second", f"{1e3 * measured['tflop'] / measured['step']:.3g}{share}"],
     ]
     networks = []
     for role, (weights, state) in (measured["resident"] | {"all": _sums(measured["resident"])}).items():

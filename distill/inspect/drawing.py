@@ -46,7 +46,7 @@ class SampleRequest:
     """Which samples to draw, and how.
 
     Args:
-        count: how many; by default one a prompt, or 100.
+        count: how many; by default one per prompt, or 100.
         seed: of the noise.
         prompts: of a student conditioned on text, repeated in turn; by default the conditions of the data's first rows.
         labels: of a class-conditional student, repeated in turn; by default all classes in turn.

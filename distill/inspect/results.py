@@ -195,7 +195,7 @@ def sample(
     Args:
         folder: a run folder.
         out: a folder to make, or a .png file; it must not exist. The folder's files are named by index, seed and label.
-        n: how many; by default one a prompt, or 100.
+        n: how many; by default one per prompt, or 100.
         seed: of their noise.
         allow: as for `open_run`.
         prompts: of a student conditioned on text, repeated in turn; by default the conditions of the data's first rows.

@@ -76,7 +76,7 @@ def matching(
 
 
 def divergence_weight(name: str, log_ratio: Tensor, low: float = 0.1, high: float = 20.0) -> Tensor:
-    r"""h(r) / h(1) (B,), detached, with r = exp(log_ratio) clipped to [low, high]. It is 1 where both laws agree.
+    r"""h(r) / h(1) (B,), detached, with r = exp(log_ratio) clipped to [low, high]. It is 1 where both distributions agree.
 
     Divided by its mean over a batch, the step size does not depend on the divergence.
 

@@ -1,7 +1,7 @@
 r"""Align Your Flow (Sabour, Fidler and Kreis, 2025), https://arxiv.org/abs/2506.14603, its Eulerian map distillation.
 
 The student's jump f(x_t, t, s) must not change while (x_t, t) moves along the teacher's flow. With F its average
-velocity in the chart y, r of straight paths (for rectified flow y = x and r = t), f = y_t - (r_t - r_s) F:
+velocity in the coordinates y, r of straight paths (for rectified flow y = x and r = t), f = y_t - (r_t - r_s) F:
 
     d ~ p,  s ~ U[0, 1 - d],  t = s + d
     v = the teacher's velocity at x_t, guided by w ~ U[low, high], or by a weaker model: v_weak + w (v - v_weak)
@@ -32,7 +32,7 @@ class AYF(Method):
     """A flow map from a teacher.
 
     Args:
-        distance: law of t - s.
+        distance: distribution of t - s.
         share_max, share_steps: rho_max and the steps in which it is reached.
         guidance_range: draw w per sample from [low, high], for a student with an input w, instead of `guidance`.
         gamma: noise of the sampler, see `FlowMap`.

@@ -1,7 +1,7 @@
 r"""Consistency trajectory models (Kim et al. 2023, https://arxiv.org/abs/2310.02279), without their GAN term.
 
 The student g(x_t, t, s) takes the end time s as an input; its jump is the DDIM step G(x_t, t, s) = ddim(g, x_t: t -> s), which is
-sigma_s/sigma_t x_t + (1 - sigma_s/sigma_t) g in EDM's chart. On a grid of N intervals, for one n for all and t = t_j,
+sigma_s/sigma_t x_t + (1 - sigma_s/sigma_t) g in EDM's parametrisation. On a grid of N intervals, for one n for all and t = t_j,
 u = t_{j-n}, s = t_i <= u per sample:
 
     x_u = n steps of the guided teacher's ODE from x_t
@@ -40,7 +40,7 @@ class CTM(Method):
         target_ema: decay of the target network.
         gamma: of the sampler: 0 is deterministic, 1 noises the predicted data afresh at every step.
         denoise: factor on lambda; the denoising term's target is the guided teacher where `guidance` is not 1.
-        density: law of t of the denoising term.
+        density: distribution of t of the denoising term.
         base: arguments of Method.
 
     Raises:

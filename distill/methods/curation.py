@@ -28,11 +28,11 @@ class Curation(Method):
 
     Args:
         metric: called `metric(x, data=, **cond) -> (B,)`, higher is better; not differentiated.
-        group: K, samples a condition of which one is kept.
+        group: K, samples per condition of which one is kept.
         temperature: of the choice; 0 keeps the best.
         round: steps that share a source.
         synthetic: share of a batch that is curated, the rest is data; 1 needs no data and in the end collapses.
-        density, base: law of t; arguments of Method. The teacher is where the student starts, and is never evaluated.
+        density, base: distribution of t; arguments of Method. The teacher is where the student starts, and is never evaluated.
     """
 
     sampler, serving = DDIM(), "ode"
@@ -71,7 +71,7 @@ class Curation(Method):
         return torch.where(own.view(-1, *[1] * (z.ndim - 1)), curated, x), cond
 
     def curated(self, data, z, cond):
-        """One of K samples a condition (B, ...)."""
+        """One of K samples per condition (B, ...)."""
         k, n = self.group, len(z)
         wide = {name: v.repeat_interleave(k, 0) for name, v in cond.items()}
         noise = torch.randn(n * k, *z.shape[1:], dtype=z.dtype, device=z.device)

@@ -2,7 +2,7 @@ r"""Diffusion and flow matching: train a teacher.
 
     L = E |N(x_t, t) - n(x, x_t, t)|^2,   x_t = alpha_t x + sigma_t z
 
-with N the network's native output (eps, x, v, flow or EDM) and n its target in that chart, so that each
+with N the network's native output (eps, x, v, flow or EDM) and n its target in that parametrisation, so that each
 parameterisation trains under the weighting it is known by. Ho et al. 2020, https://arxiv.org/abs/2006.11239; Lipman et al. 2023,
 https://arxiv.org/abs/2210.02747; Karras et al. 2022, https://arxiv.org/abs/2206.00364.
 """
@@ -22,7 +22,7 @@ class Diffusion(Method):
     """A denoiser from data.
 
     Args:
-        density: law of t; any object of `distill.times` with `density(n, device=...)`.
+        density: distribution of t; any object of `distill.times` with `density(n, device=...)`.
         drop_label: share of samples that lose their label, so that guidance has an unconditional model.
         base: arguments of Method; `grid` is what validation samples with.
     """

@@ -28,7 +28,7 @@ class DiffusionDPO(Method):
         metric: called `metric(x, data=, **cond) -> (B,)`, higher is better; none if batches have `loser`.
         beta: strength of the tie to the teacher, for errors averaged over elements.
         pair_steps: DDIM steps that make a pair.
-        density, base: law of t; arguments of Method.
+        density, base: distribution of t; arguments of Method.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class DiffusionDPO(Method):
         return dpo(w, l, ref_w, ref_l, self.beta)
 
     def errors(self, x, t, noise, cond):
-        """Squared errors (B,) of student and teacher at one noise, in the student's chart."""
+        """Squared errors (B,) of student and teacher at one noise, in the student's own output."""
         x_t = self.student.schedule.add_noise(x, t, noise)
         target = self.student.from_x(x, x_t, t)
         native = self.student.native(x_t, t, **self.student_conditions(cond, len(x)))

@@ -2,7 +2,7 @@ r"""DMD2, improved distribution matching distillation (Yin et al., 2024), https:
 with the divergences of f-distill (Xu et al., 2025), https://arxiv.org/abs/2502.15681.
 
     x = G(x_t, t), x_t from the student's own rollout to a time t of its grid;  x_u = alpha_u x + sigma_u noise
-    critic   min_F  |F(x_u) - sg x|^2 in the network's chart  (+ b times the head's loss, if the head reads the critic)
+    critic   min_F  |F(x_u) - sg x|^2 in the network's own output  (+ b times the head's loss, if the head reads the critic)
     head     min_h  softplus(-h(data_u)) + softplus(h(sg x_u)) (+ R1)
     student  d/dx   h_f(r) (F - D_w)(x_u) / mean|x - D_w(x_u)|,  r = exp h(x_u);   plus a d/dx softplus(-h(x_u))
 """
@@ -43,7 +43,7 @@ class DMD2(Method):
         balance: true: a is a ratio of the GAN and the matching loss's gradient norms at x; auto: that, 0.1 at most.
         regression: weight of |G(z) - y|^2 with y the teacher's ODE from the same z in `regression_steps` DDIM steps
             (DMD, https://arxiv.org/abs/2311.18828, with the plain distance); one-step students only.
-        normalise, density, base: of `losses.matching.matching`; law of u; arguments of Method.
+        normalise, density, base: of `losses.matching.matching`; distribution of u; arguments of Method.
     """
 
     trainable: tuple[str, ...] = ("critic", "head", "student")

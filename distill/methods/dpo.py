@@ -1,6 +1,6 @@
-r"""Distillation-DPO (Zhao et al., 2025), https://arxiv.org/abs/2504.11447. Two samples a condition, ranked by a metric:
+r"""Distillation-DPO (Zhao et al., 2025), https://arxiv.org/abs/2504.11447. Two samples per condition, ranked by a metric:
 
-    critics  min_F |F(x_u) - sg x|^2 in the network's chart: F on all samples, W on winners, L on losers
+    critics  min_F |F(x_u) - sg x|^2 in the network's own output: F on all samples, W on winners, L on losers
     derived  d/dx    ((F - D) - p (W - F)) / mean|x - D|          on all samples
     paper    d/dx_w  (W - D) / mean|x_w - D|,    d/dx_l  -(L - D) / mean|x_l - D|
 
@@ -49,7 +49,7 @@ class DistillationDPO(Method):
             paper); none: from noise of its own.
         student_every: critics' turns for one of the student.
         normalise: of `losses.matching.matching`; "real" divides by mean|x - D| per sample, "none" does not.
-        density, base: law of u; arguments of Method.
+        density, base: distribution of u; arguments of Method.
 
     Raises:
         BadInput: an unknown form, or an option of the other form.

@@ -9,7 +9,7 @@ At times t > r with one noise z for both, and y = sigma / alpha:
 
 CT: t and r are neighbours on a grid that doubles (`distill.times.Doubling`). ECT: y_r = y_t (1 - gap), the gap shrinking
 from 1, where the objective is diffusion's (`distill.times.Shrinking`). The optimum is the Euler solver's map on the same
-pairs of times in the chart x_t / alpha_t, as that of distillation with DDIM.
+pairs of times in the coordinates x_t / alpha_t, as that of distillation with DDIM.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ConsistencyTraining(Method):
     """Student against itself at a smaller time of the same sample and noise.
 
     Args:
-        pairs: law of (t, r), an object of `distill.times`: Doubling for CT, Shrinking (the default) for ECT.
+        pairs: distribution of (t, r), an object of `distill.times`: Doubling for CT, Shrinking (the default) for ECT.
         huber: constant of the per-sample pseudo-Huber sqrt(|.|^2 + c^2) - c in units of sqrt(elements): 0 is the plain
             norm of ECT, 0.00054 improved CT's; none is the squared distance of CT.
         weigh: divide by the gap y_t - y_r. Times with alpha_t = 0 then weigh nothing.

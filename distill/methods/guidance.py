@@ -30,7 +30,7 @@ class Guidance(Method):
 
     Args:
         guidance_range: [w_min, w_max]; `guidance` is the w of validation and samples.
-        density: law of t; any object of `distill.times` with `density(n, device=...)`.
+        density: distribution of t; any object of `distill.times` with `density(n, device=...)`.
         sampler: `ddim`, or `overshoot`, the paper's stochastic sampler.
         base: arguments of Method; `grid` is what validation samples with.
 

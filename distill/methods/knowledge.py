@@ -29,7 +29,7 @@ class Knowledge(Method):
     """Trains on paths, from batches with `path` (or pairs, `x` and `z`, for K = 1), else solved during training.
 
     Args:
-        solver, solver_steps: the teacher's ODE solver and its steps a segment of the grid.
+        solver, solver_steps: the teacher's ODE solver and its steps per segment of the grid.
         base: arguments of Method.
 
     Raises:

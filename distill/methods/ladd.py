@@ -38,7 +38,7 @@ class LADD(Method):
         simulate: start from the student's own rollout instead of noised data.
         distillation: c; the paper of ADD (https://arxiv.org/abs/2311.17042) has 2.5, LADD none.
         balance: true: c is a ratio of the distillation and the GAN loss's gradient norms at x; auto: that, 0.1 at most.
-        density: law of u.
+        density: distribution of u.
         base: arguments of Method.
     """
 

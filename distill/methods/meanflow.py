@@ -1,6 +1,6 @@
 r"""MeanFlow (Geng et al., 2025), https://arxiv.org/abs/2505.13447: training from data, or distillation of a teacher.
 
-The student learns the average velocity between any two times, in the chart y, r of straight paths (for rectified flow,
+The student learns the average velocity between any two times, in the coordinates y, r of straight paths (for rectified flow,
 y = x and r = t):
 
     t, s ~ two draws of p, the larger is t;  s = t for a share of the batch
@@ -31,7 +31,7 @@ class MeanFlow(Method):
     """A flow map; with `roles.teacher` it is distilled, without one it is trained from data.
 
     Args:
-        density: law of both times.
+        density: distribution of both times.
         same: share of the batch with s = t, where the loss is flow matching; none: 0 with a teacher, which a student with
             its weights already equals there, and 0.75 from data.
         kappa: without a teacher, the current network's share in the guided target, in [0, 1).

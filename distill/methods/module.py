@@ -1,4 +1,4 @@
-"""The LightningModule below every Method: one pass of turns a step, optimizers by role, averages, state.
+"""The LightningModule below every Method: one pass of turns per step, optimizers by role, averages, state.
 
 It runs under any `lightning.Trainer`; `distill train` uses the same module with callbacks and placements of its own.
 """

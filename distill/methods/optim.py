@@ -51,7 +51,7 @@ def optimizer_class(name: str, where: str) -> type[torch.optim.Optimizer]:
         raise BadInput(f"{where}: {module or 'torch.optim'} has no '{last}'.{near}")
     closure = inspect.signature(found.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
-        raise BadInput(f"{where}: {last} evaluates the loss several times a step, which no method does; use AdamW.")
+        raise BadInput(f"{where}: {last} evaluates the loss several times per step, which no method does; use AdamW.")
     return found
 
 

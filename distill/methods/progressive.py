@@ -1,6 +1,6 @@
 r"""Progressive distillation (Salimans and Ho, 2022), https://arxiv.org/abs/2202.00512.
 
-Rounds, called rungs, with N = M/2, M/4, ..., K steps: in each, one DDIM step of the student is trained to equal two of
+Rounds with N = M/2, M/4, ..., K steps: in each, one DDIM step of the student is trained to equal two of
 its teacher. The averaged student is the teacher of the next round, which restarts averages, moments and learning rate:
 
     t = i/N,  m = (i - 1/2)/N,  s = (i - 1)/N,  i ~ U{1..N},  x_t = alpha_t x + sigma_t z
@@ -35,7 +35,7 @@ class Progressive(Method):
 
     Args:
         teacher_steps: M, the teacher's steps; M/K is a power of two.
-        rung_steps: training steps a rung, the last keeps what is left; none divides train.steps equally.
+        rung_steps: training steps per round, the last keeps what is left; none divides train.steps equally.
         weight: see `distill.losses.snr`.
         distance: `mse` or `mae`, over where the batch's `mask` is 1, if it has one.
         guidance_range: draw w per sample from [low, high]; a student whose network has an input w gets it.
@@ -79,14 +79,14 @@ class Progressive(Method):
         yield "student", self.loss
 
     @property
-    def length(self) -> int:  # of a rung, in training steps
+    def length(self) -> int:  # of a round, in training steps
         return self.rung_steps or max(1, (self.total_steps - self.warm_start) // len(self.ladder))
 
     def schedule_step(self):
         return super().schedule_step() if self.step < self.warm_start else (self.step - self.begun, self.length)
 
     def promote(self) -> None:
-        """The averaged student becomes the teacher, and the start, of the next rung."""
+        """The averaged student becomes the teacher, and the start, of the next round."""
         for copied in ("promoted", "student"):
             self.copy_weights(copied, "ema")
         self.reset_optimizer("student")

@@ -34,7 +34,7 @@ class Reflow(Method):
     Args:
         solver, solver_steps: the teacher's ODE solver and its uniform steps, where a batch has no `z`.
         only_grid: train at the times of the grid only (distillation), not at all times (reflow).
-        density: law of t in reflow.
+        density: distribution of t in reflow.
         base: arguments of Method.
     """
 

@@ -1,4 +1,4 @@
-r"""sCM: consistency in continuous time (Lu and Song 2024, https://arxiv.org/abs/2410.11081), in TrigFlow's chart:
+r"""sCM: consistency in continuous time (Lu and Song 2024, https://arxiv.org/abs/2410.11081), under TrigFlow's schedule:
 
     x_theta = cos(theta) x + sin(theta) z,   f = cos(theta) x_theta - sin(theta) sd F,   theta in [0, pi/2]
 
@@ -35,7 +35,7 @@ class SCM(Method):
 
     Args:
         sigma_data: sd, the data's standard deviation.
-        mean, std: normal law of log(sd tan theta), that is of log(sigma / alpha).
+        mean, std: normal distribution of log(sd tan theta), that is of log(sigma / alpha).
         warm_up: steps in which r rises from 0, the teacher's velocity as optimum, to 1.
         c: constant of the tangent's normalisation; none leaves it as it is.
         jvp, jvp_step: `forward` mode, or `difference` over t - jvp_step to t + jvp_step with t = 2 theta / pi, see

@@ -2,7 +2,7 @@ r"""Score identity distillation, SiD (Zhou et al., 2024), https://arxiv.org/abs/
 several steps: https://arxiv.org/abs/2505.12674.
 
     x = G(x_t, t), x_t from the student's own rollout to a time t of its grid;  x_u = alpha_u x + sigma_u noise
-    critic   min_F  |F(x_u) - sg x|^2 in the network's chart
+    critic   min_F  |F(x_u) - sg x|^2 in the network's own output
     student  <D_w - F, (D_w - x) - a (D_w - F)>(x_u) / mean|x - D_w|,  with gradient through D_w and F into x_u
 """
 
@@ -27,7 +27,7 @@ class SiD(Method):
     Args:
         alpha: a; 1.2 in the paper, 1.0 the safer choice.
         student_every: critic turns for one of the student.
-        density: law of u; the noisiest fifth is left out as in the paper.
+        density: distribution of u; the noisiest fifth is left out as in the paper.
         base: arguments of Method.
     """
 

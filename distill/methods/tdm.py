@@ -1,10 +1,10 @@
 r"""Trajectory distribution matching (Luo et al., 2025), https://arxiv.org/abs/2503.06674.
 
-The student's K-step ODE trajectory is matched in law to the teacher's at every boundary of the grid. In segment
+The student's K-step ODE trajectory is matched in distribution to the teacher's at every boundary of the grid. In segment
 t = t_k > u >= s = t_{k-1}:
 
     x = G(x_t, t);   x_s = alpha_s x + sigma_s eps(x, x_t);   x_u ~ q(x_u | x_s)
-    critic   min_F  w(u) |F(x_u) - sg x|^2 in the network's chart (v, flow), or w(u) min(SNR_u, 5) |F(x_u) - sg x|^2
+    critic   min_F  w(u) |F(x_u) - sg x|^2 in the network's own output (v, flow), or w(u) min(SNR_u, 5) |F(x_u) - sg x|^2
     student  d/dx   (F - D_w)(x_u) / mean|x - D_w(x_u)|       through x only
 """
 

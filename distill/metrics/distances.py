@@ -111,7 +111,7 @@ def squared_mmd(x: Tensor, y: Tensor, kernel: str = "cubic", bandwidth: float | 
 
 
 def energy_distance(x: Tensor, y: Tensor) -> float:
-    r"""2 E|x - y| - E|x - x'| - E|y - y'| over distinct pairs: unbiased, zero in expectation iff the laws are equal.
+    r"""2 E|x - y| - E|x - x'| - E|y - y'| over distinct pairs: unbiased, zero in expectation iff the distributions are equal.
 
     Not the square root (scipy's is). Source: Székely and Rizzo 2013, https://doi.org/10.1016/j.jspi.2013.03.018.
     """
@@ -150,7 +150,7 @@ def wasserstein1d(x: Tensor, y: Tensor) -> float:
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:
-    # Through a matrix product it is 16 times faster at d = 784, at the price of an absolute error of about 1e-7 |a|.
+    # Through a matrix product it is 16 times faster at d = 784, at the cost of an absolute error of about 1e-7 |a|.
     mode = "use_mm_for_euclid_dist" if a.shape[1] > 64 else "donot_use_mm_for_euclid_dist"
     return torch.cdist(a, b, compute_mode=mode)
 
@@ -241,7 +241,7 @@ def classes_with(label: Tensor, samples: int) -> Tensor:
 
 def _labels(name: str, label: Tensor, n: int) -> Tensor:
     if label.shape != (n,) or label.is_floating_point() or label.lt(0).any():
-        raise BadInput(f"{name} is {tuple(label.shape)} {label.dtype}; give {n} integer classes >= 0, one a sample.")
+        raise BadInput(f"{name} is {tuple(label.shape)} {label.dtype}; give {n} integer classes >= 0, one per sample.")
     return label.cpu().long()
 
 

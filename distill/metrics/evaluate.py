@@ -32,7 +32,7 @@ class Student(Protocol):
 
 
 def draw_samples(sampler: Sampler, z: Tensor, cond: Conditions, model: nn.Module, batch: int = 1000) -> Tensor:
-    """Samples x (n, ...) on the CPU of noise z (n, ...), without gradient, `batch` rows a call on the model's device."""
+    """Samples x (n, ...) on the CPU of noise z (n, ...), without gradient, `batch` rows per call on the model's device."""
     with torch.no_grad():
         return torch.cat([sampler(*rows).cpu() for rows in _batches(z, cond, model, batch)])
 

@@ -87,7 +87,7 @@ class ClipScore:
             return [self.prompts[i] for i in cond["label"].tolist()]
         if len(cond.get("caption") or ()) != n:
             raise BadInput(
-                f"{type(self).__name__} needs a caption a sample: data with captions, or prompts, one a class."
+                f"{type(self).__name__} needs a caption per sample: data with captions, or prompts, one a class."
             )
         return list(cond["caption"])
 

@@ -25,7 +25,7 @@ class Suite:
     Attributes:
         x: reference samples (m, ...); None before `prepare` where they are drawn from the teacher.
         label: their classes (m,), or None.
-        oracle: the exact law of the data, or None.
+        oracle: the exact distribution of the data, or None.
         headline: the main metric of a run, which decides the best checkpoint by default.
     """
 

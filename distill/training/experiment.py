@@ -82,7 +82,7 @@ class Experiment:
         return {k: v[torch.arange(n) % len(v)] for k, v in conditions.items()}
 
     def suite(self, folder: Path | None = None) -> Any:
-        """The metrics of this data: against an exact law for toys; against the data's samples for images; for latents
+        """The metrics of this data: against an exact distribution for toys; against the data's samples for images; for latents
         under tensor conditions against the data's, or without samples against the teacher's, saved in `folder`."""
         if self.data.oracle is not None:
             return suite.ToySuite(self.data.oracle, metrics=self._metrics())

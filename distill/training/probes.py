@@ -21,7 +21,7 @@ from distill.metrics.shared_draw import SharedDraw
 from distill.metrics.shares import ALONE, SampleShares
 from distill.solvers import RowNoise, solve
 
-MOST = 256  # samples a probe takes
+MOST = 256  # samples of a probe
 
 
 @torch.no_grad()

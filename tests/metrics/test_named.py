@@ -104,7 +104,7 @@ def test_scores_of_each_sample_are_averaged_and_get_its_conditions(sets, tmp_pat
     assert found["clip_score"] == pytest.approx(float(ClipScore(clip)(x, caption=captions).mean()), rel=1e-5)
     assert found["ink_score"] == pytest.approx(float(x.mean()), rel=1e-5)
     assert found["pick_score"] != found["clip_score"]
-    with pytest.raises(BadInput, match="ClipScore needs a caption a sample"):
+    with pytest.raises(BadInput, match="ClipScore needs a caption per sample"):
         measure({"clip_score": {"weights": clip}}, x, sets[1])
 
 

@@ -71,7 +71,7 @@ def test_captions_may_be_one_a_class(clip):
     conditions = rewards.PickScore(clip, prompts=["no", "yes"])(x, label=label)
     assert torch.equal(conditions, rewards.PickScore(clip)(x, caption=["yes", "no", "yes", "yes"]))
     assert not torch.equal(conditions, rewards.PickScore(clip)(x, caption=["no"] * 4))
-    with pytest.raises(BadInput, match="ClipScore needs a caption a sample"):
+    with pytest.raises(BadInput, match="ClipScore needs a caption per sample"):
         rewards.ClipScore(clip)(x, label=label)
     with pytest.raises(BadInput, match="prompts: 2 of them for class 2"):
         rewards.ClipScore(clip, prompts=["a", "b"])(x, label=label + 1)

@@ -58,7 +58,7 @@ def captions(files: list[Path]) -> list[str] | None:
 
 
 def prompts(file: Path) -> list[str]:
-    """Prompts of a .txt (one a line), or of a .tsv or .csv (column `Prompt`, `caption` or `text`); empty ones are left out.
+    """Prompts of a .txt (one per line), or of a .tsv or .csv (column `Prompt`, `caption` or `text`); empty ones are left out.
 
     Raises:
         BadInput: no such file, another kind, no such column, or no prompt.
@@ -69,7 +69,7 @@ def prompts(file: Path) -> list[str]:
     text_lines = text.splitlines() if file.suffix.lower() == ".txt" else _prompt_column(file, text)
     text_lines = [line.strip() for line in text_lines if line.strip()]
     if not text_lines:
-        raise BadInput(f"{file} holds no prompt: write one a line.")
+        raise BadInput(f"{file} holds no prompt: write one per line.")
     return text_lines
 
 

@@ -63,7 +63,7 @@ def denoises(context: CheckContext) -> Findings:
                 "no other prediction type, time, sign, scale or orientation that was tried fits: the data may not be of "
                 "the kind that it was trained on (other pictures, order of channels or autoencoder), or it is not trained."
                 if has_network(model)
-                else "it has no network: it is not the law of this data."
+                else "it has no network: it is not the distribution of this data."
             )
         )
     else:

@@ -88,7 +88,7 @@ class Layout:
         return self.load(strategy, machine.gpus, batch).total <= machine.room
 
     def largest(self, strategy: str, machine: Machine) -> int:
-        """Largest batch a rank that fits, 0 if none does."""
+        """Largest batch per rank that fits, 0 if none does."""
         if not self.fits(strategy, machine, 1):
             return 0
         low, high = 1, 2
@@ -117,7 +117,7 @@ def plan(cfg: Any, machine: Machine, allow: tuple[str, ...] = (), largest: bool 
 
     Returns:
         `rows`, one a strategy and layout, the recommended one first: bytes by kind, `total`, `fits`, `batch` (the largest
-        that fits, if `largest`); `advice`, a sentence; `notes`; `flops` a rank and step; `hours` of `train.steps`; `disk`;
+        that fits, if `largest`); `advice`, a sentence; `notes`; `flops` per rank and step; `hours` of `train.steps`; `disk`;
         `parameters` by network.
 
     Raises:
@@ -238,12 +238,12 @@ def _advice(cfg: Any, machine: Machine, rows: list[dict], layouts: list[Layout],
     if mine["fits"]:
         same = best is mine or machine.gpus == 1
         better = "" if same else f"; {best['strategy']} fits too, with less communication" * (_rank(best) < _rank(mine))
-        return f"fits: {own} takes {mine['total'] / GB:.1f} GB of {size} a rank{better}."
-    conditions = f"does not fit: {own} takes {mine['total'] / GB:.1f} GB a rank"
+        return f"fits: {own} takes {mine['total'] / GB:.1f} GB of {size} per rank{better}."
+    conditions = f"does not fit: {own} takes {mine['total'] / GB:.1f} GB per rank"
     if best["fits"]:
         layout = "" if best["layout"] == layouts[0].name else f"roles.layout={best['layout']} "
         words = f"{layout}{settings_for(best['strategy'], machine.gpus)}"
-        host = f", and {best['host'] / GB:.1f} GB a rank of the machine's memory" if best["host"] else ""
+        host = f", and {best['host'] / GB:.1f} GB per rank of the machine's memory" if best["host"] else ""
         return f"{conditions}; use {words} ({best['total'] / GB:.1f} GB{host})."
     return f"{conditions}, and no strategy fits on {size}; use {_way_out(cfg, machine, layouts, allow)}."
 

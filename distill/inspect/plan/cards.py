@@ -1,4 +1,4 @@
-"""Accelerators by name: memory, and peak operations a second, dense, from their makers' data sheets.
+"""Accelerators by name: memory, and peak operations per second, dense, from their makers' data sheets.
 
 https://www.nvidia.com/en-us/data-center/h100/ (h200, a100, l40s, l4, a10, v100, t4 and b200 likewise); for GeForce and
 RTX the architecture white papers, at 16 bits with float32 accumulation: https://images.nvidia.com/aem-dam/Solutions/
@@ -15,7 +15,7 @@ from distill.errors import BadInput, suggest
 
 @dataclass(frozen=True)
 class Card:
-    """GB of memory, operations a second at 16 bits and in float32, and what the device's name in torch contains."""
+    """GB of memory, operations per second at 16 bits and in float32, and what the device's name in torch contains."""
 
     memory: float
     half: float

@@ -24,9 +24,9 @@ def show(found: dict[str, Any], console: Console | None = None) -> None:
     console.width = max(console.width, WIDTH)
     rows, machine = found["rows"], found["machine"]
     unit, name = (1e9, "GB") if max(r["total"] for r in rows) >= 1e10 else (1e6, "MB")
-    title = f"{found['name']}: {name} a rank, {machine['gpus']} x {machine['memory'] / 1e9:g} GB"
+    title = f"{found['name']}: {name} per rank, {machine['gpus']} x {machine['memory'] / 1e9:g} GB"
     table = Table(
-        title=f"{title}, batch {found['batch']} a rank",
+        title=f"{title}, batch {found['batch']} per rank",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -64,7 +64,7 @@ def sentences(found: dict[str, Any]) -> list[str]:
     texts = [
         f"{found['method']} {found['advice']}",
         f"Parameters: {networks}.",
-        f"{_flops(found['flops'])} a rank and step; {found['steps']} steps take {_duration(found['hours'])} at {rate}, "
+        f"{_flops(found['flops'])} per rank and step; {found['steps']} steps take {_duration(found['hours'])} at {rate}, "
         "without data, optimizer and communication.",
         f"Disk: {disk['count']} checkpoints of {_bytes(disk['checkpoint'])}: {_bytes(disk['checkpoints'])}"
         + (f"; the data has {_bytes(disk['data'])}." if disk["data"] else "."),

@@ -138,7 +138,7 @@ KINDS = ("weights", "frozen", "averages", "moments", "masters", "gradients", "ac
 def load(
     networks: list[NetworkMemory], seen: Trace, strategy: str, n: int, settings: StrategySettings | None = None
 ) -> Load:
-    """Bytes a rank of `n` under `strategy`, with the activations of `seen`."""
+    """Bytes per rank of `n` under `strategy`, with the activations of `seen`."""
     n, settings = 1 if strategy == "single" else n, settings or StrategySettings()
     trained = {x.name: x for x in networks if x.kind == "trainable"}
     kept = Load()

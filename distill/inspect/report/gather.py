@@ -46,7 +46,7 @@ class RunSummary:
 
     @property
     def steps(self) -> int:
-        """The student's evaluations a sample."""
+        """The student's evaluations per sample."""
         grid = self.cfg.method.get("grid", 4)
         return len(grid) - 1 if hasattr(grid, "__len__") else int(grid)
 

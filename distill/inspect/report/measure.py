@@ -135,7 +135,7 @@ def _point(who: str, kind: str, nfe: int, seconds: float, scores: dict[str, floa
 
 
 def _pictures(experiment: Experiment, suite: Suite, nfes: Sequence[int]) -> tuple[str, list[dict[str, Any]]]:
-    """("images" | "points" | "none", one picture a row): teacher and student by evaluations, all from the same noises."""
+    """("images" | "points" | "none", one picture per row): teacher and student by evaluations, all from the same noises."""
     shape, classes = experiment.method.shape, experiment.data.info.classes or 0
     kind = "points" if suite.oracle is not None else "images" if len(shape) == 3 and shape[0] in (1, 3) else "none"
     if kind == "none" or (kind == "points" and len(shape) != 1):
