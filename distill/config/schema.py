@@ -170,7 +170,7 @@ MOVED = {
 }
 CHOICES = {
     "model": ("full", "tiny"),
-    "log.wandb": ("auto", "online", "offline", "disabled"),
+    "log.wandb": ("auto", "online", "offline", "disabled", "off"),
     "engine.strategy": ("auto", "ddp", "fsdp", "zero1", "zero2", "zero3"),
     "engine.accelerator": ("auto", "cpu", "cuda", "gpu", "mps"),
     "engine.precision": ("32", "bf16", "16"),
