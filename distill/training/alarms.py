@@ -37,7 +37,8 @@ class Rule:
 
     `against`: "ratio" divides by the reference's value, which must be at least `least`; "excess" subtracts it; "" uses
     the value itself. In `text` and `remedy`, REFERENCE stands for what the student is compared with, [text] is for methods
-    with a critic and <text> for those with a teacher; `worded` settles them.
+    with a critic and <text> for those with a teacher; `worded` settles them. `unreached` is the remedy of a metric that was
+    never inside, of methods that train from data; empty: `remedy`.
     """
 
     kind: str
@@ -48,12 +49,18 @@ class Rule:
     remedy: str
     against: str = "ratio"
     least: float = 1e-6
+    unreached: str = ""
 
     def worded(self, teacher: bool = True, critic: bool = True) -> Rule:
         """This rule in words that fit a method: compared with its teacher or with the data, with a critic or without."""
         remedy = re.sub(r"\[(.*?)\]", r"\1" if critic else "", self.remedy)
         remedy = re.sub(r"<(.*?)>", r"\1" if teacher else "", remedy)
-        return replace(self, text=self.text.replace("REFERENCE", "teacher" if teacher else "data"), remedy=remedy)
+        text = self.text.replace("REFERENCE", "teacher" if teacher else "data")
+        return replace(self, text=text, remedy=remedy, unreached=UNREACHED if self.against and not teacher else "")
+
+    def shown(self, value: float) -> str:
+        """A reading as the text writes it."""
+        return re.findall(r"{.*?}", self.text)[0].format(value)
 
     def reading(self, row: Mapping[str, float], reference: Mapping[str, float]) -> float | None:
         """None if the run does not measure it, or there is no reference value."""
@@ -65,6 +72,7 @@ class Rule:
         return value - known if self.against else value
 
 
+UNREACHED = "raise train.steps; if the loss no longer falls, set another optim.student.lr"  # of a model trained from data
 RULES = (
     Rule(
         "collapse",
@@ -79,7 +87,7 @@ RULES = (
         "coverage",
         0.5,
         float("inf"),
-        "the coverage of the data is {:.2g} x the REFERENCE's",
+        "coverage is {:.0%} of the REFERENCE's",
         "lower optim.student.lr< or guidance>[, or use a mode-covering divergence (method.divergence: js or kl) or a head]",
         least=0.3,
     ),
@@ -171,14 +179,14 @@ class MetricMonitor:
             if value is None:
                 continue
             if rule.low <= value <= rule.high:
-                self.healthy[rule.kind] = f"{value:.2g} at step {step}"
+                self.healthy[rule.kind] = f"{rule.shown(value)} at step {step}"
                 self.raised.discard(rule.kind)
             elif rule.kind not in self.raised and (rule.kind in self.healthy or step >= self.half):
                 self.raised.add(rule.kind)
-                before = (
-                    f" ({self.healthy[rule.kind]})" if rule.kind in self.healthy else " in the second half of the run"
-                )
-                found.append(Alarm(step, rule.kind, f"{rule.text.format(value)}{before}; {rule.remedy}."))
+                known = self.healthy.get(rule.kind)
+                before = f" ({known})" if known else " in the second half of the run"
+                remedy = rule.remedy if known else rule.unreached or rule.remedy
+                found.append(Alarm(step, rule.kind, f"{rule.text.format(value)}{before}; {remedy}."))
         return found
 
 

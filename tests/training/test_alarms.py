@@ -102,6 +102,20 @@ def method(metric=None, teacher=True, trainable=("critic", "student")):
     return SimpleNamespace(metric=metric, role=lambda name: print if teacher else None, trainable=trainable)
 
 
+def test_a_run_from_data_that_has_not_reached_them_is_told_to_train_longer():
+    """Without a teacher the reference is the data; a metric that was reached and lost again has the other remedy."""
+    missed = HEALTHY | {"coverage": 0.0, "beyond": 0.3, "contrast": 0.2}
+    alone, taught = (MetricMonitor(50, rules=rules_for(method(teacher=t, trainable=("student",)))) for t in (False, True))
+    early = {a.kind: a.message for a in alone.check(50, missed, TEACHER)}
+    assert set(early) == {"mode loss", "saturation", "contrast"}
+    assert all("; raise train.steps" in text and "lower" not in text for text in early.values())
+    assert early["mode loss"].startswith("coverage is 0% of the data's in the second half of the run; ")
+    alone.check(60, HEALTHY, TEACHER)
+    (lost,) = alone.check(70, HEALTHY | {"coverage": 0.36}, TEACHER)
+    assert lost.message == "coverage is 40% of the data's (100% at step 60); lower optim.student.lr."
+    assert all("raise train.steps" not in a.message for a in taught.check(50, missed, TEACHER))
+
+
 @pytest.mark.parametrize("teacher", [True, False])
 @pytest.mark.parametrize("critic", [True, False])
 def test_alarms_speak_of_the_roles_that_the_method_has(teacher, critic):
