@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 console = Console(markup=False, emoji=False, soft_wrap=not sys.stdout.isatty())  # names as they are, lines whole
 PRINT_EVERY = 10.0  # seconds between lines of progress without a terminal
+WINDOW = 100  # steps over which the rate is measured
 
 
 class TimedPrint:
@@ -36,13 +38,17 @@ class TimedPrint:
 
 
 class ProgressBar(lightning.Callback):
-    """rich progress bar with losses by role and steps per second; without a terminal, a line every `PRINT_EVERY` seconds."""
+    """rich progress bar with losses by role and steps per second; without a terminal, a line every `PRINT_EVERY` seconds.
+
+    The rate is that of the last `WINDOW` steps of this process, loading of data included; validations, saves and what
+    precedes the first step are not counted.
+    """
 
     def __init__(self, total: int, every: int = 10):
         self.total, self.every, self.bar = total, every, None
 
     def on_train_start(self, trainer, method):
-        self.start, self.first, self.line = time.monotonic(), method.step, TimedPrint()
+        self.ends: deque[tuple[int, float]] = deque(maxlen=WINDOW + 1)  # steps done, and the clock then
         if console.is_terminal:
             columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
             self.bar = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console)
@@ -50,11 +56,29 @@ class ProgressBar(lightning.Callback):
             name = type(method).__name__
             self.task = self.bar.add_task(name, total=self.total, completed=method.step, note="")
 
+    def on_train_batch_start(self, trainer, method, batch, index):
+        if not self.ends:  # the first step of this process, after the validation at the start
+            self.line = TimedPrint()
+        if not self.ends or method.step < self.ends[-1][0]:  # after a rollback
+            self.ends.clear()
+            self.ends.append((method.step, self.clock(trainer)))
+
+    @staticmethod
+    def clock(trainer) -> float:
+        """Seconds, without those of validations and saves."""
+        return time.monotonic() - sum(c.spent for c in trainer.callbacks if isinstance(c, PeriodicCallback))
+
+    def rate(self) -> float:
+        """Steps per second over the window."""
+        (first, begin), (last, end) = self.ends[0], self.ends[-1]
+        return (last - first) / max(end - begin, 1e-9)
+
     def on_train_batch_end(self, trainer, method, outputs, batch, index):
+        self.ends.append((method.step, self.clock(trainer)))
         last = method.step == self.total
         if not last and not (self.line.due if self.bar is None else method.step % self.every == 0):
             return
-        rate = (method.step - self.first) / max(time.monotonic() - self.start, 1e-9)
+        rate = self.rate()
         losses = {k.removesuffix("/loss"): float(v) for k, v in method.logs.items() if k.endswith("/loss")}
         note = "  ".join(f"{k} {v:.4g}" for k, v in losses.items()) + f"  {rate:.1f} steps/s"
         if self.bar:
@@ -137,11 +161,13 @@ class PeriodicCallback(lightning.Callback):
     ):
         self.every = (every,) if isinstance(every, int) else every
         self.action, self.start, self.finished, self.done = action, start, finished, None
+        self.spent = 0.0  # seconds in the action
 
     def _call(self, method):
         if self.done != method.step:
-            self.done = method.step
+            self.done, began = method.step, time.monotonic()
             self.action(method)
+            self.spent += time.monotonic() - began
 
     def on_train_start(self, trainer, method):
         if self.start and method.step == 0:

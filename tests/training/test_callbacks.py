@@ -30,15 +30,47 @@ def test_the_bar_renders_with_and_without_a_terminal(monkeypatch, terminal):
         callbacks.ProgressBar(40, every=1),
         method(0, 40, **{"student/loss": 0.25, "critic/loss": 2.0, "student/grad_norm": 9.0}),
     )
-    bar.on_train_start(None, m)
+    trainer = SimpleNamespace(callbacks=[bar])
+    bar.on_train_start(trainer, m)
+    bar.on_train_batch_start(trainer, m, None, 0)
     for m.step in range(1, 41):
-        bar.on_train_batch_end(None, m, None, None, 0)
+        bar.on_train_batch_end(trainer, m, None, None, 0)
     bar.teardown(None, m, "fit")
     text = out.getvalue()
     assert "40/40" in text and "student 0.25" in text and "critic 2" in text and "steps/s" in text
     assert "grad_norm" not in text and ("\x1b" in text) == terminal
     shown = [int(step) for step in re.findall(r"step (\d+)/40", text)]
-    assert terminal or shown[-1] == 40 and 3 <= len(shown) <= 6 and max(map(int.__sub__, shown[1:], shown)) <= 20
+    assert terminal or shown[-1] == 40 and 3 <= len(shown) <= 12 and max(map(int.__sub__, shown[1:], shown)) <= 20
+
+
+def test_the_rate_is_that_of_recent_training_steps(monkeypatch):
+    """Not of the measurement before the first step, of validations, or of a slow beginning; a resumed run counts its own."""
+    now = 0.0
+    monkeypatch.setattr(callbacks, "console", Console(file=(out := io.StringIO()), width=120))
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: now)
+
+    def validates(method):
+        nonlocal now
+        now += 500.0
+
+    bar, m = callbacks.ProgressBar(1000), method(300, 1000, **{"student/loss": 1.0})
+    validation = callbacks.PeriodicCallback(50, validates)
+    trainer = SimpleNamespace(callbacks=[bar, validation])
+    bar.on_train_start(trainer, m)
+    now += 400.0  # the teacher is measured
+    for step in range(301, 701):
+        bar.on_train_batch_start(trainer, m, None, 0)
+        now += 11.0 if step < 321 else 0.5
+        m.step = step
+        bar.on_train_batch_end(trainer, m, None, None, 0)
+        validation.on_train_batch_end(trainer, m, None, None, 0)
+    assert bar.rate() == pytest.approx(2.0)
+    m.step = 600
+    bar.on_train_batch_start(trainer, m, None, 0)
+    assert list(bar.ends) == [(600, bar.clock(trainer))], "a rollback begins anew"
+    lines = out.getvalue().splitlines()
+    assert lines[0].startswith("step 301/1000") and lines[0].endswith("0.1 steps/s  7689 s left"), lines[0]
+    assert lines[-1].endswith("2.0 steps/s  154 s left"), lines[-1]
 
 
 def test_an_error_gives_the_terminal_back(monkeypatch):
