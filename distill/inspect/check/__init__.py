@@ -16,6 +16,7 @@ import torch
 from distill.errors import BadInput
 from distill.inspect.check import conventions, guidance, numerics, rates, samples, settings, signs, start, updates
 from distill.inspect.check.base import CheckContext, Finding, Findings, device_of, first_samples, untouched
+from distill.inspect.check.crash import crash
 from distill.inspect.check.updates import DryRun, Turn
 from distill.training.experiment import build_experiment
 
@@ -75,22 +76,22 @@ def _dry_run(context: CheckContext) -> list[Finding]:
         yield from ()
 
     out += _run("update", first, context)
-    for name, function in UPDATE_CHECKS.items() if steps else ():
+    if not steps:
+        return out + [Finding.skipped("the training step failed; see `update`.", name) for name in UPDATE_CHECKS]
+    for name, function in UPDATE_CHECKS.items():
         out += _run(name, lambda context, check=function: check(context, *steps[0]), context)
     return out
 
 
 def _run(name: str, function: Callable[[CheckContext], Iterable[Finding]], context: CheckContext) -> list[Finding]:
-    """The findings of one check. A BadInput becomes a FAIL, any other exception a warning."""
+    """The findings of one check. A BadInput becomes a FAIL, any other exception what `crash` says."""
     try:
         return [Finding(finding.level, finding.text, finding.name or name) for finding in function(context)]
     except BadInput as error:
         return [Finding.fail(str(error), name)]
     except Exception as error:  # a user's method or network may raise anything
-        text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        return [
-            Finding.warn(f"the check failed to run ({text}); if your own code is not in it, please report it.", name)
-        ]
+        finding = crash(error, context.method, name in ("update", *UPDATE_CHECKS))
+        return [Finding(finding.level, finding.text, name)]
 
 
 def gate(quiet: bool = False) -> Any:

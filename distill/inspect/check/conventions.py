@@ -180,12 +180,22 @@ def _alternative(fit: ConventionFit, role: str, now: float) -> tuple[str, float]
         return "", math.inf
     samples = fit.all if now > BETTER else None
     others = list(_alternatives(fit.model, role, samples))
-    screened = [fit.score(**change, screen=True) for change, _ in others]
+    screened = [_screened(fit, change) for change, _ in others]
     near = sorted(range(len(others)), key=lambda i: screened[i])[:FINALISTS]
-    errors = {i: fit.score(**others[i][0]) for i in sorted(near)}
+    errors = {i: fit.score(**others[i][0]) for i in sorted(near) if screened[i] < math.inf}
+    if not errors:
+        return "", math.inf
     best = min(errors.values())
     i = next(i for i, error in errors.items() if error <= 1.03 * best)  # of ties the first
     return others[i][1], errors[i]
+
+
+def _screened(fit: ConventionFit, change: dict[str, Any]) -> float:
+    """The error under another convention; infinite if the network refuses its inputs."""
+    try:
+        return fit.score(**change, screen=True)
+    except Exception:  # a user's network may raise anything
+        return math.inf
 
 
 def _alternatives(model: Any, role: str, samples: Tensor | None = None) -> Iterator[tuple[dict[str, Any], str]]:
