@@ -255,11 +255,15 @@ def test_the_loggers_are_closed_whatever_happens(tmp_path, monkeypatch):
         (("optim.critic.lr=1",), "^optim.critic: not a trainable role"),
         (
             ("data={_target_: distill.data.shards.Shards, path: data/dgits/train, batch_size: 4}",),
-            "^data.path: data/dgits/train does not exist; make it by `distill data images PHOTOS data/dgits`",
+            "^data.path: data/dgits/train does not exist; make it by `distill data digits data/dgits`",
         ),
         (
             ("data={_target_: distill.data.shards.Shards, path: no/digits/train, batch_size: 4}",),
             "`distill data digits no/digits`",
+        ),
+        (
+            ("data={_target_: distill.data.shards.Shards, path: no/cats/train, batch_size: 4}",),
+            "`distill data images PHOTOS no/cats`",
         ),
         (
             ("data={_target_: distill.data.pairs.Pairs, path: no/pairs, batch_size: 4}",),
@@ -270,6 +274,72 @@ def test_the_loggers_are_closed_whatever_happens(tmp_path, monkeypatch):
 def test_what_does_not_fit_is_refused_before_anything_runs(keys, says):
     with pytest.raises(BadInput, match=says):
         build_experiment(tiny.recipe(*keys))
+
+
+MISSING = "data={_target_: distill.data.shards.Shards, path: data/digits/train, batch_size: 4}"
+
+
+@pytest.mark.parametrize(
+    "key, says",
+    [
+        ("method.grd=4", "^Unknown key 'method.grd' .* Did you mean 'grid'"),
+        ("method.ema=much", "^method.ema: expected float, got 'much'"),
+        ("roles.student.net.widht=3", "^Unknown key 'roles.student.net.widht' .* Did you mean 'width'"),
+        ("roles.studnt=${roles.student}", "^roles.studnt: Diffusion has no such role. Did you mean 'student'"),
+        ("optim.studnt.lr=1", "^optim.studnt: not a trainable role. Did you mean 'student'"),
+        ("data.batchsize=4", "^Unknown key 'data.batchsize' .* Did you mean 'batch_size'"),
+        (
+            "eval.reference={_target_: distill.data.shards.Shards, path: a, batch: 1}",
+            "^Unknown key 'eval.reference.batch' .* Did you mean 'batch_size'",
+        ),
+    ],
+)
+def test_a_misspelt_key_is_named_before_missing_data_and_before_a_taken_folder(key, says, tmp_path):
+    with pytest.raises(BadInput, match="^data.path: data/digits/train does not exist"):
+        build_experiment(tiny.recipe(MISSING))
+    with pytest.raises(BadInput, match=says):
+        build_experiment(tiny.recipe(MISSING, key))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("name: run")
+    with pytest.raises(BadInput, match="already holds a run"):
+        tiny.train(tmp_path / "run", MISSING)
+    with pytest.raises(BadInput, match=says):
+        tiny.train(tmp_path / "run", MISSING, key)
+
+
+def test_missing_data_are_answered_by_the_folder_that_was_meant_or_by_what_makes_their_kind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = ["data.batch_size=4", "eval.reference=null"]
+    load = lambda *keys: build_experiment(config.load(["digits/consistency"], [*recipe, *keys]))  # noqa: E731
+    for path, command in {
+        "data/digit/train": "digits data/digit`",  # pixels of the digits' teacher: never encoded by a pipeline
+        "data/cats/train": "images PHOTOS data/cats`",
+    }.items():
+        with pytest.raises(BadInput, match=f"^data.path: {path} does not exist; make it by `distill data {command}"):
+            load(f"data.path={path}")
+    text = "roles.teacher={_target_: distill.models.diffusers.load, path: some/body}"
+    with pytest.raises(BadInput, match="`distill data encode SOURCE data/cats --pipeline some/body`"):
+        load("data.path=data/cats/train", text)
+    (tmp_path / "data" / "digits" / "train").mkdir(parents=True)
+    with pytest.raises(BadInput, match="^data.path: data/digit/trian does not exist. Did you mean 'data/digits/train'"):
+        load("data.path=data/digit/trian")
+
+
+def test_a_misspelt_checkpoint_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
+    """Of the package, of the user, and one that is near to nothing, which the hub may have."""
+    from distill.models.diffusers import folder
+
+    asked = []
+    monkeypatch.setattr(folder, "_download", lambda name, *_: asked.append(name))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match="checkpoints/digit-teacher .* Did you mean 'checkpoints/digits-teacher'"):
+        folder.folder_of("checkpoints/digit-teacher")
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    with pytest.raises(BadInput, match="models/mien is not a diffusers folder.* Did you mean 'models/mine'"):
+        folder.folder_of("models/mien")
+    assert asked == []
+    folder.folder_of("checkpoints/flux")
+    assert asked == ["checkpoints/flux"]
 
 
 @pytest.mark.parametrize("key", ["roles", "method", "data"])

@@ -9,7 +9,7 @@ Examples:
 """
 
 from distill.config.loading import checked, fingerprint, load, merge, override, read, save
-from distill.config.objects import build, open_ended, resolve, signature
+from distill.config.objects import build, open_ended, resolve, signature, verify
 from distill.config.plugins import confirm, record
 from distill.config.schema import TARGET
 
@@ -28,4 +28,5 @@ __all__ = [
     "resolve",
     "save",
     "signature",
+    "verify",
 ]

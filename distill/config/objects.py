@@ -172,6 +172,34 @@ def open_ended(target: Any) -> bool:
     return inspect.Parameter.VAR_KEYWORD in kinds
 
 
+def verify(node: Any, allow: tuple[str, ...] = (), where: str = "", given: tuple[str, ...] = ()) -> None:
+    """Check the keys and plain values of what `build` takes, at every depth, without building anything.
+
+    Args:
+        node, allow, where: as of `build`.
+        given: names of the arguments of the outermost object that do not come from the config.
+
+    Raises:
+        BadInput: as `build` for unknown, missing and wrongly typed arguments.
+    """
+    plugins.import_allowed(allow)
+    dot = f"{where}." if where else ""
+    if isinstance(node, list):
+        for i, value in enumerate(node):
+            verify(value, allow, f"{where}[{i}]")
+    if not isinstance(node, dict):
+        return
+    if TARGET in node:
+        target = resolve(node[TARGET], allow, f"{dot}{TARGET}")
+        schema = signature(target)
+        _check_arguments(node, target, schema, given, where)
+        for key, value in node.items():
+            if key in schema and not isinstance(value, (dict, list)):
+                _typed(value, schema[key], target, f"{dot}{key}")
+    for key, value in node.items():
+        verify(value, allow, f"{dot}{key}")
+
+
 def build(node: Any, allow: tuple[str, ...] = (), where: str = "", **given: Any) -> Any:
     """The object that `node` describes; mappings without `_target_` and lists are built item by item.
 
@@ -193,23 +221,31 @@ def build(node: Any, allow: tuple[str, ...] = (), where: str = "", **given: Any)
         return {k: build(v, allow, f"{dot}{k}") for k, v in node.items()}
     target = resolve(node[TARGET], allow, f"{dot}{TARGET}")
     schema = signature(target)
+    _check_arguments(node, target, schema, tuple(given), where)
     arguments = {}
     for key, value in node.items():
-        if key == TARGET:
-            continue
-        if (key not in schema and not open_ended(target)) or key in given:
+        if key != TARGET:
+            argument = build(value, allow, f"{dot}{key}")
+            arguments[key] = _typed(argument, schema[key], target, f"{dot}{key}") if key in schema else argument
+    return _call(target, arguments, given, where)
+
+
+def _check_arguments(
+    node: dict, target: Any, schema: dict[str, inspect.Parameter], given: tuple[str, ...], where: str
+) -> None:
+    """Raises BadInput for a key that `target` does not take, and for one that it needs and the node lacks."""
+    dot = f"{where}." if where else ""
+    for key in node:
+        if key != TARGET and (key not in schema and not open_ended(target) or key in given):
             known = [k for k in schema if k not in given]
             if (node[TARGET], key) in MOVED_ARGUMENTS:
                 raise BadInput(f"'{dot}{key}' of {node[TARGET]} {_moved(MOVED_ARGUMENTS[node[TARGET], key])}")
             raise BadInput(
                 f"Unknown key '{dot}{key}' for {node[TARGET]}.{suggest(key, known)} Known keys: {', '.join(known)}."
             )
-        argument = build(value, allow, f"{dot}{key}")
-        arguments[key] = _typed(argument, schema[key], target, f"{dot}{key}") if key in schema else argument
-    missing = [k for k, p in schema.items() if p.default is p.empty and k not in arguments and k not in given]
+    missing = [k for k, p in schema.items() if p.default is p.empty and k not in node and k not in given]
     if missing:
         raise BadInput(f"Missing key '{dot}{missing[0]}' for {node[TARGET]}; give it in the config.")
-    return _call(target, arguments, given, where)
 
 
 def _call(target: Any, arguments: dict[str, Any], given: dict[str, Any], where: str) -> Any:

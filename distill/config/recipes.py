@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 
-from distill.errors import BadInput, suggest
+from distill.errors import NEAR, BadInput, near_path, suggest
 
 PACKAGE = Path(__file__).parents[1]
 RECIPES = PACKAGE / "shipped_configs"  # as a wheel installs them
@@ -80,3 +81,10 @@ def checkpoint(path: str | Path) -> Path:
     if not Path(path).exists() and not Path(path).is_absolute() and name and shipped.is_dir():
         return shipped
     return Path(path)
+
+
+def near_checkpoint(path: str | Path) -> str:
+    """`" Did you mean 'x'?"` for a folder, or a checkpoint of the package, whose name is near; or an empty string."""
+    name = str(path).removeprefix("checkpoints/")
+    shipped = difflib.get_close_matches(name, [p.name for p in CHECKPOINTS.glob("*")], n=1, cutoff=NEAR)
+    return near_path(path) or (f" Did you mean 'checkpoints/{shipped[0]}'?" if shipped else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,10 +13,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from distill import config
+from distill.config import recipes
 from distill.config.schema import Optim
 from distill.data.base import Dataset
 from distill.denoise import Guided, network_of
-from distill.errors import BadInput
+from distill.errors import NEAR, BadInput, near_path, suggest
+from distill.files import read_json
 from distill.methods import Diffusion
 from distill.methods.base import Method
 from distill.methods.optim import OWN, optimizer_of
@@ -160,14 +163,44 @@ def _samples(data: Dataset, *most: int) -> Tensor:
     return data.all(*most, conditions=False)["x"]
 
 
-def build_experiment(cfg: DictConfig, allow: tuple[str, ...] = (), build: Any = config.build) -> Experiment:
-    """Set the seed, build data, roles (by `build`) and method, and check that they are compatible."""
+def check_config(cfg: DictConfig, allow: tuple[str, ...] = ()) -> None:
+    """Check sections and keys of a config before anything is read: method, data, roles, optim, eval.reference.
+
+    Raises:
+        BadInput: a section is empty; a key is unknown, missing or of another type; a role is misspelt.
+    """
     for key in ("method", "data", "roles"):
         if not cfg[key]:
             raise BadInput(f"The config has no '{key}'; start from one in configs/, for example configs/toy/tdm.yaml.")
     for key in ("method", "data"):
         if not cfg[key].get(config.TARGET):
             raise BadInput(f"{key}._target_ is missing; name a class, for example distill.{key}s.TDM for a method.")
+    sections: Any = OmegaConf.to_container(OmegaConf.create({k: cfg[k] for k in ("data", "method", "roles")}))
+    config.verify(sections["method"], allow, "method", ("roles", "optim"))
+    for key in ("roles", "data"):
+        config.verify(sections[key], allow, key)
+    if cfg.eval.reference:
+        config.verify(OmegaConf.to_container(cfg.eval)["reference"], allow, "eval.reference")
+    kind = config.resolve(cfg.method[config.TARGET], allow, f"method.{config.TARGET}")
+    if isinstance(kind, type) and issubclass(kind, Method):
+        _check_roles(kind, cfg)
+
+
+def _check_roles(kind: type[Method], cfg: DictConfig) -> None:
+    """Raises BadInput for a slip in the name of a role; whether the method has a role, it decides when it is built."""
+    trainable = kind.trainable
+    for key, known, text in (
+        ("roles", trainable + kind.frozen + ("layout", "adapter"), f"{kind.__name__} has no such role."),
+        ("optim", trainable, "not a trainable role."),
+    ):
+        for role in cfg[key]:
+            if role not in known and difflib.get_close_matches(role, known, cutoff=NEAR):
+                raise BadInput(f"{key}.{role}: {text}{suggest(role, known)}")
+
+
+def build_experiment(cfg: DictConfig, allow: tuple[str, ...] = (), build: Any = config.build) -> Experiment:
+    """Set the seed, build data, roles (by `build`) and method, and check that they are compatible."""
+    check_config(cfg, allow)
     _check_path(cfg.data, "data", cfg.roles)
     torch.manual_seed(cfg.seed)
     if cfg.train.threads:
@@ -230,15 +263,23 @@ def _check_path(settings: DictConfig, key: str, roles: Any = None) -> None:
     path = settings.get("path")
     if not isinstance(path, str) or any(c in path for c in "{*?[") or Path(path).expanduser().exists():
         return
-    out = Path(path).parent if Path(path).name in ("train", "test") else Path(path)
-    kind = "digits" if "digits" in out.parts else "images PHOTOS"
-    kind = "pairs CONFIG" if settings[config.TARGET].endswith("Pairs") else kind
+    target, out = settings[config.TARGET], Path(path).parent if Path(path).name in ("train", "test") else Path(path)
     teacher = (roles or {}).get("teacher") or {}
-    if settings[config.TARGET].endswith("Buckets"):
-        kind = "encode PHOTOS --pipeline P --buckets"
-    elif kind == "images PHOTOS" and str(teacher.get(config.TARGET, "")).endswith("diffusers.load"):
-        kind, out = (
-            "prompts FILE" if out.name.endswith("prompts") else "encode SOURCE",
-            f"{out} --pipeline {teacher['path']}",
-        )
-    raise BadInput(f"{key}.path: {path} does not exist; make it by `distill data {kind} {out}`, or correct the path.")
+    words = "digits" if difflib.get_close_matches("digits", out.parts, cutoff=NEAR) else "images PHOTOS"
+    if target.endswith("Pairs"):
+        words = "pairs CONFIG"
+    elif target.endswith("Buckets"):
+        words = "encode PHOTOS --pipeline P --buckets"
+    elif words != "digits" and str(teacher.get(config.TARGET, "")).endswith("diffusers.load"):
+        if _takes_text(teacher["path"]):
+            words = "prompts FILE" if out.name.endswith("prompts") else "encode SOURCE"
+            out = f"{out} --pipeline {teacher['path']}"
+    if near := near_path(path):
+        raise BadInput(f"{key}.path: {path} does not exist.{near}")
+    raise BadInput(f"{key}.path: {path} does not exist; make it by `distill data {words} {out}`, or correct the path.")
+
+
+def _takes_text(path: str) -> bool:
+    """Whether a teacher's folder has a text encoder; assumed of those that are not on this machine."""
+    index = recipes.checkpoint(path) / "model_index.json"
+    return not index.is_file() or "text_encoder" in read_json(index)

@@ -25,7 +25,7 @@ from distill.training import (
 )
 from distill.training.alarms import UpdateMonitor
 from distill.training.cost import CostRecorder
-from distill.training.experiment import Experiment, build_experiment
+from distill.training.experiment import Experiment, build_experiment, check_config
 from distill.training.load import _restore
 from distill.training.lock import RunLock
 from distill.training.rollback import Rollback
@@ -45,6 +45,7 @@ def train(
     step leaves no folder.
     """
     folder, cfg.allow = Path(folder), config.record(cfg, allow)
+    check_config(cfg, allow)
     launch.join_processes(cfg.engine)
     callbacks.console.quiet = not run_folder.is_rank_zero()
     with Signals() as signals, RunLock(folder) as lock:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from distill.config import plugins
-from distill.config.recipes import checkpoint
+from distill.config.recipes import checkpoint, near_checkpoint
 from distill.errors import BadInput, suggest
 from distill.files import read_json
 from distill.models.diffusers.network import TensorConditioned
@@ -206,9 +206,10 @@ def folder_of(path: str | Path, revision: str | None = None, more: tuple[str, ..
     if (folder / "model_index.json").is_file():
         return folder
     # "checkpoints/x" beside a folder named checkpoints is a mistyped path, not a model of the hub.
-    local = folder.is_absolute() or folder.parent.is_dir()
+    near = near_checkpoint(path) if not folder.exists() else ""
+    local = folder.is_absolute() or folder.parent.is_dir() or near and folder.parts[0] == "checkpoints"
     if folder.exists() or local or len(folder.parts) != 2 or folder.parts[0].startswith("."):
-        raise BadInput(f"{folder} is not a diffusers folder: it has no model_index.json.")
+        raise BadInput(f"{folder} is not a diffusers folder: it has no model_index.json.{near}")
     return _download(str(path), revision, more)
 
 
@@ -229,6 +230,6 @@ def _download(name: str, revision: str | None, more: tuple[str, ...]) -> Path:
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise BadInput(
             f"'{name}' is neither a local folder nor a model that the hub provides ({reason}): correct the name, log in "
-            "if the model is gated, or download it on another machine and pass the folder."
+            f"if the model is gated, or download it on another machine and pass the folder.{near_checkpoint(name)}"
         ) from error
     return Path(snapshot)
