@@ -118,7 +118,7 @@ def narrow_kernel(context: CheckContext) -> str:
     method = context.method
     if not isinstance(method, MMD) or method.kernel != "rbf" or not context.readable or len(context.x) < 2:
         return ""
-    features = method.seen(context.x[:64]).flatten(1).double()
+    features = method.features(context.x[:64]).flatten(1).double()
     away = torch.cdist(features, features)[~torch.eye(len(features), dtype=torch.bool, device=features.device)]
     typical, widest = float(away.median()) / math.sqrt(features.shape[1]), max(method.bandwidths)
     if math.exp(-((typical / widest) ** 2) / 2) >= NARROW:
