@@ -157,6 +157,61 @@ def test_train_refuses_a_missing_or_broken_config(here, recipe, says):
     assert [p.name for p in here.iterdir()] == ["broken.yaml"]
 
 
+def test_patterns_name_shipped_recipes_where_the_folder_is_not_here(here, monkeypatch):
+    """The shell leaves such a pattern as it is; a local folder of that name goes first."""
+    from distill.cli.training import _split
+    from distill.config import recipes
+
+    toys = sorted(name for name in recipes.names() if name.startswith("toy/tdm"))
+    assert len(toys) > 1
+    for pattern in ("configs/toy/tdm*.yaml", "toy/tdm*"):
+        assert _split((pattern, "seed=1", "digits/pcm")) == ([*toys, "digits/pcm"], ["seed=1"])
+    for verb in ("train", "check", "plan", "bench", "compare"):
+        result = distill(verb, "configs/dgits/*.yaml")
+        refuses(result, "configs/dgits/*.yaml matches no file and no recipe. Did you mean 'digits'")
+    (here / "configs" / "toy").mkdir(parents=True)
+    (here / "configs" / "toy" / "tdm-mine.yaml").write_text("name: mine")
+    assert _split(("configs/toy/tdm*.yaml",))[0] == ["configs/toy/tdm-mine.yaml"]
+
+
+def test_messages_name_recipes_and_no_folder_of_the_package(here, trained):
+    from distill.config import recipes
+
+    result = distill("compare", trained, "toy/tdm")
+    assert str(recipes.RECIPES) not in result.output + result.stderr and "toy/" in result.output + result.stderr
+    assert recipes.shown(recipes.find("toy/tdm")) == "toy/tdm" and recipes.shown("configs/a.yaml") == "configs/a.yaml"
+
+
+def test_a_wrong_option_or_a_bare_key_is_answered_by_what_is_near(here):
+    def says(*words):
+        result = distill(*words)
+        assert result.exit_code == 2, result.output
+        return result.stderr.splitlines()[-1]
+
+    assert says("demo", "--step", "3").endswith("No such option '--step'. Did you mean '--steps'?")
+    assert says("train", "toy/tdm", "--step", "3").endswith("Did you mean train.steps=VALUE?")
+    assert says("train", "toy/tdm", "--max-speed", "3").endswith("No such option '--max-speed'.")
+    assert says("demo", "--seps-of-all", "3").endswith("No such option '--seps-of-all'.")
+    for words in (("train.steps", "3"), ("train.steps", "3", "name=x")):
+        assert says("train", "toy/tdm", *words).endswith("'train.steps' is a key, not a config: write train.steps=3.")
+    assert says("train", "toy/tdm", "seed", "name=x").endswith("write seed=VALUE.")
+    assert "Config file data.yaml does not exist" in says("train", "data.yaml")
+
+
+@pytest.mark.parametrize(
+    "words", [("images", "photo", "out"), ("encode", "photo", "out", "--pipeline", "tiny:sd15"), ("audit", "photo")]
+)
+def test_a_missing_folder_is_answered_by_a_near_one(here, words):
+    refuses_ = distill("data", *words)
+    assert refuses_.exit_code == 2 and "Did you mean" not in refuses_.stderr
+    (here / "photos").mkdir()
+    refuses(distill("data", *words), "Did you mean 'photos'?")
+
+
+def test_a_missing_run_is_answered_by_a_near_one(trained):
+    refuses(distill("eval", trained.with_name("toy-techer")), f"Did you mean '{trained}'?")
+
+
 def test_train_refuses_a_teacher_without_weights(here):
     parts = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDIMScheduler"]}
     for name, content in (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import os
 import sys
 import warnings
@@ -57,11 +59,36 @@ def _allow_option() -> click.Option:
     )
 
 
+def _near_option(name: str, command: click.Command) -> str:
+    """The option of a command that is near to `name`, or the setting of a run where the command takes some; else ""."""
+    options = [option for param in command.params if isinstance(param, click.Option) for option in param.opts]
+    near = difflib.get_close_matches(name, options, n=1, cutoff=0.8)
+    if near:
+        return f" Did you mean '{near[0]}'?"
+    if not any("KEY=VALUE" in (param.metavar or "") for param in command.params if isinstance(param, click.Argument)):
+        return ""
+    from distill.config.schema import Engine, Eval, Log, Train
+
+    sections = {"train": Train, "engine": Engine, "eval": Eval, "log": Log}
+    keys = {f"--{f.name}": f"{section}.{f.name}" for section, s in sections.items() for f in dataclasses.fields(s)}
+    near = difflib.get_close_matches(name.replace("-", "_").replace("__", "--", 1), keys, n=1, cutoff=0.8)
+    return f" Did you mean {keys[near[0]]}=VALUE?" if near else ""
+
+
 class Verb(click.Command):
     """A verb with the option --allow."""
 
     def __init__(self, *args, params: list[click.Parameter] | None = None, **kwargs):
         super().__init__(*args, params=[*(params or ()), _allow_option()], **kwargs)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            hint = _near_option(error.option_name, self)
+            raise click.NoSuchOption(
+                error.option_name, f"No such option '{error.option_name}'.{hint}", ctx=ctx
+            ) from None
 
     def invoke(self, ctx: click.Context):
         if packages := ctx.meta.get(ALLOW):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,20 @@ from distill.errors import BadInput
 
 
 def _split(arguments: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """Config files and `key=value` overrides."""
-    return [a for a in arguments if "=" not in a], [a for a in arguments if "=" in a]
+    """Config files, those of patterns too, and `key=value` overrides."""
+    from distill.config import recipes
+    from distill.config.schema import RunConfig
+
+    sections = {field.name for field in dataclasses.fields(RunConfig)}
+    for key, value in zip(arguments, (*arguments[1:], "VALUE")):
+        if (
+            "=" not in key
+            and not key.endswith(".yaml")
+            and key.partition(".")[0] in sections
+            and not Path(key).exists()
+        ):
+            raise BadInput(f"'{key}' is a key, not a config: write {key}={'VALUE' if '=' in value else value}.")
+    return recipes.expand([a for a in arguments if "=" not in a]), [a for a in arguments if "=" in a]
 
 
 def _load(arguments: tuple[str, ...], *overrides: str) -> Any:
@@ -257,7 +270,7 @@ def _compare_with_recipe(paths: list[Path], record: bool) -> int:
         click.echo(f"note   {note}")
     for departure in departures:
         click.echo(f"OUTSIDE {departure}")
-    click.echo(f"{runs[0]}: {'outside' if departures else 'within'} the reference curves of {recipe}.")
+    click.echo(f"{runs[0]}: {'outside' if departures else 'within'} the reference curves of {recipes.shown(recipe)}.")
     return 1 if departures else 0
 
 

@@ -35,20 +35,23 @@ _VARIABLE = re.compile(r"\$\{oc\.env:(\w+)\}")
 def read(path: str | Path, above: tuple[Path, ...] = ()) -> DictConfig:
     """A YAML file merged over its `base:`, one path or a list of them (relative to the file, or shipped recipes)."""
     path = recipes.find(path)
+    name = recipes.shown(path)
     if path.resolve() in above:
-        raise BadInput(f"Config file {path} is its own base, by way of {above[-1]}; remove one of the `base:` lines.")
+        raise BadInput(
+            f"Config file {name} is its own base, by way of {recipes.shown(above[-1])}; remove one of the `base:` lines."
+        )
     try:
         node = OmegaConf.load(path)
     except Exception as error:  # yaml's own errors come in several classes
         quote = ' Write a key called null in quotes, "null".' if "key type 'NoneType'" in str(error) else ""
-        raise BadInput(f"Config file {path} is not valid YAML: {' '.join(str(error).split())}{quote}") from None
+        raise BadInput(f"Config file {name} is not valid YAML: {' '.join(str(error).split())}{quote}") from None
     if not isinstance(node, DictConfig):
-        raise BadInput(f"Config file {path} must hold a mapping of keys, not a list or a scalar.")
-    _check_resolvers(OmegaConf.to_container(node), f"Config file {path}")
+        raise BadInput(f"Config file {name} must hold a mapping of keys, not a list or a scalar.")
+    _check_resolvers(OmegaConf.to_container(node), f"Config file {name}")
     bases = node.pop("base", None) or []
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, (list, ListConfig)) or not all(isinstance(b, str) for b in bases):
-        raise BadInput(f"base in {path} must be a path or a list of paths, relative to that file.")
+        raise BadInput(f"base in {name} must be a path or a list of paths, relative to that file.")
     for base in reversed(bases):
         node = merge(read(recipes.beside(path, base), (*above, path.resolve())), node)
     return node

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
+import glob
+from collections.abc import Sequence
 from pathlib import Path
 
 from distill.errors import NEAR, BadInput, near_path, suggest
@@ -46,6 +49,31 @@ def find(path: str | Path) -> Path:
     near = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
     hint = suggest(path.name, near) or suggest(name, names())
     raise BadInput(f"Config file {path} does not exist.{hint} `distill recipes` lists those that come with distill.")
+
+
+def expand(paths: Sequence[str]) -> list[str]:
+    """`paths` with each pattern replaced by the files that it matches, else by the shipped recipes, `base` left out.
+
+    Raises:
+        BadInput: a pattern that matches neither.
+    """
+    found: list[str] = []
+    for path in paths:
+        matches = [path] if not glob.has_magic(path) or Path(path).is_file() else sorted(glob.glob(path))
+        pattern = path.removesuffix(".yaml").removeprefix("configs/")
+        matches = matches or sorted(fnmatch.filter(names(), pattern))
+        if not matches:
+            hint = suggest(pattern.partition("/")[0], {name.partition("/")[0] for name in names()})
+            raise BadInput(f"{path} matches no file and no recipe.{hint} `distill recipes` lists the recipes.")
+        found += matches
+    return found
+
+
+def shown(path: str | Path) -> str:
+    """A config file as messages name it: a recipe of the package by its name."""
+    file = Path(path)
+    inside = file.is_absolute() and file.is_relative_to(RECIPES) and file.suffix == ".yaml"
+    return str(file.relative_to(RECIPES).with_suffix("")) if inside else str(path)
 
 
 def text(name: str) -> str:

@@ -41,7 +41,7 @@ from distill.data.sources.plan import (
     plan_prompts,
     read_items,
 )
-from distill.errors import BadInput
+from distill.errors import BadInput, near_path
 
 Progress = Callable[[str], Any]
 _KINDS = {2: "sound (C, L)", 3: "images", 4: "video (F, H, W, 3)"}  # by number of axes of the pixels
@@ -241,7 +241,9 @@ def encode(config: EncodeConfig, workers: int = 1, progress: Progress = print) -
 def _begin(config: EncodeConfig) -> tuple[Encoder, ResumableFolder]:
     """The encoder, and the folder with the plan that all processes share."""
     if not config.src.exists():
-        raise BadInput(f"{config.src} does not exist: give the folder of the data, or the file of the prompts.")
+        raise BadInput(
+            f"{config.src} does not exist: give the folder of the data, or the file of the prompts.{near_path(config.src)}"
+        )
     encoder = Encoder(config, "cpu")
     _check_pipeline(encoder)
     geometry, source = encoder.geometry, config.source

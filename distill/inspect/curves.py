@@ -27,6 +27,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from distill import config
+from distill.config import recipes
 from distill.config.schema import Optim
 from distill.errors import BadInput
 from distill.files import read_json, write_text
@@ -83,7 +84,7 @@ def read_reference(recipe: Path) -> dict[str, Any] | None:
     if missing:
         raise BadInput(f"{path} holds no reference curves ({', '.join(sorted(missing))} missing); {again}.")
     if reference["recipe"] != recipe_fingerprint(config.load([recipe])):
-        raise BadInput(f"{path} was recorded for another version of {recipe}; {again}.")
+        raise BadInput(f"{path} was recorded for another version of {recipes.shown(recipe)}; {again}.")
     return reference
 
 
@@ -188,7 +189,7 @@ def _seeds(folders: Sequence[Path], recipe: Path, cfg: Any) -> list[int]:
         run = run_folder.read_config(folder)
         if differing := differences(run, cfg):
             raise BadInput(
-                f"{folder} is not a run of {recipe}: {differing[0]}; record runs that change nothing but seed."
+                f"{folder} is not a run of {recipes.shown(recipe)}: {differing[0]}; record runs that change nothing but seed."
             )
         if run.seed in seeds:
             raise BadInput(f"{folder} has seed {run.seed}, as another run has; give each run its own seed.")
@@ -287,8 +288,8 @@ def compare_run(
     folder, cfg, reference = Path(folder), config.load([recipe]), read_reference(recipe)
     if reference is None and not cfg.expect:
         raise BadInput(
-            f"{recipe} has no reference curves ({curves_path(recipe)}) and no `expect`. Record some from three runs "
-            "with `distill compare --record`."
+            f"{recipes.shown(recipe)} has no reference curves and no `expect`. Record some from three "
+            "runs with `distill compare --record`."
         )
     notes = [f"differs from the recipe: {text}" for text in differences(run_folder.read_config(folder), cfg)]
     rows, ranges = read_metrics(folder), reference["curves"] if reference else {}
@@ -296,15 +297,15 @@ def compare_run(
     medians = window_medians(rows, cfg.train.steps)
     departures = out_of_range(medians, ranges)
     if reference is None:
-        notes.append(f"no curves of {recipe} are recorded: only what it expects is compared")
+        notes.append(f"no curves of {recipes.shown(recipe)} are recorded: only what it expects is compared")
     finished, shared = (
         done >= cfg.train.steps,
         [n for n, c in ranges.items() if set(medians.get(n, ())) & set(c["step"])],
     )
     if not shared and not (finished and (cfg.expect or reference["metrics"])):
         raise BadInput(
-            f"{folder} has nothing to compare with {recipe}: {done} of {cfg.train.steps} steps are logged, and none of "
-            "the recipe's curves; finish the run by --resume, or wait for its first rows."
+            f"{folder} has nothing to compare with {recipes.shown(recipe)}: {done} of {cfg.train.steps} steps are logged, and "
+            "none of the recipe's curves; finish the run by --resume, or wait for its first rows."
         )
     if not finished:
         return departures, [*notes, f"{done} of {cfg.train.steps} steps: metrics are compared when the run is finished"]

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from distill import config
-from distill.errors import BadInput
+from distill.errors import BadInput, near_path
 from distill.metrics import distances, named
 from distill.metrics.features import ImageSet
 from distill.metrics.shares import current_shares
@@ -30,7 +30,7 @@ def score(samples: Path, real: Path | None, metrics: Any, allow: tuple[str, ...]
     ranks, real = current_shares(), real and Path(real)
     for path in (samples, real):
         if path is not None and not path.exists():
-            raise BadInput(f"{path} does not exist; give a folder of images or of shards.")
+            raise BadInput(f"{path} does not exist; give a folder of images or of shards.{near_path(path)}")
     wanted, statistics = named.settings(metrics, "--metrics"), real is not None and real.is_file()
     for name, options in wanted.items() if statistics else ():
         if name in named.FEATURES or name in ("precision", "recall") or "features" in options:

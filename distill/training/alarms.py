@@ -72,7 +72,9 @@ class Rule:
         return value - known if self.against else value
 
 
-UNREACHED = "raise train.steps; if the loss no longer falls, set another optim.student.lr"  # of a model trained from data
+UNREACHED = (
+    "raise train.steps; if the loss no longer falls, set another optim.student.lr"  # of a model trained from data
+)
 RULES = (
     Rule(
         "collapse",

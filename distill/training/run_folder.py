@@ -17,7 +17,7 @@ import torch.distributed as dist
 from distill import __version__, config
 from distill.config import launcher
 from distill.config.schema import Optim
-from distill.errors import BadInput
+from distill.errors import BadInput, near_path
 from distill.files import write_text
 from distill.training import checkpoints
 from distill.training.callbacks import console
@@ -199,7 +199,10 @@ def read_config(folder: Path) -> Any:
         BadInput: the folder is not a run, or its config is damaged.
     """
     if not (folder / CONFIG).exists():
-        raise BadInput(f"{folder} is not a run folder: it has no {CONFIG}; name a folder that `distill train` made.")
+        raise BadInput(
+            f"{folder} is not a run folder: it has no {CONFIG}; name a folder that `distill train` made."
+            f"{near_path(folder)}"
+        )
     cfg = config.checked(config.read(folder / CONFIG))
     for key in ("roles", "method", "data"):
         if not cfg[key] or key != "roles" and config.TARGET not in cfg[key]:

@@ -50,7 +50,11 @@ def experiment(kind: type):
 @pytest.mark.parametrize(
     "kind, line, error",
     [
-        (Regression, "def loss(self, x, z):", "TypeError: Regression.loss() takes 3 positional arguments but 4 were given"),
+        (
+            Regression,
+            "def loss(self, x, z):",
+            "TypeError: Regression.loss() takes 3 positional arguments but 4 were given",
+        ),
         (Halts, "return x[:, 99]", "IndexError: "),
         (Deep, "return torch.nn.functional", "RuntimeError: "),
     ],
@@ -75,7 +79,7 @@ def test_a_network_that_raises_fails_every_check_that_calls_it(tmp_path):
 
 
 def test_what_is_not_certain_is_a_warning(tmp_path, monkeypatch):
-    """A step that fits no memory, as a dry run needs more of it; and an exception of the checks themselves."""
+    """A step that fits no memory, as a dry run needs more of it; and an exception of a check itself, which stops nobody."""
     from distill.inspect import check
 
     found = [f for f in look(experiment(Full), tmp_path) if f.name == "update"]
@@ -84,4 +88,3 @@ def test_what_is_not_certain_is_a_warning(tmp_path, monkeypatch):
     monkeypatch.setitem(check.CHECKS, "settings", check.settings.settings)
     (own,) = look(toy("optim.student.lr=0"), tmp_path, "settings")
     assert own.level == "WARN" and "failed to run (AttributeError" in own.text
-

@@ -105,7 +105,9 @@ def method(metric=None, teacher=True, trainable=("critic", "student")):
 def test_a_run_from_data_that_has_not_reached_them_is_told_to_train_longer():
     """Without a teacher the reference is the data; a metric that was reached and lost again has the other remedy."""
     missed = HEALTHY | {"coverage": 0.0, "beyond": 0.3, "contrast": 0.2}
-    alone, taught = (MetricMonitor(50, rules=rules_for(method(teacher=t, trainable=("student",)))) for t in (False, True))
+    alone, taught = (
+        MetricMonitor(50, rules=rules_for(method(teacher=t, trainable=("student",)))) for t in (False, True)
+    )
     early = {a.kind: a.message for a in alone.check(50, missed, TEACHER)}
     assert set(early) == {"mode loss", "saturation", "contrast"}
     assert all("; raise train.steps" in text and "lower" not in text for text in early.values())

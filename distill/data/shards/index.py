@@ -14,7 +14,7 @@ from distill.data.info import Info, Member
 from distill.data.shards import sample as samples
 from distill.data.shards import tar
 from distill.data.shards.errors import BadSample, ShardError, UnreadableShard
-from distill.errors import BadInput
+from distill.errors import BadInput, near_path
 from distill.files import write_json
 
 log = logging.getLogger(__name__)
@@ -101,7 +101,9 @@ def _expand(item: str) -> dict[str, list[str] | None]:
         paths += sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
     paths = paths or [item]
     if not any(map(os.path.exists, paths)):
-        raise BadInput(f"{item} does not exist: write shards there by `distill data`, or correct the path.")
+        raise BadInput(
+            f"{item} does not exist: write shards there by `distill data`, or correct the path.{near_path(item)}"
+        )
     folders: dict[str, list[str] | None] = {}
     for path in paths:
         folders.setdefault(os.path.dirname(path) or ".", []).append(os.path.basename(path))

@@ -12,7 +12,7 @@ import numpy as np
 
 from distill.data.shards import order
 from distill.data.sources import image, text
-from distill.errors import BadInput
+from distill.errors import BadInput, near_path
 from distill.files import digest
 
 SPLITS = ("train", "test", "val", "valid", "validation")
@@ -60,7 +60,7 @@ class SourceFolder:
             BadInput: no such folder, no such files in a split, or some files in class folders and some not.
         """
         if not path.is_dir():
-            raise BadInput(f"{path} is not a folder: give the folder that holds the {kind}.")
+            raise BadInput(f"{path} is not a folder: give the folder that holds the {kind}.{near_path(path)}")
         tops = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
         has_splits = "train" in tops and set(tops) <= set(SPLITS)
         folders = {name: path / name for name in SPLITS if name in tops} if has_splits else {"": path}

@@ -18,7 +18,7 @@ from distill.data.shards.errors import BadSample, UnreadableShard
 from distill.data.sources import image, text
 from distill.data.sources import npz as npz_files
 from distill.data.sources.folder import SourceFolder, common_channels, visible
-from distill.errors import BadInput
+from distill.errors import BadInput, near_path
 
 ARRAYS = ("npy", "npz")
 RATIOS = (1, 4 / 3, 3 / 2, 16 / 9)  # aspect ratios of the buckets, landscape and portrait
@@ -118,7 +118,9 @@ def plan_folder(path: Path, settings: SourceSettings) -> Plan:
         BadInput: none of these, images of several sizes without `size`, captions or classes for some files only.
     """
     if not path.is_dir():
-        raise BadInput(f"{path} is not a folder: give a folder of images, of .npy arrays, or of image shards.")
+        raise BadInput(
+            f"{path} is not a folder: give a folder of images, of .npy arrays, or of image shards.{near_path(path)}"
+        )
     if _shard_folders(path):
         return _plan_shards(path, settings)
     is_image = any(file.suffix.lower()[1:] in image.SUFFIXES for file in visible(path))

@@ -15,7 +15,18 @@ from distill.inspect.check.base import Finding
 
 CHECKS, PACKAGE = Path(__file__).parent, Path(__file__).parents[2]
 STDLIB, INSTALLED = (Path(sysconfig.get_paths()[name]) for name in ("stdlib", "purelib"))
-LIBRARIES = ("torch", "lightning", "diffusers", "transformers", "numpy", "scipy", "sklearn", "PIL", "safetensors", "peft")
+LIBRARIES = (
+    "torch",
+    "lightning",
+    "diffusers",
+    "transformers",
+    "numpy",
+    "scipy",
+    "sklearn",
+    "PIL",
+    "safetensors",
+    "peft",
+)
 
 
 def crash(error: Exception, method: Any, step: bool) -> Finding:
@@ -32,7 +43,9 @@ def crash(error: Exception, method: Any, step: bool) -> Finding:
     frames = [(Path(f.filename), f.lineno or 0) for f in traceback.extract_tb(error.__traceback__)]
     users = [frame for frame in frames if _is_users(frame[0])]
     ours = [frame for frame in frames if PACKAGE in frame[0].parents]
-    full = isinstance(error, (torch.OutOfMemoryError, MemoryError))  # a dry run holds the gradients of all roles at once
+    full = isinstance(
+        error, (torch.OutOfMemoryError, MemoryError)
+    )  # a dry run holds the gradients of all roles at once
     if not full and (users or step and ours and CHECKS not in ours[-1][0].parents):
         file, line = users[-1] if users else _definition(method, text) or ours[-1]
         return Finding.fail(f"{file}:{line}: {text}")
