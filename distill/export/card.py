@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distill.export.snippet import kind_phrase, pipeline_tag, usage_snippet
+from distill.export.snippet import is_guided, kind_phrase, pipeline_tag, usage_snippet
 from distill.files import markdown_table, sample_counts
 
 CARD = """---
@@ -95,7 +95,7 @@ def _conventions(record: dict) -> dict[str, str]:
         "sampler": SAMPLERS[record["sampler"]],
         "scheduler": record.get("scheduler"),
         "prediction": record["prediction"],
-        "guidance (1 is conditional)": "none" if guidance is None else f"{guidance:g}, in the weights",
+        "guidance (1 is conditional)": f"{guidance:g}, in the weights" if is_guided(record) else "none",
         "classes": (null if classes else "none") if "base" not in record else None,
         "weights": record.get("dtype"),
         "base": record.get("base"),

@@ -20,10 +20,15 @@ def kind_phrase(record: dict) -> str:
     }[kind]
 
 
-def pipeline_tag(record: dict) -> str:
-    """The hub's name of what the model does."""
+def is_guided(record: dict) -> bool:
+    """Whether the weights reproduce a guided model: w = 1 is the conditional one."""
+    return record["guidance"] not in (None, 1)
+
+
+def pipeline_tag(record: dict) -> str | None:
+    """The hub's name of what the model does; it has none for images of a class."""
     if "base" not in record:
-        return "unconditional-image-generation"
+        return None if record["classes"] else "unconditional-image-generation"
     return "text-to-video" if record["network"].startswith(VIDEO) else "text-to-image"
 
 
@@ -47,12 +52,13 @@ def _pixels(record: dict, name: str) -> tuple[str, str]:
 pipe = DiffusionPipeline.from_pretrained("{name}"{dtype})  # the path of this folder
 images = pipe({arguments}).images
 images[0].save("sample.png")"""
-    reason = "the numbers below were measured there." if steps > 16 else "it was trained on these times only."
+    measured = "the numbers below were measured there." if record["metrics"] else "`distill verify` draws that many."
+    reason = measured if steps > 16 else "it was trained on these times only."
     advice = f"Sample with exactly {steps} step{'s' * (steps != 1)}: {reason}"
     if transformer:
         advice += (
-            " Keep `guidance_scale=1.0`: by default `DiTPipeline` guides with class 1000, which this model does not have, "
-            "and its guidance is in the weights already."
+            " Keep `guidance_scale=1.0`: by default `DiTPipeline` guides with class 1000, which this model does not have"
+            + (", and its guidance is in the weights already." if is_guided(record) else ".")
         )
     return code, advice
 
@@ -119,4 +125,5 @@ step, x = onnxruntime.InferenceSession("{name}/{record["file"]}"), np.float32(np
 {conditions}
 for t, s in zip({record["times"][:-1]}, {record["times"][1:]}):
     x = step.run(["x_s"], {{"x_t": x, "t": np.float32([t]), "s": np.float32([s]), {noise}**cond}})[0]"""
-    return code, "Schedule, prediction type and guidance are inside the graph; the output `x` is E[x | x_t]."
+    inside = "Schedule, prediction type and guidance" if is_guided(record) else "Schedule and prediction type"
+    return code, f"{inside} are inside the graph; the output `x` is E[x | x_t]."

@@ -41,6 +41,38 @@ def test_card_of_an_unconditional_one_step_student():
     assert "| guidance (1 is conditional) | none |" in text and "{" not in text
 
 
+FIFTY = RECORD | {"steps": 50, "timesteps": [999] * 50, "times": [k / 50 for k in range(50, -1, -1)]}
+ONNX = {"kind": "onnx", "file": "a.onnx", "conditions": [], "shape": [2]}
+
+
+def test_card_speaks_of_numbers_only_where_it_has_some():
+    bare, measured = (card(FIFTY | {"metrics": m}, None, "mine", False) for m in ({}, {"fd": 0.5}))
+    assert "Sample with exactly 50 steps: `distill verify` draws that many." in bare and "measured" not in bare
+    assert "the numbers below were measured there" in measured and measured.index("below") < measured.index(
+        "| fd | 0.5 |"
+    )
+
+
+@pytest.mark.parametrize("w, guided", [(None, False), (1.0, False), (1, False), (2.5, True), (0.5, True)])
+@pytest.mark.parametrize("part", ["unet", "transformer", "onnx"])
+def test_card_speaks_of_guidance_only_where_there_is_some(w, guided, part):
+    record = RECORD | {"guidance": w, "classes": 3, "part": part} | (ONNX if part == "onnx" else {})
+    text = card(record, None, "mine", False)
+    row = next(line for line in text.splitlines() if line.startswith("| guidance"))
+    assert row.endswith(f"| {w:g}, in the weights |" if guided else "| none |")
+    rest = text.replace(row, "")
+    assert ("guidance is in the weights already" in rest) == (guided and part == "transformer")
+    assert ("guidance are inside the graph" in rest) == (guided and part == "onnx")
+
+
+@pytest.mark.parametrize("classes, tag", [(0, "unconditional-image-generation"), (3, None)])
+def test_card_calls_no_class_conditional_model_unconditional(classes, tag):
+    head = card(RECORD | {"classes": classes}, None, "mine", False).split("---")[1]
+    assert (f"pipeline_tag: {tag}\n" if tag else "library_name") in head and ("pipeline_tag" in head) == (
+        tag is not None
+    )
+
+
 def test_card_code_runs_as_six_lines_of_stock_diffusers():
     code = card(RECORD | {"classes": 3, "null_class": True}, None, "mine", False).split("```")[1].splitlines()[1:]
     assert len(code) <= 6 and not any("distill" in line for line in code)
