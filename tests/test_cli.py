@@ -300,7 +300,10 @@ def test_sample_writes_a_picture_and_overwrites_nothing(trained, here):
 def test_export_refuses_an_existing_folder_and_a_network_without_a_stock_class(trained, here):
     (here / "student").mkdir()
     refuses(distill("export", trained, "student"), "student exists")
-    refuses(distill("export", trained, "other"), "has no stock scheduler: export needs")
+    says = "distill: MLP has no stock class in diffusers", "or export as onnx; and a student", "has no stock scheduler"
+    refuses(distill("export", trained, "other"), *says)
+    for kind in ("lora", "single-file"):
+        refuses(distill("export", trained, "other", "--as", kind), "MLP ", ": export it as onnx.")
     assert [p.name for p in here.iterdir()] == ["student"]
 
 

@@ -39,11 +39,31 @@ def write(request: ExportRequest) -> dict:
     Raises:
         BadInput: no stock network, scheduler or prediction type serves this student.
     """
-    scheduler = stock_scheduler(request.student, request.grid, request.sampler)
-    network = stock_network(request.student, request.grid, request.sampler, request.w)
+    student, grid, sampler = request.student, request.grid, request.sampler
+    network, scheduler = all_of(
+        lambda: stock_network(student, grid, sampler, request.w), lambda: stock_scheduler(student, grid, sampler)
+    )
     _write(request.staging, network, scheduler, request.student.net)
     _save_references(request, request.staging / "reference.safetensors")
     return describe(request.student, request.grid, request.sampler, scheduler, request.w)
+
+
+def all_of(*builders: Callable[[], Any]) -> list[Any]:
+    """What each builder returns.
+
+    Raises:
+        BadInput: some of them raise it; one sentence with the obstacles of all, in their order.
+    """
+    built, obstacles = [], []
+    for build in builders:
+        try:
+            built.append(build())
+        except BadInput as error:
+            obstacles.append(str(error).rstrip("."))
+    if obstacles:
+        first, *others = obstacles
+        raise BadInput("; and ".join([first, *(text.replace("A student", "a student", 1) for text in others)]) + ".")
+    return built
 
 
 def stock_network(student: Denoiser, grid: Grid, sampler: str, w: float | None):
@@ -62,7 +82,7 @@ def stock_network(student: Denoiser, grid: Grid, sampler: str, w: float | None):
         )
     if net.part == "transformer" and not net.classes:
         raise BadInput("DiTPipeline needs classes: export a DiT that has some, or a UNet2D.")
-    if net.timesteps != len(student.schedule.alphas_cumprod):
+    if isinstance(student.schedule, Table) and net.timesteps != len(student.schedule.alphas_cumprod):
         raise BadInput(
             f"The network counts timesteps={net.timesteps} but its schedule has "
             f"{len(student.schedule.alphas_cumprod)}: train with the same number in both."

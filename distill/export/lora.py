@@ -50,11 +50,11 @@ def write(request: ExportRequest) -> dict:
         BadInput: the student has no adapter, takes w or s as an input, or has adapters on layers that the stock network
             lacks.
     """
-    if request.adapter is None:
-        raise BadInput("A full fine-tune has no LoRA: train with roles.layout=shared_base, or export it as a pipeline.")
     net = request.student.net
     if not text.takes_text(request.student):
-        raise BadInput(f"{type(net).__name__} has no stock pipeline that loads a LoRA: export it as a pipeline.")
+        raise BadInput(f"{type(net).__name__} has no stock pipeline that loads a LoRA: export it {text.kinds_of(net)}.")
+    if request.adapter is None:
+        raise BadInput("A full fine-tune has no LoRA: train with roles.layout=shared_base, or export it as a pipeline.")
     if net.guided or net.flow_map:
         raise BadInput(
             "A student that takes w or s as an input changes biases of its base, which a LoRA does not hold: export it "

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 
 from distill.denoise import Denoiser, network_of
 from distill.errors import BadInput
-from distill.export.folder import gap_of, reference_samples, stock_scheduler, strip
+from distill.export.folder import all_of, gap_of, reference_samples, stock_scheduler, strip
 from distill.export.request import SEED, ExportRequest
 from distill.export.schedulers import flow_scheduler, lattice_scheduler
 from distill.files import read_json, write_json, write_text
 from distill.models.diffusers import Latent, Prompts, TensorConditioned
 from distill.models.diffusers.folder import folder_of, pipeline_variant, weight_variant
 from distill.models.diffusers.schedulers import scheduler_of
+from distill.models.families.label import StockNetwork
 from distill.noise import Table
 from distill.times import Grid
 
@@ -50,8 +51,9 @@ def write(request: ExportRequest) -> dict:
     """
     base, net = source(request.student.net), request.student.net
     index = read_json(base / "model_index.json")
-    scheduler, call = serving(request.student, request.grid, request.sampler, base)
-    model, muted = folded_network(request), net.part == "unet"
+    student, grid, sampler = request.student, request.grid, request.sampler
+    model, (scheduler, call) = all_of(lambda: folded_network(request), lambda: serving(student, grid, sampler, base))
+    muted = net.part == "unet"
     if muted:
         disable_guidance(model)
         scheduler.register_to_config(
@@ -71,11 +73,16 @@ def write(request: ExportRequest) -> dict:
     return describe(request, scheduler, call) | {"pipeline": kind.__name__} | write_references(request, base, kind)
 
 
+def kinds_of(net: Any) -> str:
+    """The kinds of export of a network that is not conditioned on text."""
+    return "as a pipeline or as onnx" if isinstance(net, StockNetwork) else "as onnx"
+
+
 def folded_network(request: ExportRequest) -> Any:
     """The plain stock network of the student, w and t - s folded in."""
     net = request.student.net
     if not takes_text(request.student):
-        raise BadInput(f"{type(net).__name__} is not conditioned on text: export it as a pipeline or as onnx.")
+        raise BadInput(f"{type(net).__name__} is not conditioned on text: export it {kinds_of(net)}.")
     gap = gap_of(request.grid, request.sampler) if net.flow_map else None
     return net.fold(w=request.w if net.guided else None, gap=gap)
 

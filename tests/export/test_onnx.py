@@ -67,7 +67,7 @@ def test_the_verbs_export_and_verify(tmp_path, monkeypatch):
     refused = call("verify", "out")
     assert refused.exit_code == 2 and "draws other samples than the trainer" in refused.output
     assert call("verify", "run").exit_code == 2
-    for kind, words in (("lora", "full fine-tune has no LoRA"), ("single-file", "is not conditioned on text")):
+    for kind, words in (("lora", "no stock pipeline that loads a LoRA"), ("single-file", "is not conditioned on text")):
         refused = call("export", "run", "other", "--as", kind)
         assert refused.exit_code == 2 and words in refused.output
     assert not (tmp_path / "other").exists()
