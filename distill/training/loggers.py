@@ -6,11 +6,13 @@ import json
 import netrc
 import os
 import secrets
+import shutil
 from pathlib import Path
 from typing import Any
 
 from distill.errors import BadInput
 from distill.files import markdown_table, write_text
+from distill.training.callbacks import console
 from distill.training.records import AlarmFile, MetricsFile, read_metrics
 
 
@@ -55,12 +57,18 @@ class WandbLogger:
                 resume="allow",
                 settings=wandb.Settings(silent=True, console="off"),
             )
-            for path in files:
-                self.run.save(str(path), base_path=str(path.parent), policy="now")
+            for path in files:  # a copy of its own: wandb warns of links to files outside
+                copy = shutil.copy(path, self.run.dir)
+                self.run.save(copy, base_path=self.run.dir, policy="now")
         except Exception as error:  # no network, a refused key, a bad project: each its own class
             text = " ".join(str(error).split())
             raise BadInput(f"wandb did not start ({text}); use log.wandb=offline and sync later.") from error
 
+        if mode == "offline":
+            where = folder / "wandb"
+            console.print(
+                f"wandb logs offline to {where}; `wandb sync {where}/offline-run-*` uploads it.", highlight=False
+            )
         self._refill(folder, until)
 
     def _refill(self, folder: Path, until: int) -> None:

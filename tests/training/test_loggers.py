@@ -188,6 +188,21 @@ def test_offline_the_configuration_and_the_code_are_there(offline):
     assert [entry["step"] for entry in json.loads((folder / "code.json").read_text())] == [0]  # the same code went on
 
 
+def test_an_offline_run_says_where_it_is_and_wandb_prints_nothing(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (tmp_path / "code.json").write_text("{}")
+    logger = loggers.WandbLogger(tmp_path, Log(), "n", {}, [tmp_path / "code.json"])
+    logger.close()
+    out, err = capfd.readouterr()
+    (copy,) = (tmp_path / "wandb").glob("offline-run-*/files/code.json")
+    assert not copy.is_symlink() and copy.read_text() == "{}"
+    said = " ".join(out.split())
+    assert said.startswith(
+        f"wandb logs offline to {tmp_path}/wandb; `wandb sync {tmp_path}/wandb/offline-run-*` uploads"
+    )
+    assert len(out.splitlines()) == 1 and err == ""
+
+
 def test_offline_a_restarted_run_is_one_run(offline):
     """`resume` in the record is what makes `wandb sync` add a part to the run instead of writing over it."""
     folder, parts = offline
