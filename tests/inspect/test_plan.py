@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import resource
 import shutil
 import subprocess
@@ -15,13 +17,14 @@ import torch
 import weigh
 from click.testing import CliRunner
 from omegaconf import OmegaConf
+from rich.console import Console
 
 from distill import config
 from distill.cli import main
 from distill.errors import BadInput
 from distill.inspect.plan import Machine, machine_of, plan
 from distill.inspect.plan.cards import card
-from distill.inspect.plan.show import sentences
+from distill.inspect.plan.show import sentences, show
 from distill.inspect.plan.spread import KINDS, STRATEGIES
 
 ROOT = Path(__file__).parents[2]
@@ -228,6 +231,26 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path):
     assert all(line in out.output.replace("\n", "") for line in sentences(found))
     again = conditions(toy, "--json", tmp_path / "plan.json")
     assert again.exit_code == 2 and "exists; name another file" in again.output
+
+
+def test_the_plan_of_a_small_run_has_one_unit_no_trailing_blanks_and_names_what_it_assumes():
+    toy = ROOT / "configs" / "toy" / "tdm.yaml"
+    out = conditions(toy, "train.threads=1").output
+    lines = out.splitlines()
+    total = next(line for line in lines if line.split()[:2] == ["single", "full"]).split()[-2]
+    assert ": MB per rank, " in lines[0] and f"TDM fits: single takes {total} MB of 1 x 80 GB per rank." in lines
+    assert [line for line in lines if line != line.rstrip()] == []
+    assert "Note: An H100 is assumed (80 GB, 67 TFLOP/s); name the card by --gpu." in lines
+    assert "(67 TFLOP/s)" in conditions(toy, "train.threads=1", "--memory", 24).output
+    for given in (("--gpu", "4090"), ("--memory", 24, "--flops", 1e13)):
+        assert "assumed" not in conditions(toy, "train.threads=1", *given).output
+
+
+def test_styled_tables_have_no_trailing_blanks():
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    show(plan(weigh.recipe("tdm"), Machine(1, 1e4, 1e12)), console)
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", console.file.getvalue())
+    assert "too big" in plain and all(line == line.rstrip() for line in plain.splitlines())
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ class Machine:
     flops: float
     utilisation: float = 0.4
     name: str = ""
+    assumed: str = ""  # a sentence on what was not given
 
     @property
     def room(self) -> float:
@@ -51,7 +52,9 @@ def machine_of(
     known = card(gpu or "h100")
     peak = known.single if precision == "32" else known.half
     name = gpu or ("h100" if flops is None and memory is None else "")
-    return Machine(gpus, (memory or known.memory) * GB, flops or peak, utilisation, name)
+    missing = [*([] if memory else [f"{known.memory:g} GB"]), *([] if flops else [f"{peak / 1e12:.4g} TFLOP/s"])]
+    assumed = "" if gpu or not missing else f"An H100 is assumed ({', '.join(missing)}); name the card by --gpu."
+    return Machine(gpus, (memory or known.memory) * GB, flops or peak, utilisation, name, assumed)
 
 
 @dataclass
@@ -124,6 +127,7 @@ def plan(cfg: Any, machine: Machine, allow: tuple[str, ...] = (), largest: bool 
         BadInput: the config's, or a network that can neither run on shapes nor be held.
     """
     layouts, notes = _layouts(cfg, allow)
+    notes += [machine.assumed] if machine.assumed else []
     main = layouts[0]
     seen = main.seen()
     rows = [
@@ -209,6 +213,11 @@ def _row(layout: Layout, strategy: str, machine: Machine, largest: bool) -> dict
 # -- text --------------------------------------------------------------------------------------------------------
 
 
+def unit_of(rows: list[dict]) -> tuple[float, str]:
+    """The unit of a plan's sizes, in bytes, and its name."""
+    return (GB, "GB") if max(row["total"] for row in rows) >= 10 * GB else (1e6, "MB")
+
+
 def settings_for(strategy: str, gpus: int) -> str:
     """The overrides that select a strategy."""
     if strategy == "single":
@@ -235,16 +244,18 @@ def _advice(cfg: Any, machine: Machine, rows: list[dict], layouts: list[Layout],
     own, best = configured(cfg.engine, machine.gpus), rows[0]
     mine = next(r for r in rows if r["strategy"] == own and r["layout"] == layouts[0].name)
     size = f"{machine.gpus} x {machine.memory / GB:g} GB"
+    unit, name = unit_of(rows)
+    shown = lambda value: f"{value / unit:.1f} {name}"  # noqa: E731
     if mine["fits"]:
         same = best is mine or machine.gpus == 1
         better = "" if same else f"; {best['strategy']} fits too, with less communication" * (_rank(best) < _rank(mine))
-        return f"fits: {own} takes {mine['total'] / GB:.1f} GB of {size} per rank{better}."
-    conditions = f"does not fit: {own} takes {mine['total'] / GB:.1f} GB per rank"
+        return f"fits: {own} takes {shown(mine['total'])} of {size} per rank{better}."
+    conditions = f"does not fit: {own} takes {shown(mine['total'])} per rank"
     if best["fits"]:
         layout = "" if best["layout"] == layouts[0].name else f"roles.layout={best['layout']} "
         words = f"{layout}{settings_for(best['strategy'], machine.gpus)}"
-        host = f", and {best['host'] / GB:.1f} GB per rank of the machine's memory" if best["host"] else ""
-        return f"{conditions}; use {words} ({best['total'] / GB:.1f} GB{host})."
+        host = f", and {shown(best['host'])} per rank of the machine's memory" if best["host"] else ""
+        return f"{conditions}; use {words} ({shown(best['total'])}{host})."
     return f"{conditions}, and no strategy fits on {size}; use {_way_out(cfg, machine, layouts, allow)}."
 
 

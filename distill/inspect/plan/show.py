@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from distill.files import write_json
+from distill.inspect.plan import unit_of
 from distill.inspect.plan.spread import KINDS
 
 HEADS = {"averages": "EMA", "masters": "master", "gradients": "grads", "activations": "activ.", "temporary": "buffers"}
 
 
 WIDTH = 120
+_END = re.compile(r"(?: |\x1b\[[0-9;]*m)+$")  # blanks at the end of a line, between codes of style
 
 
 def show(found: dict[str, Any], console: Console | None = None) -> None:
@@ -23,7 +26,7 @@ def show(found: dict[str, Any], console: Console | None = None) -> None:
     console = console or Console()
     console.width = max(console.width, WIDTH)
     rows, machine = found["rows"], found["machine"]
-    unit, name = (1e9, "GB") if max(r["total"] for r in rows) >= 1e10 else (1e6, "MB")
+    unit, name = unit_of(rows)
     title = f"{found['name']}: {name} per rank, {machine['gpus']} x {machine['memory'] / 1e9:g} GB"
     table = Table(
         title=f"{title}, batch {found['batch']} per rank",
@@ -51,7 +54,10 @@ def show(found: dict[str, Any], console: Console | None = None) -> None:
         table.add_row(
             row["strategy"], row["layout"].removesuffix("_base"), *cells, style=None if row["fits"] else "dim"
         )
-    console.print(table)
+    with console.capture() as captured:
+        console.print(table)
+    for line in captured.get().splitlines():
+        console.file.write(_END.sub(lambda end: end[0].replace(" ", ""), line) + "\n")
     for line in sentences(found):
         console.print(line, highlight=False, soft_wrap=True)
 
