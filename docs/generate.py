@@ -89,7 +89,8 @@ def config_page(path: Path) -> str:
         "the nearest name.",
         "`roles`, `method` and `data` hold objects: `_target_` is the dotted path of a class, and the other keys are the "
         "arguments of its constructor. Those of the methods, of the adapter and of the data are listed below; other classes are "
-        "in the [API](api/index.md).",
+        "in the [API](api/index.md). A mapping whose `_target_` changes is replaced whole: `method._target_=CLASS` drops the "
+        "other keys of `method`, and prints their names.",
         f"This page is generated from [{path.name}](../../{path.relative_to(ROOT)}).",
         *config_section("RunConfig", "", classes, allowed, notes),
         *roles_section(),

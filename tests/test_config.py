@@ -125,6 +125,32 @@ def test_a_new_target_drops_the_old_ones_keys_and_the_same_target_keeps_them():
     assert silent.m == {"_target_": "distill.A", "x": 5, "deep": {"y": 2}}
 
 
+def test_an_override_of_a_target_alone_names_the_keys_that_it_drops(recwarn):
+    from click.testing import CliRunner
+
+    from distill.cli import main
+
+    config.load(["toy/tdm"], ["method._target_=distill.methods.TDM"])  # the same class
+    config.load(["toy/tdm"], ["method={_target_: distill.methods.PCM, grid: 2}"])  # a mapping of the user's own
+    config.load(["toy/pcm"], ["method._target_=distill.methods.TDM", *kept(config.load(["toy/pcm"]).method)])
+    assert not recwarn.list
+    old = config.load(["toy/tdm"]).method
+    names = [name for name in old if name not in ("_target_", "grid")]
+    cfg = config.load(["toy/tdm"], ["method._target_=distill.methods.PCM", "method.grid=2"])
+    assert cfg.method == {"_target_": "distill.methods.PCM", "grid": 2} and names
+    says = (
+        f"method._target_=distill.methods.PCM drops the keys of distill.methods.TDM: {', '.join(names)}; write "
+        "method.KEY=VALUE for those to keep."
+    )
+    assert [str(w.message) for w in recwarn.list] == [says]
+    out = CliRunner().invoke(main, ["plan", "toy/tdm", "method._target_=distill.methods.Nope", "method.grid=2"])
+    assert out.stderr.splitlines()[0] == f"distill: {says.replace('PCM', 'Nope')}"
+
+
+def kept(method) -> list[str]:
+    return [f"method.{name}=1" for name in method if name != "_target_"]
+
+
 def test_overrides_take_numbers_lists_mappings_null_and_equals_signs(tmp_path):
     keys = [
         "seed=3",

@@ -14,6 +14,7 @@ import hashlib
 import os
 import re
 import typing
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distill.config import recipes
+from distill.config import launcher, recipes
 from distill.config.schema import CHOICES, DASHBOARDS, LEAST, MOVED, TARGET, RunConfig
 from distill.errors import BadInput, suggest
 from distill.files import write_text
@@ -80,7 +81,8 @@ def _merge(below: Any, above: dict) -> dict:
 def load(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> DictConfig:
     """Merge YAML files left to right, then `key=value` overrides; check the keys and types of `Run`.
 
-    With `model=tiny`, the section `tiny` of the files is merged over the files and under the overrides.
+    With `model=tiny`, the section `tiny` of the files is merged over the files and under the overrides. An override of a
+    single `_target_` warns of the keys that go with the former one.
     """
     node, above = OmegaConf.create({}), OmegaConf.create({})
     for path in paths:
@@ -89,7 +91,25 @@ def load(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> DictConf
         above = merge(above, override(item))
     if above.get("model") == "tiny":
         node = merge(node, _twin(node))
+    for item in overrides:
+        _warn_of_dropped_keys(item.partition("=")[0], node, above)
     return checked(merge(node, above))
+
+
+def _warn_of_dropped_keys(key: str, node: DictConfig, above: DictConfig) -> None:
+    """Warn if the override `KEY._target_=CLASS` replaces another class, whose keys are dropped with it."""
+    where, dot, last = key.rpartition(".")
+    old = OmegaConf.select(node, where) if dot and last == TARGET else None
+    new = OmegaConf.select(above, where) if isinstance(old, DictConfig) else {}
+    if not isinstance(old, DictConfig) or not isinstance(new, DictConfig) or old.get(TARGET) in (None, new[TARGET]):
+        return
+    dropped = [str(name) for name in old if name not in new]
+    if dropped and launcher.launcher_rank()[0] == 0:
+        warnings.warn(
+            f"{key}={new[TARGET]} drops the keys of {old[TARGET]}: {', '.join(dropped)}; write {where}.KEY=VALUE for those "
+            "to keep.",
+            stacklevel=2,
+        )
 
 
 def _twin(node: DictConfig) -> DictConfig:
