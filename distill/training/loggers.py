@@ -57,19 +57,22 @@ class WandbLogger:
                 resume="allow",
                 settings=wandb.Settings(silent=True, console="off"),
             )
-            for path in files:  # a copy of its own: wandb warns of links to files outside
-                copy = shutil.copy(path, self.run.dir)
-                self.run.save(copy, base_path=self.run.dir, policy="now")
+            self._upload(files)
         except Exception as error:  # no network, a refused key, a bad project: each its own class
             text = " ".join(str(error).split())
             raise BadInput(f"wandb did not start ({text}); use log.wandb=offline and sync later.") from error
-
         if mode == "offline":
-            where = folder / "wandb"
-            console.print(
-                f"wandb logs offline to {where}; `wandb sync {where}/offline-run-*` uploads it.", highlight=False
-            )
+            self._say_where(folder / "wandb")
         self._refill(folder, until)
+
+    def _upload(self, files: list[Path]) -> None:
+        for path in files:  # copied first: wandb warns of links to files elsewhere
+            copy = shutil.copy(path, self.run.dir)
+            self.run.save(copy, base_path=self.run.dir, policy="now")
+
+    @staticmethod
+    def _say_where(path: Path) -> None:
+        console.print(f"wandb logs offline to {path}; `wandb sync {path}/offline-run-*` uploads it.", highlight=False)
 
     def _refill(self, folder: Path, until: int) -> None:
         written = self.whole.read_text().strip() if self.whole.exists() else ""

@@ -45,7 +45,7 @@ FIFTY = RECORD | {"steps": 50, "timesteps": [999] * 50, "times": [k / 50 for k i
 ONNX = {"kind": "onnx", "file": "a.onnx", "conditions": [], "shape": [2]}
 
 
-def test_card_speaks_of_numbers_only_where_it_has_some():
+def test_card_states_numbers_only_where_it_has_some():
     bare, measured = (card(FIFTY | {"metrics": m}, None, "mine", False) for m in ({}, {"fd": 0.5}))
     assert "Sample with exactly 50 steps: `distill verify` draws that many." in bare and "measured" not in bare
     assert "the numbers below were measured there" in measured and measured.index("below") < measured.index(
@@ -55,7 +55,7 @@ def test_card_speaks_of_numbers_only_where_it_has_some():
 
 @pytest.mark.parametrize("w, guided", [(None, False), (1.0, False), (1, False), (2.5, True), (0.5, True)])
 @pytest.mark.parametrize("part", ["unet", "transformer", "onnx"])
-def test_card_speaks_of_guidance_only_where_there_is_some(w, guided, part):
+def test_card_states_guidance_only_where_there_is_some(w, guided, part):
     record = RECORD | {"guidance": w, "classes": 3, "part": part} | (ONNX if part == "onnx" else {})
     text = card(record, None, "mine", False)
     row = next(line for line in text.splitlines() if line.startswith("| guidance"))

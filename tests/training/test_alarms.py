@@ -102,7 +102,7 @@ def method(metric=None, teacher=True, trainable=("critic", "student")):
     return SimpleNamespace(metric=metric, role=lambda name: print if teacher else None, trainable=trainable)
 
 
-def test_a_run_from_data_that_has_not_reached_them_is_told_to_train_longer():
+def test_a_run_from_data_that_has_not_reached_them_is_advised_to_train_longer():
     """Without a teacher the reference is the data; a metric that was reached and lost again has the other remedy."""
     missed = HEALTHY | {"coverage": 0.0, "beyond": 0.3, "contrast": 0.2}
     alone, taught = (
