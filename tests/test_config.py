@@ -143,8 +143,10 @@ def test_an_override_of_a_target_alone_names_the_keys_that_it_drops(recwarn):
         "method.KEY=VALUE for those to keep."
     )
     assert [str(w.message) for w in recwarn.list] == [says]
-    out = CliRunner().invoke(main, ["plan", "toy/tdm", "method._target_=distill.methods.Nope", "method.grid=2"])
-    assert out.stderr.splitlines()[0] == f"distill: {says.replace('PCM', 'Nope')}"
+    run = lambda *keys: CliRunner().invoke(main, ["plan", "toy/tdm", *keys]).stderr.splitlines()  # noqa: E731
+    found = run("method._target_=distill.methods.PCM", "method.grid=2", "method.gird=2")
+    assert found[0] == f"distill: {says}" and "Unknown key 'method.gird'" in found[1]
+    assert len(run("method._target_=distill.methods.Nope")) == 1  # refused
 
 
 def kept(method) -> list[str]:

@@ -22,7 +22,8 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distill.config import launcher, recipes
+from distill.config import launcher, plugins, recipes
+from distill.config.objects import resolve
 from distill.config.schema import CHOICES, DASHBOARDS, LEAST, MOVED, TARGET, RunConfig
 from distill.errors import BadInput, suggest
 from distill.files import write_text
@@ -104,6 +105,10 @@ def _warn_of_dropped_keys(key: str, node: DictConfig, above: DictConfig) -> None
     if not isinstance(old, DictConfig) or not isinstance(new, DictConfig) or old.get(TARGET) in (None, new[TARGET]):
         return
     dropped = [str(name) for name in old if name not in new]
+    try:
+        resolve(new[TARGET], tuple(plugins.imported), key)
+    except Exception:  # a class that is refused, or whose module fails: what builds it says so
+        return
     if dropped and launcher.launcher_rank()[0] == 0:
         warnings.warn(
             f"{key}={new[TARGET]} drops the keys of {old[TARGET]}: {', '.join(dropped)}; write {where}.KEY=VALUE for those "
