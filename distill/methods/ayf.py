@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from distill.denoise import Guided, network_of
+from distill.denoise import Denoiser, Guided, network_of
 from distill.errors import BadInput
 from distill.losses.flowmap import average_velocity, normalised_direction_loss
 from distill.methods.base import Method
@@ -46,6 +46,7 @@ class AYF(Method):
     """
 
     trainable: tuple[str, ...] = ("student",)
+    weak: Denoiser
     frozen: tuple[str, ...] = ("teacher", "weak")
 
     def __init__(

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from distill.denoise import Guided
+from distill.denoise import Denoiser, Guided
 from distill.errors import BadInput
 from distill.losses.regression import huber, mse
 from distill.methods.base import Method
@@ -42,6 +42,7 @@ class Consistency(Method):
         BadInput: if the times do not decrease within [0, 1].
     """
 
+    target: Denoiser
     sampler, serving = Renoise(), "renoise"
 
     def __init__(

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from distill.denoise import Denoiser
 from distill.errors import BadInput
 from distill.losses.preference import sample_choice
 from distill.losses.regression import native_mse
@@ -35,6 +36,7 @@ class Curation(Method):
         density, base: distribution of t; arguments of Method. The teacher is where the student starts, and is never evaluated.
     """
 
+    source: Denoiser
     sampler, serving = DDIM(), "ode"
 
     def __init__(

@@ -31,6 +31,7 @@ class DiversityRewarded(Method):
             optional: none compares the samples themselves.
     """
 
+    features: nn.Module
     trainable, frozen = ("student",), ("teacher", "features")
     sampler, serving = DDIM(), "ode"
     needs_data = False

@@ -46,6 +46,7 @@ class DMD2(Method):
         normalise, density, base: of `losses.matching.matching`; distribution of u; arguments of Method.
     """
 
+    head: Head
     trainable: tuple[str, ...] = ("critic", "head", "student")
     frozen: tuple[str, ...] = ("teacher",)
     sampler, serving = Renoise(), "renoise"
@@ -143,10 +144,10 @@ class DMD2(Method):
         with torch.no_grad():
             real, fake = self.guided(x_u, u, **cond), self.critic(x_u, u, **cond, **step)
         logit = self.logit(x_u, u, cond, step) if self.judged else None
-        weight = None if self.divergence == "reverse_kl" else self.ratio_weight(logit.mean(1))
+        weight = self.ratio_weight(logit.mean(1)) if logit is not None and self.divergence != "reverse_kl" else None
         loss = matching(x, fake, real, weight=weight, normalise=self.normalise)
         self.log_value("student/gap", gap(x, fake, real))
-        if self.adversarial:
+        if logit is not None and self.adversarial:
             extra = generator_loss(logit)
             self.log_value(
                 "student/adversarial_weight", a := extra_loss_weight(self.adversarial, self.balance, x, loss, extra)

@@ -115,7 +115,8 @@ class DistillationDPO(Method):
         return self.schedule.add_noise(x, u, noise), u, noise
 
     def critic_loss(self, role, pairs):
-        winners, losers = rank(*pairs.x.chunk(2), pairs.a_wins)
+        a, b = pairs.x.chunk(2)
+        winners, losers = rank(a, b, pairs.a_wins)
         x = {"critic": pairs.x, "winner": winners, "loser": losers}[role]
         (x_u, u, _), critic = self.noised(x), getattr(self, role)
         return native_mse(critic, x, x_u, u, self.critic_conditions(role, pairs, len(x)))
@@ -131,9 +132,10 @@ class DistillationDPO(Method):
 
     def paper_loss(self, pairs):
         """Winners towards the teacher, losers away from it, at one u and one noise."""
-        x_w, x_l = rank(*pairs.sample().chunk(2), pairs.a_wins)
+        a, b = pairs.sample().chunk(2)
+        x_w, x_l = rank(a, b, pairs.a_wins)
         _, u, noise = self.noised(x_w)
-        loss, cond = 0.0, {k: v[: len(u)] for k, v in pairs.cond.items()}
+        loss, cond = x_w.new_zeros(()), {k: v[: len(u)] for k, v in pairs.cond.items()}
         for x, role, sign in ((x_w, "winner", 1.0), (x_l, "loser", -1.0)):
             with torch.no_grad():
                 x_u = self.schedule.add_noise(x, u, noise)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from distill.denoise import Denoiser
 from distill.losses.regression import huber_norm, mse
 from distill.methods.base import Method
 from distill.noise import at_least_float32, bcast
@@ -39,6 +40,7 @@ class ConsistencyTraining(Method):
         base: arguments of Method.
     """
 
+    target: Denoiser
     frozen, sampler, serving = (), Renoise(), "renoise"
     needs_total_steps = True
 

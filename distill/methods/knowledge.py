@@ -78,5 +78,5 @@ class Knowledge(Method):
         states = path.transpose(0, 1)
         x_t, x_s = torch.cat([*states[1:-1], schedule.start(states[-1])]), states[:-1].flatten(0, 1)
         times = self.grid.tensor(path.device, at_least_float32(path).dtype).flip(0).repeat_interleave(n)
-        every = {k: torch.cat([v] * K) for k, v in self.student_conditions(cond, n).items()}
+        every: dict[str, Any] = {k: torch.cat([v] * K) for k, v in self.student_conditions(cond, n).items()}
         return mse(DDIM()(self.student, x_t, times[n:], times[:-n], **every), x_s)

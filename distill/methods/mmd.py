@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from distill.denoise import Denoiser
 from distill.losses.mmd import mmd
 from distill.methods.base import Method
 from distill.solvers import DDIM, solve
@@ -27,6 +28,7 @@ class MMD(Method):
         base: arguments of Method. `roles.features`, a module x (B, ...) -> (B, d), is optional: none compares samples.
     """
 
+    features: nn.Module
     trainable, frozen = ("student",), ("teacher", "features")
     sampler, serving = DDIM(), "ode"
 
@@ -56,11 +58,12 @@ class MMD(Method):
         return mmd(self.features(x), real, self.kernel, self.bandwidths)
 
 
-class Recomputed:
+class Recomputed(Denoiser):
     """A denoiser whose activations are computed again in the backward pass: memory of one step instead of K."""
 
-    def __init__(self, denoiser):
-        self.denoiser, self.schedule = denoiser, denoiser.schedule
+    def __init__(self, denoiser: Denoiser):
+        super().__init__(None, denoiser.schedule, "x")
+        self.denoiser = denoiser
 
-    def __call__(self, x_t, t, **cond):
+    def native(self, x_t: Tensor, t: Tensor, **cond: Any) -> Tensor:
         return checkpoint(self.denoiser, x_t, t, use_reentrant=False, **cond)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from distill.denoise import Guided, network_of
+from distill.denoise import Denoiser, Guided, network_of
 from distill.errors import BadInput
 from distill.losses import snr
 from distill.losses.regression import mae, mse
@@ -45,6 +45,8 @@ class Progressive(Method):
     Raises:
         BadInput: if the grid is not uniform, M is not K times 2, 4, 8, ..., or w is drawn for a student without it.
     """
+
+    promoted: Denoiser
 
     def __init__(
         self,

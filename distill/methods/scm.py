@@ -48,6 +48,7 @@ class SCM(Method):
     """
 
     trainable: tuple[str, ...] = ("student", "balance")
+    balance: nn.Module
     frozen: tuple[str, ...] = ("teacher",)
     sampler, serving = Renoise(), "renoise"
 
