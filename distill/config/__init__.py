@@ -8,13 +8,16 @@ Examples:
     5
 """
 
-from distill.config.loading import checked, fingerprint, load, merge, override, read, save
-from distill.config.objects import build, open_ended, resolve, signature, verify
+from omegaconf import DictConfig
+
+from distill.config.loading import checked, fingerprint, load, merge, override, read, save, to_yaml
+from distill.config.objects import build, open_ended, plain, resolve, signature, verify
 from distill.config.plugins import confirm, record
 from distill.config.schema import TARGET
 
 __all__ = [
     "TARGET",
+    "DictConfig",
     "build",
     "checked",
     "confirm",
@@ -23,10 +26,12 @@ __all__ = [
     "merge",
     "open_ended",
     "override",
+    "plain",
     "read",
     "record",
     "resolve",
     "save",
     "signature",
+    "to_yaml",
     "verify",
 ]

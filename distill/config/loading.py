@@ -15,7 +15,7 @@ import os
 import re
 import typing
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distill.config import launcher, plugins, recipes
-from distill.config.objects import resolve
+from distill.config.objects import plain, resolve
 from distill.config.schema import CHOICES, DASHBOARDS, LEAST, MOVED, TARGET, RunConfig
 from distill.errors import BadInput, suggest
 from distill.files import write_text
@@ -49,7 +49,7 @@ def read(path: str | Path, above: tuple[Path, ...] = ()) -> DictConfig:
         raise BadInput(f"Config file {name} is not valid YAML: {' '.join(str(error).split())}{quote}") from None
     if not isinstance(node, DictConfig):
         raise BadInput(f"Config file {name} must hold a mapping of keys, not a list or a scalar.")
-    _check_resolvers(OmegaConf.to_container(node), f"Config file {name}")
+    _check_resolvers(plain(node), f"Config file {name}")
     bases = node.pop("base", None) or []
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, (list, ListConfig)) or not all(isinstance(b, str) for b in bases):
@@ -59,15 +59,9 @@ def read(path: str | Path, above: tuple[Path, ...] = ()) -> DictConfig:
     return node
 
 
-def merge(below: DictConfig, above: DictConfig) -> DictConfig:
-    """Merge two configs; `above` wins. A mapping whose `_target_` changes is replaced whole."""
-    return OmegaConf.create(_merge(_plain(below), _plain(above)))
-
-
-def _plain(node: Any) -> dict[str, Any]:
-    """The mapping of a config, references unresolved."""
-    plain: Any = OmegaConf.to_container(node)
-    return plain
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> DictConfig:
+    """Merge two configs or mappings; `above` wins. A mapping whose `_target_` changes is replaced whole."""
+    return OmegaConf.create(_merge(plain(below), plain(above)))
 
 
 def _merge(below: Any, above: dict) -> dict:
@@ -143,7 +137,7 @@ def override(item: str) -> DictConfig:
         raise
     except Exception as error:  # omegaconf's and yaml's own come in several classes
         raise BadInput(f"Override '{item}' has a value that is not YAML: {' '.join(str(error).split())}") from None
-    _check_resolvers(OmegaConf.to_container(node), f"Override '{item}'")
+    _check_resolvers(plain(node), f"Override '{item}'")
     return node
 
 
@@ -173,12 +167,11 @@ def _check_resolvers(node: Any, where: str) -> None:
 
 def checked(node: DictConfig) -> DictConfig:
     """`node` over the defaults of `Run`; unknown keys and wrong types raise BadInput."""
-    _check_resolvers(_plain(node), "config")
-    _check_keys(_plain(node), RunConfig, "")
+    _check_resolvers(plain(node), "config")
+    _check_keys(plain(node), RunConfig, "")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(RunConfig), node)
-        values: Any = OmegaConf.to_container(merged, resolve=True)
-        full = OmegaConf.create(values)
+        full = OmegaConf.create(plain(merged, resolve=True))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "config"
         mend = (
@@ -252,9 +245,14 @@ def _check_kind(value: Any, hint: Any, key: str, default: Any = ()) -> None:
 
 def save(node: DictConfig, path: str | Path) -> None:
     """Write the resolved config as YAML, atomically."""
-    write_text(path, OmegaConf.to_yaml(node))
+    write_text(path, to_yaml(node))
 
 
-def fingerprint(node: DictConfig) -> str:
+def to_yaml(node: Mapping[str, Any]) -> str:
+    """A config as YAML, references as written."""
+    return OmegaConf.to_yaml(node)
+
+
+def fingerprint(node: Mapping[str, Any]) -> str:
     """Twelve hex digits that name the config: SHA-256 of its YAML with sorted keys."""
     return hashlib.sha256(OmegaConf.to_yaml(node, sort_keys=True).encode()).hexdigest()[:12]

@@ -200,6 +200,11 @@ def verify(node: Any, allow: tuple[str, ...] = (), where: str = "", given: tuple
         verify(value, allow, f"{dot}{key}")
 
 
+def plain(node: Any, resolve: bool = False) -> Any:
+    """The dictionary or list of a config, or of one that holds configs; references `${key}` as written or resolved."""
+    return OmegaConf.to_container(node if OmegaConf.is_config(node) else OmegaConf.create(node), resolve=resolve)
+
+
 def build(node: Any, allow: tuple[str, ...] = (), where: str = "", **given: Any) -> Any:
     """The object that `node` describes; mappings without `_target_` and lists are built item by item.
 
@@ -211,7 +216,7 @@ def build(node: Any, allow: tuple[str, ...] = (), where: str = "", **given: Any)
     """
     plugins.import_allowed(allow)
     if isinstance(node, DictConfig) or OmegaConf.is_list(node):
-        node = OmegaConf.to_container(node, resolve=True)
+        node = plain(node, resolve=True)
     dot = f"{where}." if where else ""
     if isinstance(node, list):
         return [build(v, allow, f"{where}[{i}]") for i, v in enumerate(node)]

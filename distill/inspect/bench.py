@@ -18,11 +18,11 @@ from typing import Any
 
 import lightning
 import torch
-from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
+from distill.config import DictConfig
 from distill.denoise import has_network
 from distill.files import markdown_table
 from distill.inspect.plan.cards import card_of_device

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-from omegaconf import DictConfig, OmegaConf
 
 from distill import config
+from distill.config import DictConfig
 from distill.errors import BadInput
 from distill.files import digest, markdown_table, read_json, sample_counts, write_text
 from distill.inspect.measure import measure
@@ -84,7 +84,7 @@ def compare_recipes(
     (out / ROWS).mkdir(parents=True, exist_ok=True)
     for name, cfg in cfgs.items():
         for seed in range(cfg.seed, cfg.seed + (seeds if cfg.expect else 1)):
-            measure_recipe(OmegaConf.merge(cfg, {"seed": seed}), out, seconds, allow)
+            measure_recipe(config.merge(cfg, {"seed": seed}), out, seconds, allow)
             console.print(f"{name}, seed {seed}: done", highlight=False)
     text = comparison_table(out)
     write_text(out / "table.md", text)
@@ -96,7 +96,7 @@ def measure_recipe(cfg: DictConfig, out: Path, seconds: float, allow: tuple[str,
     name = f"{cfg.name}.seed-{cfg.seed}"
     file = out / ROWS / f"{name}.json"
     settings = {k: v for k, v in cfg.items_ex(resolve=False) if k != "expect"}  # what it should reach changes no row
-    key = {"recipe": config.fingerprint(OmegaConf.create(settings)), "code": method_digest(cfg.method)}
+    key = {"recipe": config.fingerprint(settings), "code": method_digest(cfg.method)}
     if file.exists():
         row = read_json(file, "remove it, and the recipe is measured again")
         if row["seconds"] != seconds:
@@ -106,10 +106,10 @@ def measure_recipe(cfg: DictConfig, out: Path, seconds: float, allow: tuple[str,
         console.print(f"{name}: the recipe or the method's code has changed, measured again", highlight=False)
     folder = out / f"{name}.{digest([*key.values(), str(seconds)], 8)}"
     if resume := (folder / run_folder.CONFIG).exists():  # interrupted: it continues with the steps that were chosen
-        cfg = OmegaConf.merge(cfg, {"train": {"steps": run_folder.read_config(folder).train.steps}})
+        cfg = config.merge(cfg, {"train": {"steps": run_folder.read_config(folder).train.steps}})
     else:
         cost = seconds_a_step(build_experiment(cfg, allow), cfg)
-        cfg = OmegaConf.merge(cfg, {"train": {"steps": max(int(seconds / cost), 1)}})
+        cfg = config.merge(cfg, {"train": {"steps": max(int(seconds / cost), 1)}})
     began = time.process_time()
     experiment = train(cfg, folder, resume=resume, allow=allow)
     spent = time.process_time() - began
@@ -150,7 +150,7 @@ def method_sources(method: Any) -> dict[str, str]:
 
     Methods named inside of the section count too.
     """
-    todo, sources = list(_modules_named(OmegaConf.to_container(OmegaConf.create(method)))), {}
+    todo, sources = list(_modules_named(config.plain(method))), {}
     while todo:
         module = todo.pop()
         spec = importlib.util.find_spec(module) if module not in sources else None

@@ -24,8 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from distill import config
 from distill.config import recipes
 from distill.config.schema import Optim
@@ -90,12 +88,12 @@ def read_reference(recipe: Path) -> dict[str, Any] | None:
 
 def recipe_fingerprint(cfg: Any) -> str:
     """A digest of the settings that determine a recipe's curves: roles, method, data, optimizers, steps."""
-    return config.fingerprint(OmegaConf.create(_deciding(cfg)))
+    return config.fingerprint(_deciding(cfg))
 
 
 def _deciding(cfg: Any) -> dict[str, Any]:
     """The settings that determine a recipe's curves, by dotted key; without paths, names and seeds."""
-    whole = OmegaConf.to_container(cfg)
+    whole = config.plain(cfg)
     default = vars(Optim())  # left out, so that a key that optimizers gain later changes no recipe
     optim = {}
     for role, settings in whole["optim"].items():

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from distill import config
+from distill.config import DictConfig
 from distill.denoise import Denoiser
 from distill.errors import BadInput
 from distill.files import read_json
@@ -318,7 +318,7 @@ def write_export(
         kind=kind,
         samples=x,
         method=type(method).__name__,
-        recipe=OmegaConf.to_yaml(experiment.cfg),
+        recipe=config.to_yaml(experiment.cfg),
         metrics=metrics,
         w=method.guidance,
         licence=licence,

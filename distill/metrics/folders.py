@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from distill import config
@@ -90,7 +89,7 @@ def metric_settings(names: str | None, settings: list[str]) -> dict[str, Any]:
     for item in settings:
         if "." not in item.partition("=")[0]:
             raise BadInput(f"'{item}' must be NAME.KEY=VALUE of a metric, for example fid.weights=inception.pth.")
-        node = OmegaConf.to_container(config.merge(OmegaConf.create(node), config.override(item)))
+        node = config.plain(config.merge(node, config.override(item)))
     if not node:
         raise BadInput("--metrics: name some, for example --metrics fid,kid.")
     return node

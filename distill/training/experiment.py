@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from distill import config
-from distill.config import recipes
+from distill.config import DictConfig, recipes
 from distill.config.schema import Optim
 from distill.data.base import Dataset
 from distill.denoise import Guided, network_of
@@ -110,7 +109,7 @@ class Experiment:
         )
 
     def _metrics(self) -> Any:
-        return OmegaConf.to_container(self.cfg.eval)["metrics"]
+        return config.plain(self.cfg.eval)["metrics"]
 
     def _captions(self, n: int) -> list[str]:
         """The captions of the rows whose conditions `noise` uses."""
@@ -175,12 +174,12 @@ def check_config(cfg: DictConfig, allow: tuple[str, ...] = ()) -> None:
     for key in ("method", "data"):
         if not cfg[key].get(config.TARGET):
             raise BadInput(f"{key}._target_ is missing; name a class, for example distill.{key}s.TDM for a method.")
-    sections: Any = OmegaConf.to_container(OmegaConf.create({k: cfg[k] for k in ("data", "method", "roles")}))
+    sections: Any = config.plain({k: cfg[k] for k in ("data", "method", "roles")})
     config.verify(sections["method"], allow, "method", ("roles", "optim"))
     for key in ("roles", "data"):
         config.verify(sections[key], allow, key)
     if cfg.eval.reference:
-        config.verify(OmegaConf.to_container(cfg.eval)["reference"], allow, "eval.reference")
+        config.verify(config.plain(cfg.eval)["reference"], allow, "eval.reference")
     kind = config.resolve(cfg.method[config.TARGET], allow, f"method.{config.TARGET}")
     if isinstance(kind, type) and issubclass(kind, Method):
         _check_roles(kind, cfg)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from distill import config
+from distill.config import DictConfig
 from distill.metrics.shares import current_shares
 from distill.models.copies import share_weights
 from distill.training import (
@@ -83,7 +83,7 @@ def train(
 def _open(opened: list[Any], cfg: DictConfig, folder: Path, until: int) -> None:
     (folder / STOPPED).unlink(missing_ok=True)
     about, files = provenance.record_provenance(folder, max(until, 0))
-    conditions = OmegaConf.to_container(cfg) | {"code": about}
+    conditions = config.plain(cfg) | {"code": about}
     loggers.open_loggers(opened, folder, cfg.log, cfg.name, conditions, until, files)
 
 
@@ -138,6 +138,6 @@ def _baseline_name(experiment: Experiment, fixed: tuple[Tensor, dict[str, Tensor
     """The name under which the teacher baseline is saved."""
     cfg, method = experiment.cfg, experiment.method
     teacher = cfg.roles.get("teacher")
-    recipe = OmegaConf.to_container(OmegaConf.create({"eval": cfg.eval, "teacher": teacher}))
+    recipe = config.plain({"eval": cfg.eval, "teacher": teacher})
     about = [recipe, method.guidance, method.grid.steps, cfg.engine.precision]
     return baseline.baseline_fingerprint(method.role("teacher") or torch.nn.Identity(), *fixed, tests, about)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from distill.errors import BadInput
 from distill.inspect.plan.cards import card
@@ -176,7 +175,7 @@ def _layouts(cfg: Any, allow: tuple[str, ...]) -> tuple[list[Layout], list[str]]
 def _with(cfg: Any, more: dict[str, Any]) -> Any:
     from distill import config
 
-    return config.checked(config.merge(cfg, OmegaConf.create(more)))
+    return config.checked(config.merge(cfg, more))
 
 
 def _layout(cfg: Any, allow: tuple[str, ...], brief: bool = False) -> tuple[Layout, list[str]]:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 
 from distill import config
@@ -29,7 +28,7 @@ def experiment_of(cfg: Any, allow: tuple[str, ...] = (), real: bool = False) -> 
     Raises:
         BadInput: as `build_experiment`; missing data for a network with tensor conditions.
     """
-    cfg, notes = OmegaConf.create(cfg), []
+    cfg, notes = config.merge(cfg, {}), []  # a copy
     path = cfg.data.get("path") if cfg.data else None
     if isinstance(path, str) and not any(c in path for c in "{*?[") and not Path(path).expanduser().exists():
         notes.append(f"{path} does not exist; random samples of the network's shape are used instead.")
@@ -49,9 +48,7 @@ def build(node: Any, allow: tuple[str, ...] = (), where: str = "", **given: Any)
     from distill.models.diffusers import folder
 
     with folder.shapes_only():
-        return config.build(
-            _with_networks(OmegaConf.to_container(node, resolve=True), allow, where), allow, where, **given
-        )
+        return config.build(_with_networks(config.plain(node, resolve=True), allow, where), allow, where, **given)
 
 
 def _with_networks(node: Any, allow: tuple[str, ...], where: str) -> Any:
