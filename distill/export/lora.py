@@ -66,11 +66,8 @@ def write(request: ExportRequest) -> dict:
     weights = factors(request.adapter, net.part)
     if hasattr(kind, "load_lora_weights"):
         files = {STOCK: stock_keys(weights, net.part)}
-        files |= {
-            f"{request.name}.safetensors": EXTRA_LAYOUTS[name](weights)
-            for name in (type(net).__name__,)
-            if name in EXTRA_LAYOUTS
-        }
+        if net.lora_layout:
+            files[f"{request.name}.safetensors"] = EXTRA_LAYOUTS[net.lora_layout](weights)
     else:
         files = {PEFT: stock_keys(weights, "base_model.model")}
         write_json(request.staging / "adapter_config.json", _peft(weights, text.base_name(net)))
@@ -130,7 +127,7 @@ def wan_keys(weights: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     return found
 
 
-EXTRA_LAYOUTS: dict[str, Callable[[dict], dict]] = {"TextUNet": kohya_keys, "Wan": wan_keys}
+EXTRA_LAYOUTS: dict[str, Callable[[dict], dict]] = {"kohya": kohya_keys, "wan": wan_keys}
 
 
 def _peft(weights: dict[str, tuple[Tensor, Tensor]], base: str) -> dict:

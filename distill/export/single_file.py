@@ -51,7 +51,7 @@ def write(request: ExportRequest) -> dict:
     kind = text.pipeline_class(read_json(base / "model_index.json"))
     scheduler, call = text.serving(request.student, request.grid, request.sampler, base)
     weights = model.state_dict()
-    if net.part == "unet":
+    if net.original_file:
         weights = {ROOT + key: value for key, value in originals(weights, model.config.layers_per_block).items()}
     file = f"{request.name}.safetensors"
     save(weights, request.staging / file)

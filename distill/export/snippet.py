@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-VIDEO = ("Wan", "CogVideoX", "LTX")
-# Stock networks of which a file is in the layout of the original code, which ComfyUI reads: the extra LoRA file of U-Nets
-# and Wan, the single file of U-Nets. tests/export/test_card.py converts each back. Other files are for diffusers alone.
-COMFYUI = {"lora": ("UNet2DConditionModel", "WanTransformer3DModel"), "single-file": ("UNet2DConditionModel",)}
+from typing import Any
+
+
+def _family(record: dict) -> Any:
+    """The family of the exported network; the base class, whose attributes are defaults, where there is none."""
+    from distill.models.diffusers import TensorConditioned
+    from distill.models.diffusers.folder import family_of
+
+    return family_of(record["network"]) or TensorConditioned
 
 
 def kind_phrase(record: dict) -> str:
     """What the export is and who loads it, after "A diffusion model"."""
-    kind = record.get("kind", "pipeline")
-    readers = "stock diffusers" + (" and ComfyUI" if record.get("network") in COMFYUI.get(kind, ()) else "")
+    kind, comfyui = record.get("kind", "pipeline"), False
+    if kind in ("lora", "single-file"):
+        comfyui = bool(_family(record).lora_layout) if kind == "lora" else _family(record).original_file
+    readers = "stock diffusers" + " and ComfyUI" * comfyui
     return {
         "pipeline": f" for {readers}",
         "lora": f" as a LoRA for {readers}",
@@ -29,7 +36,7 @@ def pipeline_tag(record: dict) -> str | None:
     """The hub's name of what the model does; it has none for images of a class."""
     if "base" not in record:
         return None if record["classes"] else "unconditional-image-generation"
-    return "text-to-video" if record["network"].startswith(VIDEO) else "text-to-image"
+    return "text-to-video" if _family(record).frames else "text-to-image"
 
 
 def usage_snippet(record: dict, name: str) -> tuple[str, str]:

@@ -33,8 +33,6 @@ from distill.noise import Table
 from distill.times import Grid
 
 PROMPTS = ["a cat on a sofa", "two dogs in the snow"]  # of the reference samples
-FRAMES = {"Wan": 4, "CogVideoX": 4, "LTX": 8}  # frames of video a latent frame, after the first
-EVEN = ("Flux", "LTX")  # their pipelines pass sigmas of their own, evenly spaced
 GUIDANCE_FEATURES = 256  # of the guidance input that a U-Net gets, with weights of zero
 
 
@@ -112,7 +110,7 @@ def serving(student: Denoiser, grid: Grid, sampler: str, base: Path) -> tuple[An
     kind = pipeline_class(read_json(base / "model_index.json"))
     takes = inspect.signature(kind.__call__).parameters
     if not isinstance(student.schedule, Table):
-        return flow_scheduler(student, grid, sampler, type(student.net).__name__ in EVEN, "sigmas" in takes)
+        return flow_scheduler(student, grid, sampler, student.net.even_sigmas, "sigmas" in takes)
     own = read_json(base / "model_index.json")["scheduler"][1]
     first = (
         [scheduler_of(base, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False)]
@@ -132,7 +130,7 @@ def call_arguments(kind: type, net: TensorConditioned, grid: Grid, call: dict, g
     takes = {k: p.default for k, p in inspect.signature(kind.__call__).parameters.items()}
     if takes["num_inference_steps"] != grid.steps:
         call = {"num_inference_steps": grid.steps} | call
-    if guided and type(net).__name__ != "Flux":  # whose default is not a second evaluation
+    if guided and net.call_guides:
         call = call | {"guidance_scale": 1.0}
     trained, usual = output_size(net, net.shape), output_size(net, net.default_shape(net.stock.config))
     default = {k: takes[k] or usual[k] for k in trained}
@@ -145,7 +143,7 @@ def output_size(net: TensorConditioned, shape: tuple[int, ...]) -> dict[str, int
     """Height and width in pixels, and number of frames, as stock calls take them, of latents of `shape`."""
     *frames, height, width = shape[1:]
     found = {"height": net.pixels * height, "width": net.pixels * width}
-    return found | ({"num_frames": FRAMES[type(net).__name__] * (frames[0] - 1) + 1} if frames else {})
+    return found | ({"num_frames": net.frames * (frames[0] - 1) + 1} if frames else {})
 
 
 def describe(request: ExportRequest, scheduler: Any, call: dict) -> dict:

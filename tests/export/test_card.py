@@ -11,9 +11,8 @@ from distill import config
 from distill.denoise import Denoiser
 from distill.export import export, lora, single_file
 from distill.export.card import card
-from distill.export.snippet import COMFYUI
 from distill.export.verify import verify
-from distill.models.diffusers import DiT, load, schedule_of, tiny
+from distill.models.diffusers import FAMILIES, DiT, load, schedule_of, tiny
 from distill.solvers import DDIM, solve
 from distill.times import Grid
 
@@ -179,10 +178,9 @@ def test_the_single_file_of_a_unet_has_the_layout_of_the_original_code(name):
 
 
 def test_those_three_layouts_are_all_that_cards_promise():
-    assert COMFYUI == {
-        "lora": ("UNet2DConditionModel", "WanTransformer3DModel"),
-        "single-file": ("UNet2DConditionModel",),
-    }
+    layouts = {name: family.lora_layout for name, family in FAMILIES.items() if family.lora_layout}
+    assert layouts == {"UNet2DConditionModel": "kohya", "WanTransformer3DModel": "wan"}
+    assert [name for name, family in FAMILIES.items() if family.original_file] == ["UNet2DConditionModel"]
 
 
 # -- what it says to call -------------------------------------------------------------------------------------------

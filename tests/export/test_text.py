@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from distill.errors import BadInput
-from distill.export import export
+from distill.export import export, text
+from distill.export.snippet import pipeline_tag
 from distill.export.verify import stock_differences
+from distill.models.diffusers import FAMILIES as CLASSES
 from distill.models.diffusers import grid_of, load
 from distill.models.diffusers import tiny as families
 from distill.models.lora import SharedBase
@@ -260,3 +262,26 @@ def test_what_a_bare_call_does(teachers, tmp_path, name):
     asked.clear()
     pipe("a cat", output_type="latent", **sizes | record["call"])
     assert asked == [1] * 4
+
+
+@pytest.mark.parametrize("name, stock", [("flux", "FluxTransformer2DModel"), ("ltx", "LTXVideoTransformer3DModel")])
+def test_a_subclass_of_a_family_is_called_as_its_family(name, stock, monkeypatch):
+    """Sigmas of its own pipeline, guidance and number of frames are those that the family states, under any name."""
+
+    def called():
+        student = load(f"tiny:{name}", null=None)
+        base, grid = text.source(student.net), Grid.uniform(3)
+        kind = getattr(diffusers, json.loads((base / "model_index.json").read_text())["_class_name"])
+        scheduler, call = text.serving(student, grid, "ode", base)
+        return student.net, dict(scheduler.config), text.call_arguments(kind, student.net, grid, call, guided=True)
+
+    family, *expected = called()
+    monkeypatch.setitem(CLASSES, stock, type("Renamed", (CLASSES[stock],), {}))
+    renamed, *found = called()
+    assert type(renamed).__name__ == "Renamed" and found == expected
+    record = {"base": "a/b", "network": "RenamedTransformer"}
+    monkeypatch.setitem(CLASSES, record["network"], type(renamed))
+    assert pipeline_tag(record) == ("text-to-video" if family.frames else "text-to-image")
+    assert ("guidance_scale" in found[1]) == (name != "flux")
+    sizes = [text.output_size(net, net.shape) for net in (family, renamed)]
+    assert sizes[0] == sizes[1] and ("num_frames" in sizes[0]) == bool(family.frames)

@@ -167,6 +167,6 @@ def _patch(config: dict[str, Any], family_patch: int) -> int:
 
 def _frames(vae: dict[str, Any], family_frames: int) -> int:
     """Video frames per latent frame, from the config of the autoencoder; 1 for images."""
-    stated = vae.get("scale_factor_temporal") or vae.get("temporal_compression_ratio") or family_frames
+    stated = vae.get("scale_factor_temporal") or vae.get("temporal_compression_ratio")
     halvings = sum(map(bool, vae.get("temperal_downsample") or ()))
-    return math.ceil(stated or 2**halvings)
+    return math.ceil(stated or (2**halvings if halvings else max(family_frames, 1)))

@@ -17,6 +17,17 @@ from distill.noise import VE, Schedule, Table
 SIGMA_MIN = 0.002  # the least noise on which EDM's networks were trained, https://arxiv.org/abs/2206.00364, table 1
 
 
+def encode_text(encode: Callable[..., Any], prompts: list[str], pipeline: Any) -> dict[str, Tensor]:
+    """The `encode_prompt` of families with the condition text alone."""
+    return {"text": encode(prompt=prompts, do_classifier_free_guidance=False)[0]}
+
+
+def encode_masked_text(encode: Callable[..., Any], prompts: list[str], pipeline: Any) -> dict[str, Tensor]:
+    """The `encode_prompt` of families with the conditions text and text_mask."""
+    out = encode(prompt=prompts, do_classifier_free_guidance=False)
+    return {"text": out[0], "text_mask": out[1]}
+
+
 class TensorConditioned(StockNetwork):
     r"""A stock network conditioned on tensors, called as `net(x, t, w=None, s=None, **cond)`.
 
@@ -35,6 +46,11 @@ class TensorConditioned(StockNetwork):
         frame_parts: components that `encode_frame` needs.
         frame_config_parts: components that `encode_frame` needs without weights, for their configs.
         null_is_zero: whether the null condition is zeros.
+        even_sigmas: whether the stock pipeline passes evenly spaced sigmas of its own to the scheduler.
+        call_guides: whether the stock pipeline evaluates the network twice unless its call has `guidance_scale=1.0`.
+        lora_layout: layout of the second file of a LoRA export, that of the original code, which ComfyUI reads: "kohya",
+            "wan", or "" for none.
+        original_file: whether the file of a single-file export is in the layout of the original U-Nets, which ComfyUI reads.
         latent_scale, latent_shift: scaling of the latents; numbers, or one per channel.
     """
 
@@ -44,6 +60,10 @@ class TensorConditioned(StockNetwork):
     frame_parts: tuple[str, ...] = ()
     frame_config_parts: tuple[str, ...] = ()
     null_is_zero: bool = False
+    even_sigmas: bool = False
+    call_guides: bool = True
+    lora_layout: str = ""
+    original_file: bool = False
     latent_scale: float | tuple[float, ...] = 1.0
     latent_shift: float | tuple[float, ...] = 0.0
     pixels: int = 8

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.errors import BadInput
-from distill.models.diffusers.network import TensorConditioned
+from distill.models.diffusers.network import TensorConditioned, encode_masked_text
 
 
 class TextUNet(TensorConditioned):
@@ -19,6 +19,7 @@ class TextUNet(TensorConditioned):
     """
 
     part, optional_conditions = "unet", ()
+    lora_layout, original_file = "kohya", True
 
     @staticmethod
     def check_supported(model: Any) -> None:
@@ -70,6 +71,7 @@ class PixArt(TensorConditioned):
     """
 
     conditions, optional_conditions = ("text", "text_mask"), ()
+    encode_prompt = staticmethod(encode_masked_text)
 
     def configure(self, model: Any) -> None:
         if model.use_additional_conditions:
@@ -101,11 +103,6 @@ class PixArt(TensorConditioned):
             x, encoder_hidden_states=text, encoder_attention_mask=text_mask, timestep=n, added_cond_kwargs=added
         ).sample[:, : x.shape[1]]
 
-    @staticmethod
-    def encode_prompt(encode: Callable[..., Any], prompts: list[str], pipeline: Any) -> dict[str, Tensor]:
-        out = encode(prompt=prompts, do_classifier_free_guidance=False)
-        return {"text": out[0], "text_mask": out[1]}
-
 
 class SD3(TensorConditioned):
     """Stock `SD3Transformer2DModel`: Stable Diffusion 3 and 3.5. Conditions: text, pooled."""
@@ -134,6 +131,7 @@ class Flux(TensorConditioned):
 
     conditions = ("text", "pooled")
     default_guide, patch = 3.5, 2
+    even_sigmas, call_guides = True, False
 
     @staticmethod
     def check_supported(model: Any) -> None:

@@ -56,7 +56,7 @@ class StockNetwork(Network):
     Attributes:
         pixels: side of a latent in pixels; 1 for pixel models.
         patch: the sides of latents must be multiples of this number, if the config does not state one.
-        frames: video frames per latent frame, if the autoencoder's config does not state it; 0 for none.
+        frames: video frames per latent frame after the first, which the autoencoder's config may override; 0 for images.
         frame_conditions: names of the conditions that encode the first frame of image-to-video networks.
     """
 

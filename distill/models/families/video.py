@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from distill.errors import BadInput
-from distill.models.diffusers.network import TensorConditioned
+from distill.models.diffusers.network import TensorConditioned, encode_masked_text, encode_text
 
 
 class Wan(TensorConditioned):
@@ -22,6 +21,8 @@ class Wan(TensorConditioned):
     """
 
     frame_parts, frame_conditions = ("vae", "image_encoder", "image_processor"), ("image", "clip")
+    frames, lora_layout = 4, "wan"
+    encode_prompt = staticmethod(encode_text)
 
     @staticmethod
     def check_supported(model: Any) -> None:
@@ -53,10 +54,6 @@ class Wan(TensorConditioned):
         return self.stock(x, timestep=n, encoder_hidden_states=text, encoder_hidden_states_image=clip).sample
 
     @staticmethod
-    def encode_prompt(encode: Callable[..., Any], prompts: list[str], pipeline: Any) -> dict[str, Tensor]:
-        return {"text": encode(prompt=prompts, do_classifier_free_guidance=False)[0]}
-
-    @staticmethod
     def encode_frame(
         pipeline: Any, image: Any, pixels: Tensor, frames: int, generator: Generator | None
     ) -> dict[str, Tensor]:
@@ -74,7 +71,9 @@ class CogVideoX(TensorConditioned):
     """
 
     frame_parts, frame_config_parts, frame_conditions = ("vae",), ("transformer",), ("image",)
+    frames = 4
     offset = 2.0  # the input `ofs` of the image-to-video model 1.5
+    encode_prompt = staticmethod(encode_text)
 
     @staticmethod
     def check_supported(model: Any) -> None:
@@ -144,10 +143,6 @@ class CogVideoX(TensorConditioned):
         )
 
     @staticmethod
-    def encode_prompt(encode: Callable[..., Any], prompts: list[str], pipeline: Any) -> dict[str, Tensor]:
-        return {"text": encode(prompt=prompts, do_classifier_free_guidance=False)[0]}
-
-    @staticmethod
     def encode_frame(
         pipeline: Any, image: Any, pixels: Tensor, frames: int, generator: Generator | None
     ) -> dict[str, Tensor]:
@@ -173,6 +168,8 @@ class LTX(TensorConditioned):
 
     conditions, optional_conditions, pixels = ("text", "text_mask"), ("rate",), 32
     frames, default_rate = 8, 25.0
+    even_sigmas = True
+    encode_prompt = staticmethod(encode_masked_text)
 
     @staticmethod
     def check_supported(model: Any) -> None:
@@ -210,8 +207,3 @@ class LTX(TensorConditioned):
             rope_interpolation_scale=(self.frames / rate, self.pixels, self.pixels),
         ).sample
         return self.unpack(out, x.shape)
-
-    @staticmethod
-    def encode_prompt(encode: Callable[..., Any], prompts: list[str], pipeline: Any) -> dict[str, Tensor]:
-        out = encode(prompt=prompts, do_classifier_free_guidance=False)
-        return {"text": out[0], "text_mask": out[1]}
