@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
 import pkgutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,3 +45,15 @@ def test_main_objects_have_examples(name, objects):
     finder = doctest.DocTestFinder(exclude_empty=True)
     with_examples = {test.name for test in finder.find(importlib.import_module(name)) if test.examples}
     assert {f"{name}.{item}" for item in objects} <= with_examples
+
+
+def test_public_functions_and_classes_have_docstrings():
+    """Those of a module's top level."""
+    root = Path(importlib.import_module("distill").__file__).parent
+    missing = []
+    for path in sorted(root.rglob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            public = isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+            if public and not ast.get_docstring(node):
+                missing.append(f"{path.relative_to(root)}::{node.name}")
+    assert not missing

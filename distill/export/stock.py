@@ -11,12 +11,14 @@ from pathlib import Path
 
 
 def read(folder):
+    """The reference noise, samples and conditions of an export, by name."""
     from safetensors.torch import load_file
 
     return load_file(folder / "reference.safetensors")
 
 
 def dtype_of(record):
+    """The torch dtype of an export's weights."""
     import torch
 
     return getattr(torch, record.get("dtype", "float32"))
@@ -46,6 +48,7 @@ def draw_from(scheduler, generator):
 
 
 def relative_difference(x, ours):
+    """max |x - ours| / max(|ours|, 1); infinite where x is not a number."""
     x, ours = x.cpu().float(), ours.float()
     return ((x - ours).abs().max() / ours.abs().max().clamp(min=1)).nan_to_num(nan=float("inf")).item()
 
@@ -104,6 +107,7 @@ def pixels(folder, record, steps, device):
 
 
 def pipeline(folder, record, steps, base, device):
+    """The whole pipeline folder, from prompts or labels."""
     from diffusers import DiffusionPipeline
 
     if "prompts" not in record["reference"]:
@@ -139,6 +143,7 @@ def lora(folder, record, steps, base, device):
 
 
 def single_file(folder, record, steps, base, device):
+    """The network's file on the base."""
     import diffusers
 
     kind, part = getattr(diffusers, record["network"]), record["part"]
@@ -179,6 +184,7 @@ def onnx(folder, record, steps, base, device):
 
 
 def difference(folder, steps, base, device):
+    """The largest difference of one export, by its kind, or a sentence that says what failed."""
     try:
         record = json.loads((folder / "distill.json").read_text())
         kind = record.get("kind", "pipeline").replace("-", "_")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distill.errors import BadInput
-from distill.metrics.distances import _distance, _rows, pair
+from distill.metrics.distances import distance_matrix, pair, row_blocks
 
 MOST = 500  # samples of the measures that take all pairs
 
@@ -87,8 +87,10 @@ def coverage(x: Tensor, y: Tensor, k: int = 5) -> float:
     `MOST` samples a fixed random subset is used. Source: Naeem et al. 2020, https://arxiv.org/abs/2002.09797.
     """
     x, y = pair(subset(x), subset(y), least=k + 1)
-    radius = torch.cat([_distance(rows, y).topk(k + 1, largest=False).values[:, -1] for _, rows in _rows(y, y)])
-    nearest = torch.cat([_distance(rows, x).min(1).values for _, rows in _rows(y, x)])
+    radius = torch.cat(
+        [distance_matrix(rows, y).topk(k + 1, largest=False).values[:, -1] for _, rows in row_blocks(y, y)]
+    )
+    nearest = torch.cat([distance_matrix(rows, x).min(1).values for _, rows in row_blocks(y, x)])
     return float((nearest < radius).double().mean())
 
 

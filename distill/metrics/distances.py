@@ -107,7 +107,7 @@ def squared_mmd(x: Tensor, y: Tensor, kernel: str = "cubic", bandwidth: float | 
     h = bandwidth or float(y.var(0).sum().sqrt())
     if not h > 0:
         raise BadInput(f"the rbf bandwidth is {h}; give a positive one or a reference that is not constant.")
-    return -_contrast(x, y, lambda a, b: torch.exp(_distance(a, b).square() / (-2 * h * h)))
+    return -_contrast(x, y, lambda a, b: torch.exp(distance_matrix(a, b).square() / (-2 * h * h)))
 
 
 def energy_distance(x: Tensor, y: Tensor) -> float:
@@ -115,7 +115,7 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
 
     Not the square root (scipy's is). Source: Székely and Rizzo 2013, https://doi.org/10.1016/j.jspi.2013.03.018.
     """
-    return _contrast(*pair(x, y), _distance)
+    return _contrast(*pair(x, y), distance_matrix)
 
 
 def precision_recall(x: Tensor, y: Tensor, k: int = 3) -> tuple[float, float]:
@@ -130,11 +130,13 @@ def precision_recall(x: Tensor, y: Tensor, k: int = 3) -> tuple[float, float]:
     x, y = pair(x, y, least=k + 1)
 
     def radii(a: Tensor) -> Tensor:  # the smallest k + 1 contain the point itself
-        return torch.cat([_distance(rows, a).topk(k + 1, largest=False).values[:, -1] for _, rows in _rows(a, a)])
+        return torch.cat(
+            [distance_matrix(rows, a).topk(k + 1, largest=False).values[:, -1] for _, rows in row_blocks(a, a)]
+        )
 
     def covered(a: Tensor, b: Tensor) -> float:
         r = radii(b)
-        return sum(int((_distance(rows, b) <= r).any(1).sum()) for _, rows in _rows(a, b)) / len(a)
+        return sum(int((distance_matrix(rows, b) <= r).any(1).sum()) for _, rows in row_blocks(a, b)) / len(a)
 
     return covered(x, y), covered(y, x)
 
@@ -149,13 +151,14 @@ def wasserstein1d(x: Tensor, y: Tensor) -> float:
     return float(wasserstein_distance(x[:, 0].cpu().numpy(), y[:, 0].cpu().numpy()))
 
 
-def _distance(a: Tensor, b: Tensor) -> Tensor:
+def distance_matrix(a: Tensor, b: Tensor) -> Tensor:
+    """|a_i - b_j| (n, m) of rows a (n, d) and b (m, d)."""
     # Through a matrix product it is 16 times faster at d = 784, at the cost of an absolute error of about 1e-7 |a|.
     mode = "use_mm_for_euclid_dist" if a.shape[1] > 64 else "donot_use_mm_for_euclid_dist"
     return torch.cdist(a, b, compute_mode=mode)
 
 
-def _rows(x: Tensor, y: Tensor) -> Iterator[tuple[int, Tensor]]:
+def row_blocks(x: Tensor, y: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Blocks of rows of x whose pairwise matrix with y is bounded, each with its first index."""
     size = max(1, BLOCK // len(y))
     return ((i, x[i : i + size]) for i in range(0, len(x), size))
@@ -166,13 +169,13 @@ def _contrast(x: Tensor, y: Tensor, kernel: Kernel) -> float:
 
     def own(a: Tensor) -> float:
         total = 0.0
-        for i, rows in _rows(a, a):
+        for i, rows in row_blocks(a, a):
             block = kernel(rows, a)
             block.diagonal(offset=i).zero_()
             total += float(block.sum())
         return total / (len(a) * (len(a) - 1))
 
-    cross = sum(float(kernel(rows, y).sum()) for _, rows in _rows(x, y)) / (len(x) * len(y))
+    cross = sum(float(kernel(rows, y).sum()) for _, rows in row_blocks(x, y)) / (len(x) * len(y))
     return 2 * cross - own(x) - own(y)
 
 

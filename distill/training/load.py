@@ -15,7 +15,12 @@ from distill.training.experiment import Experiment, build_experiment
 from distill.training.run_folder import CHECKPOINTS, CONFIG
 
 
-def _restore(experiment: Experiment, state: dict[str, Any], folder: Path) -> None:
+def restore_experiment(experiment: Experiment, state: dict[str, Any], folder: Path) -> None:
+    """Load the networks of a checkpoint's state into an experiment's method.
+
+    Raises:
+        BadInput: they do not fit.
+    """
     try:
         experiment.method.restore(state, weights_only=True)
     except (KeyError, RuntimeError, AttributeError) as error:
@@ -40,7 +45,7 @@ def load_experiment(folder: Path, allow: tuple[str, ...] = (), alone: bool = Fal
         experiment = build_experiment(cfg, allow)
     if alone:
         state["networks"] = {"ema": state["networks"]["ema"]}
-    _restore(experiment, state, folder)
+    restore_experiment(experiment, state, folder)
     experiment.method.eval()
     if alone:
         free_except(experiment.method, experiment.method.ema)

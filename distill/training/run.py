@@ -26,7 +26,7 @@ from distill.training import (
 from distill.training.alarms import UpdateMonitor
 from distill.training.cost import CostRecorder
 from distill.training.experiment import Experiment, build_experiment, check_config
-from distill.training.load import _restore
+from distill.training.load import restore_experiment
 from distill.training.lock import RunLock
 from distill.training.rollback import Rollback
 from distill.training.run_folder import CHECKPOINTS
@@ -56,14 +56,14 @@ def train(
         if resume:
             run_folder.check_same_recipe(cfg, run_folder.read_config(folder))
         if state and state["step"] >= cfg.train.steps and run_folder.is_validated(folder, state["step"]):
-            _restore(experiment, state, folder)
+            restore_experiment(experiment, state, folder)
             callbacks.console.print(f"{folder} has its {state['step']} steps already; raise train.steps to continue.")
             return experiment
         tests = experiment.suite(folder)
         if dry_run:
             check(experiment, folder)
         if state and (why := plateau(records.history(folder, state["step"]), best(cfg, tests), cfg.train)):
-            _restore(experiment, state, folder)
+            restore_experiment(experiment, state, folder)
             experiment.stopped = why
             callbacks.console.print(f"{folder} has stopped at step {state['step']}: {why}", highlight=False)
             return experiment

@@ -22,6 +22,7 @@ Gradients = dict[str, Tensor | None]
 
 
 def rates(context: CheckContext, steps: DryRun, seen: dict[str, Turn]) -> Findings:
+    """Whether the learning rates move weights and estimates of x in proportion, critics not slower than the student."""
     ratios, sound, moves = [], True, {}
     for role, turn in seen.items():
         settings, key = context.method.optim[role], f"optim.{role}.lr"

@@ -32,6 +32,7 @@ SIGN = {"x": 1.0, "edm": 1.0, "v": -1.0, "flow": -1.0, "eps": -1.0}  # of the ch
 
 
 def signs(context: CheckContext, steps: DryRun, seen: dict[str, Turn]) -> Findings:
+    """Whether losses fall along their own updates, and updates pull a shifted student back."""
     if narrow_kernel(context):
         yield Finding.skipped("the kernels are too narrow (method.bandwidths).")
         return

@@ -120,6 +120,7 @@ def frozen(context: CheckContext) -> Findings:
 
 
 def gradients(context: CheckContext, steps: DryRun, seen: dict[str, Turn]) -> Findings:
+    """Whether each turn gives all weights of its role a finite gradient, and nothing else one."""
     healthy = True
     for role in context.method.trainable:
         if role not in seen:

@@ -140,4 +140,5 @@ def pictures_of(folder: Path) -> list[Path]:
 
 
 def finite(value: Any) -> bool:
+    """Whether a value is a number other than NaN and infinity."""
     return isinstance(value, (int, float)) and math.isfinite(value)

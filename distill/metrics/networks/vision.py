@@ -210,6 +210,7 @@ def image_processor(weights: str) -> Any:
 
 
 def tokenizer(weights: str) -> Any:
+    """The tokenizer of a folder or the hub."""
     import transformers
 
     return _loaded(transformers.AutoTokenizer, weights)

@@ -58,12 +58,14 @@ def shake(model, scale=0.1, seed=0):
 
 
 def clip_tokenizer():
+    """A CLIP tokenizer with a token a letter."""
     letters = [*string.ascii_lowercase, *(c + "</w>" for c in string.ascii_lowercase)]
     vocab = {token: i for i, token in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
     return transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=LENGTH)
 
 
 def clip(dim=16, projection=None):
+    """A CLIP text encoder of width `dim`, with a projected output if `projection` is its width."""
     torch.manual_seed(dim)
     config = transformers.CLIPTextConfig(
         vocab_size=54,
@@ -83,6 +85,7 @@ def clip(dim=16, projection=None):
 
 
 def t5_tokenizer():
+    """A T5 tokenizer with a token a letter."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -2.0), *((c, -3.0) for c in string.ascii_lowercase)]
     return transformers.T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=64)
 
@@ -92,6 +95,7 @@ UMT5 = (transformers.UMT5Config, transformers.UMT5EncoderModel)
 
 
 def t5(dim=16, kind=T5):
+    """A text encoder of width `dim`, T5 or UMT5."""
     config_class, model_class = kind
     torch.manual_seed(dim)
     config = config_class(
@@ -101,6 +105,7 @@ def t5(dim=16, kind=T5):
 
 
 def vae(channels=4, **kw):
+    """An autoencoder of images with latents at half their size."""
     torch.manual_seed(1)
     return diffusers.AutoencoderKL(
         block_out_channels=(8, 8),
@@ -113,14 +118,17 @@ def vae(channels=4, **kw):
 
 
 def ddim(prediction="epsilon", kind=DDIMScheduler, **kw):
+    """A DDIM scheduler, or another of its arguments, with trailing timesteps."""
     return kind(prediction_type=prediction, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False, **kw)
 
 
 def scaled(prediction="epsilon"):
+    """A DDIM scheduler with the betas of Stable Diffusion."""
     return ddim(prediction, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 
 
 def unet(dim, **kw):
+    """A text-conditioned U-Net that reads text features of width `dim`."""
     torch.manual_seed(2)
     return shake(
         diffusers.UNet2DConditionModel(
@@ -138,6 +146,7 @@ def unet(dim, **kw):
 
 
 def sd(prediction="epsilon"):
+    """Stable Diffusion 1 (epsilon) or 2 (v_prediction)."""
     return diffusers.StableDiffusionPipeline(
         vae=vae(),
         text_encoder=clip(),
@@ -151,6 +160,7 @@ def sd(prediction="epsilon"):
 
 
 def sdxl(zeros=True):
+    """Stable Diffusion XL; `zeros`: the null condition is zeros."""
     network = unet(
         16 + 24,
         addition_embed_type="text_time",
@@ -173,6 +183,7 @@ def sdxl(zeros=True):
 
 
 def pixart(kind=diffusers.PixArtAlphaPipeline, size=128):
+    """PixArt-alpha, or -sigma by its pipeline; at `size` 128 with resolution and aspect conditions."""
     torch.manual_seed(2)
     network = shake(
         diffusers.PixArtTransformer2DModel(
@@ -193,6 +204,7 @@ def pixart(kind=diffusers.PixArtAlphaPipeline, size=128):
 
 
 def sd3():
+    """Stable Diffusion 3."""
     torch.manual_seed(2)
     network = shake(
         diffusers.SD3Transformer2DModel(
@@ -225,6 +237,7 @@ def sd3():
 
 
 def flux(dev=True):
+    """FLUX.1-dev with its guidance input, or FLUX.1-schnell."""
     torch.manual_seed(2)
     network = shake(
         diffusers.FluxTransformer2DModel(
@@ -253,6 +266,7 @@ def flux(dev=True):
 
 
 def wan_network(**kw):
+    """The transformer of Wan 2.1."""
     torch.manual_seed(2)
     return shake(
         diffusers.WanTransformer3DModel(
@@ -272,6 +286,7 @@ def wan_network(**kw):
 
 
 def wan_vae():
+    """The autoencoder of Wan 2.1, four frames a latent frame."""
     torch.manual_seed(3)
     return diffusers.AutoencoderKLWan(
         base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
@@ -279,6 +294,7 @@ def wan_vae():
 
 
 def wan():
+    """Wan 2.1, text to video."""
     return diffusers.WanPipeline(
         tokenizer=t5_tokenizer(),
         text_encoder=t5(16, UMT5),
@@ -289,6 +305,7 @@ def wan():
 
 
 def wan_i2v():
+    """Wan 2.1, image to video."""
     torch.manual_seed(4)
     vision_model = shake(
         transformers.CLIPVisionModel(
@@ -315,6 +332,7 @@ def wan_i2v():
 
 
 def cogvideox(rotary=False, span=None, image=False, **kw):
+    """CogVideoX: `rotary` as 5B, `span` the temporal patch of 1.5, `image` to video."""
     torch.manual_seed(2)
     network = shake(
         diffusers.CogVideoXTransformer3DModel(
@@ -353,11 +371,13 @@ def cogvideox(rotary=False, span=None, image=False, **kw):
 
 
 def gemma_tokenizer():
+    """A Gemma tokenizer with a token a letter."""
     words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *string.ascii_lowercase]
     return transformers.GemmaTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[])
 
 
 def deep_compression_autoencoder():
+    """The autoencoder of Sana."""
     torch.manual_seed(3)
     return diffusers.AutoencoderDC(
         latent_channels=4,
@@ -379,6 +399,7 @@ def deep_compression_autoencoder():
 
 
 def gemma2():
+    """The text encoder of Sana."""
     torch.manual_seed(4)
     return shake(
         transformers.Gemma2Model(
@@ -399,6 +420,7 @@ def gemma2():
 
 
 def sana():
+    """Sana."""
     torch.manual_seed(2)
     network = shake(
         diffusers.SanaTransformer2DModel(
@@ -427,6 +449,7 @@ def sana():
 
 
 def stable_audio():
+    """Stable Audio Open."""
     torch.manual_seed(2)
     network = shake(
         diffusers.StableAudioDiTModel(
@@ -468,6 +491,7 @@ def stable_audio():
 
 
 def ltx():
+    """LTX-Video, text to video."""
     torch.manual_seed(2)
     network = shake(
         diffusers.LTXVideoTransformer3DModel(
