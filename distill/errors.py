@@ -34,7 +34,7 @@ def suggest(name: str, options: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` for the option nearest to `name`, or the one that it begins; or an empty string."""
     options = list(options)
     begun = [option for option in options if len(name) > 2 and option.startswith(name)]
-    near = begun if len(begun) == 1 else difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    near = begun if len(begun) == 1 else difflib.get_close_matches(name, options, n=1, cutoff=0.6)
     return f" Did you mean '{near[0]}'?" if near else ""
 
 

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from distill import config
 from distill.config import schema
-from distill.errors import BadInput
+from distill.errors import BadInput, suggest
 
 HERE = __name__  # the package that the tests allow
 
@@ -551,3 +551,12 @@ def test_a_printed_recipe_is_a_config_in_any_folder(name, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text(recipes.text(name))
     assert config.load(["mine.yaml"]) == config.load([name])
+
+
+@pytest.mark.parametrize(
+    "name, near",
+    [("weak", ""), ("ahead", ""), ("wraps", ""), ("emma", "ema"), ("gird", "grid"), ("guidence", "guidance")],
+)
+def test_a_name_is_suggested_only_where_most_letters_agree(name, near):
+    known = ["roles", "grid", "guidance", "optim", "ema", "averages", "warm_start"]
+    assert suggest(name, known) == (f" Did you mean '{near}'?" if near else "")

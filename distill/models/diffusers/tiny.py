@@ -58,7 +58,7 @@ def shake(model, scale=0.1, seed=0):
 
 
 def clip_tokenizer():
-    """A CLIP tokenizer with a token a letter."""
+    """A CLIP tokenizer with one token per letter."""
     letters = [*string.ascii_lowercase, *(c + "</w>" for c in string.ascii_lowercase)]
     vocab = {token: i for i, token in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
     return transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=LENGTH)
@@ -85,7 +85,7 @@ def clip(dim=16, projection=None):
 
 
 def t5_tokenizer():
-    """A T5 tokenizer with a token a letter."""
+    """A T5 tokenizer with one token per letter."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -2.0), *((c, -3.0) for c in string.ascii_lowercase)]
     return transformers.T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=64)
 
@@ -286,7 +286,7 @@ def wan_network(**kw):
 
 
 def wan_vae():
-    """The autoencoder of Wan 2.1, four frames a latent frame."""
+    """The autoencoder of Wan 2.1, four frames per latent frame."""
     torch.manual_seed(3)
     return diffusers.AutoencoderKLWan(
         base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
@@ -371,7 +371,7 @@ def cogvideox(rotary=False, span=None, image=False, **kw):
 
 
 def gemma_tokenizer():
-    """A Gemma tokenizer with a token a letter."""
+    """A Gemma tokenizer with one token per letter."""
     words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *string.ascii_lowercase]
     return transformers.GemmaTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[])
 
