@@ -140,8 +140,14 @@ def call_arguments(kind: type, net: TensorConditioned, grid: Grid, call: dict, g
 
 
 def output_size(net: TensorConditioned, shape: tuple[int, ...]) -> dict[str, int]:
-    """Height and width in pixels, and number of frames, as stock calls take them, of latents of `shape`."""
+    """Height and width in pixels, and number of frames, as stock calls take them, of latents of `shape`.
+
+    Raises:
+        BadInput: a family of video does not state its `frames`.
+    """
     *frames, height, width = shape[1:]
+    if frames and not net.frames:
+        raise BadInput(f"{type(net).__name__} has no `frames`: set it to the video frames per latent frame.")
     found = {"height": net.pixels * height, "width": net.pixels * width}
     return found | ({"num_frames": net.frames * (frames[0] - 1) + 1} if frames else {})
 

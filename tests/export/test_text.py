@@ -285,3 +285,7 @@ def test_a_subclass_of_a_family_is_called_as_its_family(name, stock, monkeypatch
     assert ("guidance_scale" in found[1]) == (name != "flux")
     sizes = [text.output_size(net, net.shape) for net in (family, renamed)]
     assert sizes[0] == sizes[1] and ("num_frames" in sizes[0]) == bool(family.frames)
+    if family.frames:
+        monkeypatch.setattr(type(renamed), "frames", 0)
+        with pytest.raises(BadInput, match="Renamed has no `frames`"):
+            text.output_size(renamed, renamed.shape)
