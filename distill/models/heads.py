@@ -38,7 +38,9 @@ class FeatureExtractor:
         known = [name for name, _ in self.net.named_modules()]
         for name in self.names:
             if name.removesuffix(INPUT) not in known:
-                raise BadInput(f"{type(self.net).__name__} has no layer '{name}'.{suggest(name, known)}")
+                raise BadInput(
+                    f"{type(self.net).__name__} has no layer '{name}'.{suggest(name.removesuffix(INPUT), known)}"
+                )
 
     def __call__(self, x_t: Tensor, t: Tensor, **cond: Any) -> list[Tensor]:
         """The features of each layer, (B, tokens, channels)."""

@@ -162,7 +162,7 @@ def untrained_teacher(shards, tmp, patch):
     return experiment
 
 
-@fault("teacher", "worse than a linear map", "it is not the law of this data")
+@fault("teacher", "worse than a linear map", "it is not the distribution of this data")
 def oracle_of_other_data(shards, tmp, patch):
     experiment = toy()
     experiment.method.teacher.means *= 3
