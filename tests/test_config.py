@@ -489,6 +489,8 @@ def test_given_arguments_are_not_the_configs_to_set():
     "old, new",
     [
         ("distill.nets.diffusers.load", "distill.models.diffusers.load"),
+        ("distill.nets.diffusers.backbones.DiT", "distill.models.families.label.DiT"),
+        ("distill.nets.diffusers.video.Wan", "distill.models.families.video.Wan"),
         ("distill.nets.rewards.Ink", "distill.metrics.rewards.Ink"),
         ("distill.grid.Uniform", "distill.times.Uniform"),
     ],
@@ -507,6 +509,11 @@ def test_a_package_in_this_folder_is_named(tmp_path, monkeypatch):
     (tmp_path / "nearby.py").write_text("")
     with pytest.raises(BadInput, match="'nearby' is not installed; put PYTHONPATH=. before the command, or install it"):
         config.resolve("nearby.Thing", ("nearby",))
+
+
+def test_every_moved_module_exists():
+    for new in schema.MOVED_MODULES.values():
+        assert importlib.util.find_spec(new), new
 
 
 def test_every_moved_object_is_found_under_its_new_name():

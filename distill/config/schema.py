@@ -137,9 +137,14 @@ MOVED_MODULES = {  # where a module of an older config is now; longer names firs
     "distill.nets.rewards": "distill.metrics.rewards",
     "distill.nets.vision": "distill.metrics.networks.vision",
     "distill.nets.inception": "distill.metrics.networks.inception",
+    "distill.nets.diffusers.backbones": "distill.models.families.label",
+    "distill.nets.diffusers.text": "distill.models.families.image",
+    "distill.nets.diffusers.video": "distill.models.families.video",
+    "distill.nets.diffusers.audio": "distill.models.families.audio",
     "distill.nets": "distill.models",
     "distill.grid": "distill.times",
     "distill.data.buckets": "distill.data.shards.buckets",
+    "distill.data.stream": "distill.data.shards.stream",
     "distill.eval": "distill.metrics",
 }
 _TRUTH = "was removed; name a callable metric(x, data=, **cond) of your own, with --allow PACKAGE."
