@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +15,7 @@ from distill.config import DictConfig, recipes
 from distill.config.schema import Optim
 from distill.data.base import Dataset
 from distill.denoise import Guided, network_of
-from distill.errors import NEAR, BadInput, near_path, suggest
+from distill.errors import BadInput, near_path, suggest
 from distill.files import read_json
 from distill.methods import Diffusion
 from distill.methods.base import Method
@@ -193,8 +192,8 @@ def _check_roles(kind: type[Method], cfg: DictConfig) -> None:
         ("optim", trainable, "not a trainable role."),
     ):
         for role in cfg[key]:
-            if role not in known and difflib.get_close_matches(role, known, cutoff=NEAR):
-                raise BadInput(f"{key}.{role}: {text}{suggest(role, known)}")
+            if role not in known and (hint := suggest(role, known)):
+                raise BadInput(f"{key}.{role}: {text}{hint}")
 
 
 def build_experiment(cfg: DictConfig, allow: tuple[str, ...] = (), build: Any = config.build) -> Experiment:
@@ -264,7 +263,7 @@ def _check_path(settings: DictConfig, key: str, roles: Any = None) -> None:
         return
     target, out = settings[config.TARGET], Path(path).parent if Path(path).name in ("train", "test") else Path(path)
     teacher = (roles or {}).get("teacher") or {}
-    words = "digits" if difflib.get_close_matches("digits", out.parts, cutoff=NEAR) else "images PHOTOS"
+    words = "digits" if suggest("digits", out.parts) else "images PHOTOS"
     if target.endswith("Pairs"):
         words = "pairs CONFIG"
     elif target.endswith("Buckets"):
