@@ -44,6 +44,26 @@ def data_digits(out: Path) -> None:
     _print_splits(out, prepare.digits(out))
 
 
+@data.command("emoji")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--font", required=True, type=click.Path(path_type=Path), help="NotoColorEmoji.ttf, with colour bitmaps.")
+@click.option("--size", type=click.IntRange(1), default=64, show_default=True, help="Height and width in pixels.")
+def data_emoji(out: Path, font: Path, size: int) -> None:
+    """Draw the emoji of a font to a folder OUT of pictures with captions, with two held-out sets.
+
+    OUT/test-combinations holds new combinations of known words, OUT/test-bases emoji of which no variant is in OUT/train.
+    The pictures stand under the licence of the font; Noto Color Emoji has the SIL Open Font License 1.1.
+
+    \b
+    Example:
+      distill data emoji data/emoji --font /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
+    """
+    from distill.data import prepare
+
+    counts = prepare.emoji(out, font, size)
+    click.echo(f"{out}: {', '.join(f'{name} {count:,}' for name, count in counts.items())} pictures.")
+
+
 @data.command("images")
 @click.argument("src", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))

@@ -22,10 +22,12 @@ import numpy as np
 from distill.data.info import Info
 from distill.data.shards import index
 from distill.data.shards.write import SHARD_SAMPLES, Split, write_splits
+from distill.data.sources import emoji as emoji_source
 from distill.data.sources import idx as idx_files
 from distill.data.sources import npz as npz_files
 from distill.data.sources.folder import SourceFolder, common_channels, pixels
 from distill.errors import BadInput
+from distill.files import atomic_folder
 
 
 def digits(
@@ -45,6 +47,26 @@ def digits(
     split = Split(x.__getitem__, len(x), source.target.astype(np.int64))
     info = Info((), 10, names=tuple(map(str, range(10))), range=(0.0, 16.0), source="scikit-learn digits")
     return write_splits(out, split.hold_out(test, seed), info, seed=seed, per_shard=per_shard)
+
+
+def emoji(out: str | os.PathLike, font: str | os.PathLike, size: int = 64) -> dict[str, int]:
+    """A folder of emoji, OUT/SET/CODEPOINTS.png, with their names as captions, .txt; the number of pictures of each set.
+
+    The sets are those of `distill.data.sources.emoji`. The pictures stand under the font's licence: Noto Color Emoji has the
+    SIL Open Font License 1.1.
+
+    Args:
+        out: the folder to create.
+        font: NotoColorEmoji.ttf with bitmaps (CBDT), as in Debian's package fonts-noto-color-emoji.
+        size: height and width in pixels.
+
+    Raises:
+        BadInput: no such font or one without colour glyphs, the package `emoji` is missing, or OUT exists.
+    """
+    if size < 1:
+        raise BadInput(f"size={size} must be at least 1.")
+    with atomic_folder(out) as folder:
+        return emoji_source.write(folder, font, size)
 
 
 def images(

@@ -145,6 +145,12 @@ def test_a_tenth_of_the_images_is_held_out_unless_the_folder_has_splits(tmp_path
     written = prepare.images(tmp_path / "two", tmp_path / "two_out")
     assert {s: (i.count, i.classes) for s, i in written.items()} == {"train": (2, 2), "test": (1, 2)}
     assert Shards(tmp_path / "two_out" / "test", 1).all()["label"].tolist() == [1]
+    picture(tmp_path / "two" / "test-new" / "b" / "1.png", 3)
+    assert {s: i.count for s, i in prepare.images(tmp_path / "two", tmp_path / "three_out").items()} == {
+        "train": 2,
+        "test": 1,
+        "test-new": 1,
+    }
 
 
 def write_damaged(src: Path, damage: str) -> None:

@@ -15,7 +15,7 @@ from distill.data.sources import image, text
 from distill.errors import BadInput, near_path
 from distill.files import digest
 
-SPLITS = ("train", "test", "val", "valid", "validation")
+SPLITS = ("train", "test", "val", "valid", "validation")  # also test-NAME and val-NAME
 
 
 def visible(folder: Path) -> Iterator[Path]:
@@ -31,6 +31,10 @@ def state(path: Path) -> str:
     files = sorted(visible(path)) if path.is_dir() else [path]
     facts = ((file, file.stat()) for file in files)
     return digest(f"{file.relative_to(path)} {stat.st_size} {stat.st_mtime_ns}\n" for file, stat in facts)
+
+
+def _is_split(name: str) -> bool:
+    return name in SPLITS or name.startswith(("test-", "val-"))
 
 
 @dataclass
@@ -49,7 +53,7 @@ class SourceFolder:
     def open(cls, path: Path, suffixes: tuple[str, ...] = image.SUFFIXES, kind: str = "images") -> SourceFolder:
         """Find the files.
 
-        With a folder `train` at the top, and only `test`, `val` and the like beside it, these are the splits.
+        With a folder `train` at the top, and only `test`, `val`, `test-NAME` and the like beside it, these are the splits.
 
         Args:
             path: of the folder.
@@ -62,8 +66,9 @@ class SourceFolder:
         if not path.is_dir():
             raise BadInput(f"{path} is not a folder: give the folder that holds the {kind}.{near_path(path)}")
         tops = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-        has_splits = "train" in tops and set(tops) <= set(SPLITS)
-        folders = {name: path / name for name in SPLITS if name in tops} if has_splits else {"": path}
+        has_splits = "train" in tops and all(_is_split(name) for name in tops)
+        order = sorted(tops, key=lambda name: (name != "train", name))
+        folders = {name: path / name for name in order} if has_splits else {"": path}
         splits = {}
         for name, folder in folders.items():
             splits[name] = sorted(file for file in visible(folder) if file.suffix.lower()[1:] in suffixes)
