@@ -35,8 +35,23 @@ def launched_externally() -> bool:
 
 
 def needs_spawn(engine: Any) -> bool:
-    """Whether `distill train` has to start the processes itself."""
-    return engine.devices > 1 and not launched_externally()
+    """Whether `distill train` has to start the processes itself.
+
+    Raises:
+        BadInput: there would be more processes than GPUs.
+    """
+    if engine.devices <= 1 or launched_externally():
+        return False
+    if engine.accelerator in ("auto", "cuda", "gpu"):
+        import torch
+
+        count = torch.cuda.device_count()
+        if engine.devices > count and (count or engine.accelerator != "auto"):
+            raise BadInput(
+                f"engine.devices: {engine.devices} processes need a GPU each, and this machine has {count}; lower it, or set "
+                "engine.accelerator: cpu."
+            )
+    return True
 
 
 def spawn_processes(count: int) -> int:

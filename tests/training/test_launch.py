@@ -13,7 +13,11 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
+import torch
+from click.testing import CliRunner
 
+from distill.cli import main
+from distill.config.schema import Engine
 from distill.errors import BadInput
 from distill.training import launch
 
@@ -66,6 +70,22 @@ def test_signals_reach_every_rank_and_the_handlers_come_back(monkeypatch, tmp_pa
     teller.join()
     assert (tmp_path / "0").exists() and (tmp_path / "1").exists()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("verb", ["train", "bench"])
+def test_more_processes_than_gpus_are_refused_before_any_starts(monkeypatch, verb):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(launch, "spawn_processes", lambda count: pytest.fail(f"{count} processes were started"))
+    for accelerator in ("cuda", "auto"):
+        keys = ["engine.devices=8", f"engine.accelerator={accelerator}"]
+        result = CliRunner().invoke(main, [verb, str(tiny.TOY / "tdm.yaml"), *keys])
+        assert result.exit_code == 2 and "8 processes need a GPU each, and this machine has 1" in result.stderr
+
+
+def test_several_processes_on_processors_need_no_gpu(monkeypatch):
+    for accelerator, count in (("cpu", 1), ("auto", 0)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        assert launch.needs_spawn(Engine(devices=8, accelerator=accelerator))
 
 
 def test_several_processes_without_a_launcher_are_refused(monkeypatch):

@@ -180,6 +180,24 @@ def test_a_rank_whose_parent_is_gone_before_it_listens_ends(alive):
     assert (done.returncode, done.stdout) == ((0, "continues\n") if alive else (85, "")), done.stderr
 
 
+@LINUX
+def test_a_rank_asks_for_its_parent_before_it_meets_the_others(tmp_path):
+    """It would wait for them for `engine.timeout`: half an hour."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    ranks = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", launch.SHARED: str(tmp_path)}
+    code = (
+        "from distill.config.schema import Engine; from distill.training import launch; launch.join_processes(Engine())"
+    )
+    process = python(
+        code, folder=tmp_path, **ranks, **{launch.PARENT: str(gone.pid)}, MASTER_ADDR="127.0.0.1", MASTER_PORT="1"
+    )
+    try:
+        assert process.wait(timeout=120) == 85, (tmp_path / "log").read_text()
+    finally:
+        process.kill()
+
+
 def test_rank_0_has_no_limit_while_it_writes_the_checkpoint(monkeypatch):
     """The others have nothing to write, and end before it."""
     monkeypatch.setattr(launch, "GRACE_AFTER_SIGNAL", 0.0)
