@@ -204,6 +204,20 @@ def test_the_words_of_a_teachers_run_name_no_critic(shards, tmp_path):
             assert "critic" not in finding.text and "teacher" not in finding.text, finding
 
 
+def test_a_loaded_student_may_be_untrained_where_no_teacher_is_distilled(shards, tmp_path):
+    """A folder of random weights is a start of `Diffusion`, and of consistency training; a teacher must denoise."""
+    for name, level in (("ect", "WARN"), ("tdm", "FAIL")):
+        experiment = digits(shards, name=name)
+        with torch.no_grad():
+            for role in ("student", "teacher"):
+                if experiment.method.role(role) is not None:
+                    for p in experiment.method.role(role).parameters():
+                        p.normal_(0, 0.3, generator=torch.Generator().manual_seed(p.numel()))
+        (found,) = look(experiment, tmp_path, "teacher")
+        assert found.level == level and "worse than a linear map" in found.text, found
+        assert found.text.endswith("Go on if it starts untrained.") == (level == "WARN")
+
+
 # -- the experiment is left as it was ---------------------------------------------------------------------------------
 
 

@@ -57,15 +57,15 @@ def denoises(context: CheckContext) -> Findings:
             f"roles.{role} returns values that are not finite; look at its weights, and at engine.precision."
         )
     elif now > allowed:
-        yield Finding.fail(
-            f"roles.{role} denoises worse than a linear map (error {now:.2f} of its; at most 1 is right), and "
-            + (
-                "no other prediction type, time, sign, scale or orientation that was tried fits: the data may not be of "
-                "the kind that it was trained on (other pictures, order of channels or autoencoder), or it is not trained."
-                if has_network(model)
-                else "it has no network: it is not the distribution of this data."
-            )
+        level = "FAIL" if context.method.frozen else "WARN"  # without a teacher, training may start from random weights
+        text = (
+            "no other prediction type, time, sign, scale or orientation that was tried fits: the data may not be of "
+            "the kind that it was trained on (other pictures, order of channels or autoencoder), or it is not trained."
+            if has_network(model)
+            else "it has no network: it is not the distribution of this data."
         )
+        text = f"roles.{role} denoises worse than a linear map (error {now:.2f} of its; at most 1 is right), and {text}"
+        yield Finding(level, text + " Go on if it starts untrained." * (level == "WARN"))
     else:
         rises = all(b > a - 0.1 for a, b in pairwise(fit.errors))
         shape = (
