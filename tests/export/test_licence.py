@@ -14,6 +14,7 @@ from distill.export import export
 from distill.export.licence import Licence, front_matter, licence_of
 from distill.models.diffusers import UNet2D, load, schedule_of
 from distill.models.diffusers import tiny as families
+from distill.models.lora import SharedBase
 
 FLUX = "---\nlicense: other\nlicense_name: flux-1-dev-non-commercial-license\nlicense_link: LICENSE.md\ntags: [a]\n---\n# FLUX\n"
 
@@ -54,6 +55,15 @@ def test_that_of_the_bases_card_is_taken_with_its_name_link_and_file(teacher, st
     assert head["license_link"] == "LICENSE.md" and "Non-Commercial" in (out / "LICENSE.md").read_text()
     again = licence_of(load(out, null=None))  # and so on to a student of the student
     assert (again.name, again.title, again.file.name) == ("other", "flux-1-dev-non-commercial-license", "LICENSE.md")
+
+
+@pytest.mark.parametrize("kind", ["lora", "single-file", "onnx"])
+def test_files_that_are_not_pipelines_state_it_too(teacher, student, tmp_path, kind):
+    (teacher / "README.md").write_text("---\nlicense: creativeml-openrail-m\n---\n")
+    if kind == "lora":
+        student.net = SharedBase(student.net, rank=2, targets="*.to_q")
+    out = export(student, 4, "ode", tmp_path / "out", kind=kind)
+    assert front_matter((out / "README.md").read_text())["license"] == "creativeml-openrail-m"
 
 
 @pytest.mark.parametrize(
