@@ -825,5 +825,26 @@ def test_found(name, shards, tmp_path, monkeypatch):
     assert any(all(word in text for word in fault.words) for text in texts), "\n".join(map(str, found))
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "inverted_pixels",
+        pytest.param("critic_of_zeros", marks=pytest.mark.slow),
+        pytest.param("critic_of_random_weights", marks=pytest.mark.slow),
+        pytest.param("labels_from_one", marks=pytest.mark.slow),
+        pytest.param("uniform_noise", marks=pytest.mark.slow),
+    ],
+)
+def test_no_other_check_gives_a_second_mend(name, shards, tmp_path, monkeypatch):
+    from distill.inspect.check import signs, updates
+
+    monkeypatch.setattr(updates, "BATCH", 4)
+    monkeypatch.setattr(signs, "SEEDS", (1,))
+    found = look(FAULTS[name].build(shards, tmp_path, monkeypatch), tmp_path / "not" / "yet")
+    print(*found, sep="\n")
+    others = [f for f in found if f.level in ("WARN", "FAIL") and f.name != FAULTS[name].check]
+    assert not [f for f in others if f.name in ("rates", "guidance")]
+
+
 def test_the_suite_is_large_and_few_are_missed():
     assert len(FAULTS) >= 70 and len(MISSED) <= 4 and not {*MISSED, *SLOW} - set(FAULTS)

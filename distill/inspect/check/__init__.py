@@ -86,12 +86,14 @@ def _dry_run(context: CheckContext) -> list[Finding]:
 def _run(name: str, function: Callable[[CheckContext], Iterable[Finding]], context: CheckContext) -> list[Finding]:
     """The findings of one check. A BadInput becomes a FAIL, any other exception what `crash` says."""
     try:
-        return [Finding(finding.level, finding.text, finding.name or name) for finding in function(context)]
+        out = [Finding(finding.level, finding.text, finding.name or name) for finding in function(context)]
     except BadInput as error:
-        return [Finding.fail(str(error), name)]
+        out = [Finding.fail(str(error), name)]
     except Exception as error:  # a user's method or network may raise anything
         finding = crash(error, context.method, name in ("update", *UPDATE_CHECKS))
-        return [Finding(finding.level, finding.text, name)]
+        out = [Finding(finding.level, finding.text, name)]
+    context.failed |= {finding.name for finding in out if finding.level == "FAIL"}
+    return out
 
 
 def gate(quiet: bool = False) -> Any:

@@ -54,13 +54,17 @@ Findings = Iterator[Finding]
 class CheckContext:
     """An experiment before training, and its first samples on the training device.
 
-    `batch` holds up to SAMPLES samples from the loader; `x` is None if the data has conditions only.
+    `batch` holds up to SAMPLES samples from the loader; `x` is None if the data has conditions only. Later checks say nothing
+    that follows from what earlier ones found: `failed` names the checks with a FAIL, `unlike` the roles that are not the
+    teacher though they could be.
     """
 
     experiment: Any
     folder: Path
     world: int = 1
     batch: dict[str, Tensor] = field(default_factory=dict)
+    failed: set[str] = field(default_factory=set)
+    unlike: set[str] = field(default_factory=set)
 
     @property
     def method(self) -> Any:

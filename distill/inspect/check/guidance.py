@@ -85,7 +85,7 @@ def _conditions(context: CheckContext, role: str, model: Any, used: bool) -> Fin
         )
     elif wrong := _null_is_a_condition(context, role, model, x_t, t, cond, free):
         yield Finding(level, wrong)
-    elif context.readable and not context.random and _prefers_none(model, context):
+    elif _has_sound_samples(context) and _prefers_none(model, context):
         yield Finding.warn(
             f"roles.{role} denoises better without its condition than with it; the classes of the data may be "
             "numbered differently from the model's."
@@ -150,6 +150,11 @@ def _spread(context: CheckContext, model: Any) -> str:
         f"method.guidance: at w = {w:g} the teacher's guided estimates spread {wide:.1f} times as widely as the data, "
         f"so students of few steps saturate; lower it, to about {max(fitting, 1):.2g}."
     )
+
+
+def _has_sound_samples(context: CheckContext) -> bool:
+    """Whether a trained teacher is known to denoise the data."""
+    return context.readable and not context.random and not context.failed & {"data", "teacher"}
 
 
 def _prefers_none(model: Any, context: CheckContext) -> bool:

@@ -25,6 +25,8 @@ def rates(context: CheckContext, steps: DryRun, seen: dict[str, Turn]) -> Findin
     """Whether the learning rates move weights and estimates of x in proportion, critics not slower than the student."""
     ratios, sound, moves = [], True, {}
     for role, turn in seen.items():
+        if role in context.unlike:
+            continue
         settings, key = context.method.optim[role], f"optim.{role}.lr"
         ratio = _update(context, role, turn.gradients)[0] if _norm(turn.gradients) > 0 else None
         scaled = "Adam" in settings.name  # such an optimizer divides by the gradient's size
@@ -41,7 +43,9 @@ def rates(context: CheckContext, steps: DryRun, seen: dict[str, Turn]) -> Findin
     for finding in _lagging(context, moves):
         sound = False
         yield finding
-    if sound:
+    if sound and not moves:
+        yield Finding.skipped("no network starts as the teacher; see `start`.")
+    elif sound:
         yield Finding.ok(f"first update over weights: {', '.join(ratios) or 'all gradients are zero at the start'}.")
 
 

@@ -57,6 +57,7 @@ def _against_teacher(context: CheckContext, role: str, denoiser: Any, teacher: A
             f"train it first, set method.warm_start, or {copy}."
         )
         return
+    context.unlike.add(role)
     copied = given is None or isinstance(given, str) or _source(given) == _source(context.cfg.roles.get("teacher"))
     yield Finding(
         "FAIL" if copied else "WARN",
