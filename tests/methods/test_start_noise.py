@@ -44,5 +44,5 @@ def test_networks_are_evaluated_with_the_schedules_own_noise_at_its_start(recipe
     by_hand(experiment)
     at_start = torch.cat(inputs)
     assert torch.isfinite(at_start).all()
-    if len(at_start) > 100:
-        assert at_start.std().item() == pytest.approx(scale, rel=0.2)
+    if len(at_start) >= 20:
+        assert at_start.std().item() == pytest.approx(scale, rel=0.2 if len(at_start) > 100 else 0.5)
