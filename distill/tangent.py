@@ -147,7 +147,7 @@ def _forward(fn: Callable[..., Tensor], inputs: Inputs, tangents: Inputs) -> tup
         reason = str(error).split(". ")[0].splitlines()[0]
         raise BadInput(
             f"The network has no forward-mode derivative ({reason}); set jvp: difference, "
-            "or use a backbone without fused kernels (math_attention: true for UNet2D)."
+            "or use a backbone without fused kernels (math_attention: true, where the network takes it)."
         ) from error
 
 

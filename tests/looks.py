@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from distill.data.sources import image
-from distill.models.diffusers import tiny as families
+from distill.models.diffusers import tiny_parts
 
 
 def clip(folder: Path, side: int = 32, scale: float | None = None) -> str:
@@ -16,7 +16,7 @@ def clip(folder: Path, side: int = 32, scale: float | None = None) -> str:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = transformers.CLIPConfig(
-        text_config=families.clip(16, 16).config.to_dict(),
+        text_config=tiny_parts.clip(16, 16).config.to_dict(),
         projection_dim=16,
         vision_config=sizes | {"image_size": side, "patch_size": 8, "projection_dim": 16},
     )
@@ -26,7 +26,7 @@ def clip(folder: Path, side: int = 32, scale: float | None = None) -> str:
     if scale is not None:
         model.logit_scale.data.fill_(scale)
     model.save_pretrained(folder)
-    families.clip_tokenizer().save_pretrained(folder)
+    tiny_parts.clip_tokenizer().save_pretrained(folder)
     crop = {"height": side, "width": side}
     transformers.CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=crop).save_pretrained(folder)
     return str(folder)

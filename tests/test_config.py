@@ -489,8 +489,8 @@ def test_given_arguments_are_not_the_configs_to_set():
     "old, new",
     [
         ("distill.nets.diffusers.load", "distill.models.diffusers.load"),
-        ("distill.nets.diffusers.backbones.DiT", "distill.models.families.label.DiT"),
-        ("distill.nets.diffusers.video.Wan", "distill.models.families.video.Wan"),
+        ("distill.nets.diffusers.backbones.DiT", "distill.models.diffusers.DiT"),
+        ("distill.models.families.label.UNet2D", "distill.models.diffusers.UNet2D"),
         ("distill.nets.rewards.Ink", "distill.metrics.rewards.Ink"),
         ("distill.grid.Uniform", "distill.times.Uniform"),
     ],

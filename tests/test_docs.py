@@ -44,7 +44,7 @@ from distill import config
 from distill.cli import main
 from distill.config import plugins, schema
 from distill.errors import BadInput
-from distill.models.diffusers import folder as families
+from distill.models.diffusers import FAMILIES
 
 ROOT = Path(os.environ.get("DISTILL_DOCS_ROOT", Path(__file__).parents[1]))
 TOP = ("README.md", "CONTRIBUTING.md", "checkpoints/README.md")
@@ -369,7 +369,7 @@ def test_page(page, library, tmp_path, monkeypatch):
     if page in VALIDATED:
         monkeypatch.setitem(MOST, "train.validate_every", 1)
     names, environment = {"__name__": "__page__"}, dict(os.environ)
-    monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))  # pages register their own
+    families = dict(FAMILIES)  # pages register their own
     try:
         for block in found:
             try:
@@ -377,6 +377,8 @@ def test_page(page, library, tmp_path, monkeypatch):
             except Exception as error:
                 raise AssertionError(f"{page}:{block.line} ({block.language}) fails: {error}") from error
     finally:  # a page may have trained under a strategy, or with Lightning's own loggers
+        FAMILIES.clear()
+        FAMILIES.update(families)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         os.environ.clear()

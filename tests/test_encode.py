@@ -30,7 +30,7 @@ from distill.data.shards.buckets import Buckets
 from distill.data.shards.dataset import Shards
 from distill.data.sources.plan import SourceSettings, plan_folder
 from distill.errors import BadInput
-from distill.models.diffusers import FirstFrames, Geometry, Latent, Prompts, fingerprints, load
+from distill.models.diffusers import FirstFrames, Geometry, Latent, Prompts, fingerprints, load, tiny_parts
 from distill.models.diffusers import tiny as families
 from distill.training.experiment import build_experiment
 from distill.training.run import train
@@ -48,7 +48,7 @@ def alone(monkeypatch):
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
     path = tmp_path_factory.mktemp("pipeline") / "sd"
-    families.sd().save_pretrained(path)
+    families.builders()["sd15"]().save_pretrained(path)
     return path
 
 
@@ -145,7 +145,7 @@ def test_a_pipeline_of_classes_keeps_labels_and_no_text(photos, tmp_path):
         patch_size=2,
         num_embeds_ada_norm=2,
     )
-    diffusers.DiTPipeline(network, families.vae(), families.ddim()).save_pretrained(tmp_path / "dit")
+    diffusers.DiTPipeline(network, tiny_parts.vae(), tiny_parts.ddim()).save_pretrained(tmp_path / "dit")
     encoded(photos, tmp_path / "out", tmp_path / "dit")
     prepare.images(photos, tmp_path / "images", size=16, test=0)
     encoded(tmp_path / "images", tmp_path / "again", tmp_path / "dit")
@@ -159,8 +159,10 @@ def test_a_pipeline_of_classes_keeps_labels_and_no_text(photos, tmp_path):
 
 
 def test_sound_is_a_source_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(diffusers, "CosineDPMSolverMultistepScheduler", lambda **kw: families.ddim())  # needs torchsde
-    families.stable_audio().save_pretrained(tmp_path / "audio")
+    monkeypatch.setattr(
+        diffusers, "CosineDPMSolverMultistepScheduler", lambda **kw: tiny_parts.ddim()
+    )  # needs torchsde
+    families.builders()["stable_audio"]().save_pretrained(tmp_path / "audio")
     (tmp_path / "songs").mkdir()
     for i in range(2):
         song = 0.5 * np.sin(np.arange(16)[None] * (i + 1) * np.ones((2, 1))).astype(np.float32)
@@ -181,7 +183,7 @@ def test_any_batch_can_be_reached_without_those_before(shards, mode):
 
 
 def test_sdxl_has_two_conditions_and_zeros_for_none(photos, tmp_path):
-    families.sdxl().save_pretrained(tmp_path / "sdxl")
+    families.builders()["sdxl"]().save_pretrained(tmp_path / "sdxl")
     encoded(photos, tmp_path / "out", tmp_path / "sdxl", test=0.3)
     source = Shards(tmp_path / "out" / "train", 4)
     assert source.all()["pooled"].shape == (7, 24) and len(Shards(tmp_path / "out" / "test", 4).all()["x"]) == 3
@@ -198,7 +200,7 @@ def test_image_shards_and_videos_are_sources_too(pipeline, photos, tmp_path):
     assert plain["caption"] == train["caption"] and len(test["x"]) == 2
     torch.testing.assert_close(Latent(pipeline).encode(plain["x"]), train["x"], atol=1e-5, rtol=1e-4)
 
-    families.wan().save_pretrained(tmp_path / "wan")
+    families.builders()["wan"]().save_pretrained(tmp_path / "wan")
     clips, random = tmp_path / "clips", np.random.default_rng(0)
     clips.mkdir()
     for i in range(2):
@@ -501,8 +503,8 @@ def others(pipeline, tmp_path_factory):
     shutil.rmtree(root / "no-vae" / "vae")
     shutil.rmtree(root / "no-text" / "text_encoder")
     torch.manual_seed(9)
-    families.shake(families.clip(), seed=9).save_pretrained(root / "text" / "text_encoder")
-    families.shake(families.vae(), seed=9).save_pretrained(root / "vae" / "vae")
+    tiny_parts.shake(tiny_parts.clip(), seed=9).save_pretrained(root / "text" / "text_encoder")
+    tiny_parts.shake(tiny_parts.vae(), seed=9).save_pretrained(root / "vae" / "vae")
     facts = json.loads((root / "scale" / "vae" / "config.json").read_text())
     (root / "scale" / "vae" / "config.json").write_text(json.dumps(facts | {"scaling_factor": 0.5}))
     return root
@@ -697,9 +699,9 @@ def test_the_audit_finds_what_is_wrong(shards, pipeline, others, tmp_path):
 
 
 def test_geometry_of_all_families(tmp_path):
-    expected = {"sd": (2, 4, 1), "flux": (2, 4, 1), "wan": (8, 16, 4), "ltx": (32, 32, 8)}
+    expected = {"sd15": (2, 4, 1), "flux": (2, 4, 1), "wan": (8, 16, 4), "ltx": (32, 32, 8)}
     for name, (pixels, multiple, frames) in expected.items():
-        getattr(families, name)().save_pretrained(tmp_path / name)
+        families.builders()[name]().save_pretrained(tmp_path / name)
         geometry = Geometry.of(tmp_path / name)
         assert (geometry.pixels, geometry.multiple, geometry.frames) == (pixels, multiple, frames), name
     assert replace(geometry, frames=8).latents((3, 9, 64, 64)) == (8, 2, 2, 2)

@@ -12,7 +12,7 @@ from distill.denoise import Denoiser
 from distill.errors import BadInput
 from distill.inspect.frontier import _interpolation, interpolate_runs
 from distill.models import MLP
-from distill.models.diffusers import tiny as families
+from distill.models.diffusers import tiny_parts
 from distill.models.lora import LoRAAdapter, SharedBase
 from distill.noise import RectifiedFlow
 from distill.training.load import load_experiment
@@ -64,7 +64,7 @@ def test_what_cannot_be_mixed_is_refused(students):
 def test_adapters_of_one_base_are_mixed_by_their_product():
     torch.manual_seed(0)
     base = SharedBase(MLP(dim=2), rank=2, alpha=4)
-    ours, theirs = (Denoiser(families.shake(LoRAAdapter(base), 0.3, seed), RectifiedFlow()) for seed in (1, 2))
+    ours, theirs = (Denoiser(tiny_parts.shake(LoRAAdapter(base), 0.3, seed), RectifiedFlow()) for seed in (1, 2))
     ends = [copy.deepcopy(d.net).merged().state_dict() for d in (ours, theirs)]
     mix = _interpolation(ours, theirs)
     for share in (0.3, 1.0, 0.0):  # each from the ends, not from the last

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -18,8 +19,8 @@ from distill import config
 from distill.cli import main
 from distill.config import plugins
 from distill.errors import BadInput
-from distill.models.diffusers import FAMILIES, encode, load, register_family
-from distill.models.diffusers import tiny as twins
+from distill.models.diffusers import FAMILIES, Family, encode, load, register_family
+from distill.models.diffusers import tiny_parts as twins
 
 CLASS = '''
 """Regression of the student on the teacher at random times."""
@@ -226,21 +227,22 @@ def test_a_method_from_outside_is_three_files_and_trains_evaluates_and_exports()
 
 FAMILY = '''
 """AuraFlow. Conditions: text."""
-from distill.models.diffusers import TensorConditioned, register_family
+from distill.models.diffusers import Family, register_family
 
-class AuraFlow(TensorConditioned):
-    @staticmethod
-    def embeddings(model):
-        return [model.time_step_proj]
+def call(net, x, time, text):
+    return net.stock(x, encoder_hidden_states=text, timestep=time).sample
 
-    def call_stock(self, x, n, text):
-        return self.stock(x, encoder_hidden_states=text, timestep=n / self.timesteps).sample
+def encode_prompt(encode, prompts, pipeline):
+    return {"text": encode(prompt=prompts, device="cpu", do_classifier_free_guidance=False)[0]}
 
-    @staticmethod
-    def encode_prompt(encode, prompts, pipeline):
-        return {"text": encode(prompt=prompts, device="cpu", do_classifier_free_guidance=False)[0]}
-
-register_family("AuraFlowTransformer2DModel", AuraFlow)
+FAMILY = Family(
+    network="AuraFlowTransformer2DModel",
+    call=call,
+    encode_prompt=encode_prompt,
+    embeddings=("time_step_proj",),
+    model_time="n / N",
+)
+register_family(FAMILY)
 '''
 AURAFLOW = """
 name: a
@@ -264,7 +266,7 @@ def auraflow() -> None:
     )
     diffusers.AuraFlowPipeline(
         tokenizer=twins.t5_tokenizer(),
-        text_encoder=twins.t5(16, twins.UMT5),
+        text_encoder=twins.t5(16, umt5=True),
         vae=twins.vae(),
         transformer=twins.shake(network, 0.05),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=1.73),
@@ -324,13 +326,15 @@ def test_a_family_of_an_installed_plugin_is_found_when_a_folder_needs_it(familie
     Path("flow_installed", "__init__.py").write_text("")
     install("flow_installed", "flow")
     denoiser = load("pipeline", size=(8, 8))
-    assert type(denoiser.net).__module__ == "flow_installed.flow"
+    assert denoiser.net.family.origin == "flow_installed.flow"
     out = denoiser(torch.randn(1, 4, 8, 8), torch.ones(1), **encode("pipeline", ["a cat"]))
     assert out.shape == (1, 4, 8, 8)
-    with pytest.raises(BadInput, match="flow_installed.flow.AuraFlow supports AuraFlowTransformer2DModel already"):
-        register_family("AuraFlowTransformer2DModel", type("Another", (type(denoiser.net),), {}))
-    with pytest.raises(BadInput, match="is no family; derive it from TensorConditioned"):
-        register_family("AuraFlowTransformer2DModel", dict)
+    with pytest.raises(BadInput, match="flow_installed.flow supports AuraFlowTransformer2DModel already"):
+        register_family(dataclasses.replace(denoiser.net.family, sign=-1))
+    with pytest.raises(BadInput, match="is no family; pass a distill.models.diffusers.Family"):
+        register_family(dict)
+    with pytest.raises(BadInput, match="the family of Allegro has no `call`"):
+        register_family(Family(network="Allegro"))
 
 
 def test_a_plugin_that_cannot_be_imported_is_named(families):

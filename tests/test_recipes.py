@@ -100,7 +100,8 @@ def test_at_its_real_size(name, meta):
     """Shapes, conditions, adapter targets and layers resolve; the network has the published number of parameters."""
     cfg = config.load([CONFIGS / f"{name}.yaml"])
     assert cfg.roles.teacher["null"] is None
-    *_, shape, conditions, billions = published.MODELS[cfg.roles.teacher.path]
+    model = published.MODELS[cfg.roles.teacher.path][1]
+    shape, conditions, billions = model.shape, model.conditions, model.parameters
     recipe = cfg.data.path
     assert recipe.startswith(f"data/{name.split('/')[0]}")
     cfg.data = {
@@ -139,12 +140,13 @@ def test_at_its_real_size(name, meta):
     )
 
 
-@pytest.mark.parametrize("settings, billions", [(published.WAN_14B, 14.288), (published.WAN_I2V_14B, 16.396)])
-def test_the_large_wan_is_of_its_published_size(settings, billions):
+@pytest.mark.parametrize("name", [name for name in published.MODELS if "14B" in name])
+def test_the_large_ones_are_of_their_published_size(name):
+    family, model = published.MODELS[name]
     with torch.device("meta"):
-        network = diffusers.WanTransformer3DModel.from_config(settings)
-    folder.FAMILIES["WanTransformer3DModel"].check_supported(network)
-    assert sum(p.numel() for p in network.parameters()) / 1e9 == pytest.approx(billions, abs=2e-3)
+        network = getattr(diffusers, family.network).from_config(model.network)
+    family.check_supported(network)
+    assert sum(p.numel() for p in network.parameters()) / 1e9 == pytest.approx(model.parameters, abs=2e-3)
 
 
 # -- on its tiny twin ----------------------------------------------------------------------------------------------

@@ -11,8 +11,7 @@ from torch import nn
 
 from distill.denoise import Denoiser
 from distill.errors import BadInput
-from distill.models.diffusers import load
-from distill.models.families.label import DiT
+from distill.models.diffusers import DiT, load
 from distill.models.small import MLP, Transformer
 from distill.noise import RectifiedFlow
 from distill.solvers.flowmap import predicted_flow

@@ -1,8 +1,7 @@
 r"""Pipeline folders of class-conditional and unconditional students, for stock diffusers.
 
-The network picks the stock pipeline: `ConsistencyModelPipeline` for a U-Net (pixels, optional class labels), `DiTPipeline`
-for a transformer (class labels, and an autoencoder: `identity_vae` passes pixels through). The student's sampler
-picks the stock scheduler:
+The network's family has the stock pipeline; where that needs an autoencoder, `identity_vae` passes pixels through. The
+student's sampler picks the stock scheduler:
 
     ode      x_s = alpha_s x + sigma_s eps      DDIMScheduler, trailing spacing
     renoise  x_s = alpha_s x + sigma_s noise    LCMScheduler, original_inference_steps chosen to hit the grid
@@ -72,16 +71,21 @@ def stock_network(student: Denoiser, grid: Grid, sampler: str, w: float | None):
     Raises:
         BadInput: the network has no stock class, or is a flow map whose t - s varies from step to step.
     """
-    from distill.models.diffusers import DiT, UNet2D
+    from distill.models.diffusers import LABEL_FAMILIES, StockNetwork
 
     net = network_of(student)
-    if not isinstance(net, (DiT, UNet2D)):
+    if not isinstance(net, StockNetwork) or not net.family.takes_labels:
+        known = ", ".join(family.adapter.__name__ for family in LABEL_FAMILIES.values())
         raise BadInput(
-            f"{type(net).__name__} has no stock class in diffusers: export UNet2D, DiT or a network that "
+            f"{type(net).__name__} has no stock class in diffusers: export {known} or a network that "
             "`distill.models.diffusers.load` read from a pipeline folder, or export as onnx."
         )
-    if net.part == "transformer" and not net.classes:
-        raise BadInput("DiTPipeline needs classes: export a DiT that has some, or a UNet2D.")
+    if net.family.needs_classes and not net.classes:
+        free = [family.adapter.__name__ for family in LABEL_FAMILIES.values() if not family.needs_classes]
+        raise BadInput(
+            f"{net.family.label_pipeline} needs classes: export a {type(net).__name__} that has some, or a "
+            f"{' or '.join(free)}."
+        )
     if isinstance(student.schedule, Table) and net.timesteps != len(student.schedule.alphas_cumprod):
         raise BadInput(
             f"The network counts timesteps={net.timesteps} but its schedule has "
@@ -174,8 +178,6 @@ def stock_table(schedule: Table) -> dict:
 def describe(student: Denoiser, grid: Grid, sampler: str, scheduler, w: float | None) -> dict:
     """The conventions of an exported student, for distill.json."""
     scheduler.set_timesteps(grid.steps)
-    # DiTPipeline guides by default, with a null class in row 1000; the guidance of this student is in its weights.
-    guidance = {"guidance_scale": 1.0} if student.net.part == "transformer" else {}
     return {
         "part": student.net.part,
         "steps": grid.steps,
@@ -186,7 +188,7 @@ def describe(student: Denoiser, grid: Grid, sampler: str, scheduler, w: float | 
         "guidance": w,
         "classes": student.net.classes,
         "null_class": student.net.null_class,
-        "call": {"num_inference_steps": grid.steps} | guidance,
+        "call": {"num_inference_steps": grid.steps, **student.net.family.no_guidance},
         "reference": {"seed": SEED},
     }
 
@@ -264,15 +266,8 @@ def gap_of(grid: Grid, sampler: str) -> float:
 
 def _write(staging: Path, network, scheduler, net) -> None:
     """model_index.json and the parts of the pipeline."""
-    import diffusers
-
     staging.mkdir(parents=True, exist_ok=True)
-    if net.part == "transformer":
-        names = {i: str(i) for i in range(net.classes)}
-        pipeline = diffusers.DiTPipeline(network, identity_vae(net.shape[0]), scheduler, names)
-    else:
-        pipeline = diffusers.ConsistencyModelPipeline(network, scheduler)
-    pipeline.save_pretrained(staging)
+    net.family.build_pipeline(network, scheduler, identity_vae(net.shape[0]), net.classes).save_pretrained(staging)
     strip(staging)
 
 

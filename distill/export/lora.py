@@ -4,15 +4,13 @@ y = W x + B' A x with B' = (alpha / rank) B: the factor is in the weights, so th
 readers that look for an alpha and readers that do not agree. Layouts of keys:
 
     diffusers            unet.down_blocks.0.[...].to_q.lora_A.weight, .lora_B.weight; transformer.* for transformers
-    kohya, ComfyUI       lora_unet_down_blocks_0_[...]_to_q.lora_down.weight, .lora_up.weight, .alpha      (U-Nets)
-    ComfyUI              diffusion_model.blocks.0.self_attn.q.lora_A.weight, .lora_B.weight                (Wan)
-    peft                 base_model.model.[...].lora_A.weight, and adapter_config.json         (PixArt, whose pipelines
-                         load no LoRA: `peft.PeftModel.from_pretrained(pipe.transformer, folder)`)
+    original, ComfyUI    a second file where the family has such keys (`Family.lora_keys`)
+    peft                 base_model.model.[...].lora_A.weight, and adapter_config.json, where the stock pipeline loads no
+                         LoRA: `peft.PeftModel.from_pretrained(pipe.transformer, folder)`
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +24,6 @@ from distill.files import read_json, write_json
 
 STOCK = "pytorch_lora_weights.safetensors"
 PEFT = "adapter_model.safetensors"
-# Where kohya's names and the original code's are not those of diffusers.
-SDXL = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
-WAN = {
-    ".attn1.to_": ".self_attn.",
-    ".attn2.to_": ".cross_attn.",
-    ".out.0": ".o",
-    ".ffn.net.0.proj": ".ffn.0",
-    ".ffn.net.2": ".ffn.2",
-    "condition_embedder.time_proj": "time_projection.1",
-    "proj_out": "head.head",
-    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
-    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
-    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
-    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
-}
 
 
 def write(request: ExportRequest) -> dict:
@@ -66,8 +49,8 @@ def write(request: ExportRequest) -> dict:
     weights = factors(request.adapter, net.part)
     if hasattr(kind, "load_lora_weights"):
         files = {STOCK: stock_keys(weights, net.part)}
-        if net.lora_layout:
-            files[f"{request.name}.safetensors"] = EXTRA_LAYOUTS[net.lora_layout](weights)
+        if net.family.lora_keys:
+            files[f"{request.name}.safetensors"] = net.family.lora_keys(weights)
     else:
         files = {PEFT: stock_keys(weights, "base_model.model")}
         write_json(request.staging / "adapter_config.json", _peft(weights, text.base_name(net)))
@@ -102,32 +85,6 @@ def factors(adapter: Any, part: str) -> dict[str, tuple[Tensor, Tensor]]:
 def stock_keys(weights: dict[str, tuple[Tensor, Tensor]], part: str) -> dict[str, Tensor]:
     """The layout of peft and diffusers, without alpha: that is the rank."""
     return {f"{part}.{name}.lora_{ab}.weight": w for name, pair in weights.items() for ab, w in zip("AB", pair)}
-
-
-def kohya_keys(weights: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """The layout of kohya's scripts and of ComfyUI for a U-Net of diffusers, with alpha = rank."""
-    found = {}
-    for name, (down, up) in weights.items():
-        key = f"lora_unet_{SDXL.get(name, name).replace('.', '_')}"
-        found |= {
-            f"{key}.lora_down.weight": down,
-            f"{key}.lora_up.weight": up,
-            f"{key}.alpha": torch.tensor(float(len(down))),
-        }
-    return found
-
-
-def wan_keys(weights: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """The layout of Wan's own code, which ComfyUI reads."""
-    found = {}
-    for name, pair in weights.items():
-        for theirs, original in WAN.items():
-            name = name.replace(theirs, original)
-        found |= {f"diffusion_model.{name}.lora_{ab}.weight": w for ab, w in zip("AB", pair)}
-    return found
-
-
-EXTRA_LAYOUTS: dict[str, Callable[[dict], dict]] = {"kohya": kohya_keys, "wan": wan_keys}
 
 
 def _peft(weights: dict[str, tuple[Tensor, Tensor]], base: str) -> dict:

@@ -77,7 +77,7 @@ def write(request: ExportRequest) -> dict:
     try:
         onnxruntime.InferenceSession(request.staging / FILE)
     except Exception as error:  # onnxruntime's own classes
-        raise BadInput(f"{type(net).__name__} becomes a graph that onnxruntime does not load: {error}") from error
+        raise BadInput(f"{net._get_name()} becomes a graph that onnxruntime does not load: {error}") from error
     stored = {"noise": noise, "samples": x} | conditions | ({"fresh": torch.stack(fresh)} if fresh else {})
     save_file({k: v.contiguous() for k, v in stored.items()}, request.staging / "reference.safetensors")
     pictures = text.pictures(text.source(net), x) if text.takes_text(request.student) else {}
@@ -89,7 +89,7 @@ def _record(request: ExportRequest, conditions: list[str], batch: int | None) ->
     net, grid, about = request.student.net, request.grid, network_of(request.student)
     return {
         "part": about.part or None,
-        "network": type(net).__name__,
+        "network": net._get_name(),
         "file": FILE,
         "conditions": conditions,
         "shape": list(net.shape),
@@ -190,4 +190,4 @@ def _trace(step: Step, given: list[Tensor], file: Path) -> int | None:
     finally:
         logging.getLogger("torch.onnx").setLevel(level)
     errors = [line for line in str(reason).splitlines() if "Error" in line] or [type(reason).__name__]
-    raise BadInput(f"{type(step.student.net).__name__} does not become ONNX: {errors[-1]}") from reason
+    raise BadInput(f"{step.student.net._get_name()} does not become ONNX: {errors[-1]}") from reason

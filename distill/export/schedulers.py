@@ -1,6 +1,6 @@
 r"""Stock schedulers for text-conditioned students: the served times are read back and must equal those of training.
 
-Tables go to DDIM and LCM as `folder.stock_scheduler` makes them; CogVideoX keeps its own DDIM. Flows go to
+Tables go to DDIM and LCM as `folder.stock_scheduler` makes them, or keep the family's own DDIM. Flows go to
 FlowMatchEulerDiscreteScheduler and FlowMatchLCMScheduler, which take K numbers r_i from 1 down to their smallest one
 (or the pipeline's own, 1 to 1/K), shift them, sigma = S r / (1 + (S - 1) r), and may stretch the result so that the last is
 `shift_terminal`. For times k/K under a shift that is not a grid of theirs, but 1 - sigma_i is then i / (a - b i), and so

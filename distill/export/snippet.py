@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from distill.models.families.family import Family
 
 
-def _family(record: dict) -> Any:
-    """The family of the exported network; the base class, whose attributes are defaults, where there is none."""
-    from distill.models.diffusers import TensorConditioned
-    from distill.models.diffusers.folder import family_of
+def _family(record: dict) -> Family:
+    """The family of the exported network; one of defaults alone where there is none."""
+    from distill.models.families.registry import LABEL_FAMILIES, family_of
 
-    return family_of(record["network"]) or TensorConditioned
+    if "network" in record:
+        return family_of(record["network"]) or Family(network=record["network"])
+    return next(family for family in LABEL_FAMILIES.values() if family.part == record.get("part", "unet"))
 
 
 def kind_phrase(record: dict) -> str:
     """What the export is and who loads it, after "A diffusion model"."""
     kind, comfyui = record.get("kind", "pipeline"), False
     if kind in ("lora", "single-file"):
-        comfyui = bool(_family(record).lora_layout) if kind == "lora" else _family(record).original_file
+        family = _family(record)
+        comfyui = bool(family.lora_keys if kind == "lora" else family.original_keys)
     readers = "stock diffusers" + " and ComfyUI" * comfyui
     return {
         "pipeline": f" for {readers}",
@@ -50,8 +52,8 @@ def _pixels(record: dict, name: str) -> tuple[str, str]:
     classes, steps = record["classes"], record["steps"]
     labels = f"class_labels=[i % {classes} for i in range(10)]"
     call = record.get("call", {"num_inference_steps": steps})
-    transformer = record.get("part") == "transformer"
-    arguments = labels if transformer else "batch_size=10" + f", {labels}" * (classes > 0)
+    family = _family(record)
+    arguments = labels if family.needs_classes else "batch_size=10" + f", {labels}" * (classes > 0)
     arguments += "".join(f", {key}={value!r}" for key, value in call.items())
     imports, dtype = _dtype(record)
     code = f"""{imports}from diffusers import DiffusionPipeline
@@ -62,9 +64,10 @@ images[0].save("sample.png")"""
     measured = "the numbers below were measured there." if record["metrics"] else "`distill verify` draws that many."
     reason = measured if steps > 16 else "it was trained on these times only."
     advice = f"Sample with exactly {steps} step{'s' * (steps != 1)}: {reason}"
-    if transformer:
+    if family.no_guidance:
+        kept = ", ".join(f"`{key}={value}`" for key, value in family.no_guidance.items())
         advice += (
-            " Keep `guidance_scale=1.0`: by default `DiTPipeline` guides with class 1000, which this model does not have"
+            f" Keep {kept}: by default `{family.label_pipeline}` guides with class 1000, which this model does not have"
             + (", and its guidance is in the weights already." if is_guided(record) else ".")
         )
     return code, advice

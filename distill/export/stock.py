@@ -148,7 +148,7 @@ def single_file(folder, record, steps, base, device):
 
     kind, part = getattr(diffusers, record["network"]), record["part"]
     pipe = on_base(folder, record, base)
-    # Given to from_pretrained instead, it would be ignored where it is optional, as in WanPipeline.
+    # Given to from_pretrained instead, it would be ignored where the pipeline has it as optional.
     where = {"config": base or record["base"], "subfolder": part}
     setattr(pipe, part, kind.from_single_file(str(folder / record["file"]), torch_dtype=dtype_of(record), **where))
     return from_prompts(pipe, folder, record, steps, device)

@@ -1,10 +1,9 @@
 r"""Pipeline folders of text-conditioned students: the teacher's folder with another network and another scheduler.
 
 The number of steps and the guidance of a stock call are defaults in Python code, which no file of a folder can change.
-Everything else is in the folder: the scheduler has the student's times and shift; a U-Net of Stable Diffusion declares
-guidance as an input (`time_cond_proj_dim`, with zero weights), which turns classifier-free guidance off; and four LCM
-steps under Stable Diffusion 1 or 2 are the defaults of `LatentConsistencyModelPipeline`. The remaining arguments are in
-the record's "call": `pipe(prompt, **call)`.
+Everything else is in the folder: the scheduler has the student's times and shift; some families can turn guidance off in
+the network (`Family.mute`) or have a stock pipeline whose defaults are the student's (`Family.bare_calls`). The remaining
+arguments are in the record's "call": `pipe(prompt, **call)`.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any
 
 import diffusers
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill.denoise import Denoiser, network_of
 from distill.errors import BadInput
@@ -25,15 +24,13 @@ from distill.export.folder import all_of, gap_of, reference_samples, stock_sched
 from distill.export.request import SEED, ExportRequest
 from distill.export.schedulers import flow_scheduler, lattice_scheduler
 from distill.files import read_json, write_json, write_text
-from distill.models.diffusers import Latent, Prompts, TensorConditioned
+from distill.models.diffusers import Latent, Prompts, StockNetwork, TensorConditioned
 from distill.models.diffusers.folder import folder_of, pipeline_variant, weight_variant
 from distill.models.diffusers.schedulers import scheduler_of
-from distill.models.families.label import StockNetwork
 from distill.noise import Table
 from distill.times import Grid
 
 PROMPTS = ["a cat on a sofa", "two dogs in the snow"]  # of the reference samples
-GUIDANCE_FEATURES = 256  # of the guidance input that a U-Net gets, with weights of zero
 
 
 def takes_text(student: Denoiser) -> bool:
@@ -51,15 +48,12 @@ def write(request: ExportRequest) -> dict:
     index = read_json(base / "model_index.json")
     student, grid, sampler = request.student, request.grid, request.sampler
     model, (scheduler, call) = all_of(lambda: folded_network(request), lambda: serving(student, grid, sampler, base))
-    muted = net.part == "unet"
-    if muted:
-        disable_guidance(model)
-        scheduler.register_to_config(
-            steps_offset=1
-        )  # unused with trailing spacing, but a required argument of the stock class
-    lcm = index["_class_name"] == "StableDiffusionPipeline" and type(scheduler).__name__ == "LCMScheduler"
-    if lcm and request.grid.steps == 4 and not call:
-        index["_class_name"] = "LatentConsistencyModelPipeline"
+    if net.family.mute:
+        net.family.mute(model)
+    scheduler.register_to_config(**net.family.scheduler_settings)
+    served = (index["_class_name"], type(scheduler).__name__, request.grid.steps)
+    if not call:
+        index["_class_name"] = net.family.bare_calls.get(served, index["_class_name"])
     kind = pipeline_class(index)
     copy_parts(base, request.staging, but=("scheduler", net.part))
     model.save_pretrained(request.staging / net.part)
@@ -67,7 +61,7 @@ def write(request: ExportRequest) -> dict:
     scheduler.save_pretrained(request.staging / "scheduler")
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     write_json(request.staging / "model_index.json", index)
-    call = call_arguments(kind, net, request.grid, call, guided=not muted)
+    call = call_arguments(kind, net, request.grid, call, guided=not net.family.mute)
     return describe(request, scheduler, call) | {"pipeline": kind.__name__} | write_references(request, base, kind)
 
 
@@ -85,22 +79,6 @@ def folded_network(request: ExportRequest) -> Any:
     return net.fold(w=request.w if net.guided else None, gap=gap)
 
 
-@torch.no_grad()
-def disable_guidance(unet: Any) -> None:
-    """Turn classifier-free guidance off in stock pipelines, by a guidance input with weights of zero."""
-    if unet.config.time_cond_proj_dim is None:
-        layer = unet.time_embedding
-        layer.cond_proj = nn.Linear(
-            GUIDANCE_FEATURES,
-            layer.linear_1.in_features,
-            bias=False,
-            dtype=layer.linear_1.weight.dtype,
-            device=layer.linear_1.weight.device,
-        )
-        layer.cond_proj.weight.zero_()
-        unet.register_to_config(time_cond_proj_dim=GUIDANCE_FEATURES)
-
-
 def serving(student: Denoiser, grid: Grid, sampler: str, base: Path) -> tuple[Any, dict]:
     """The stock scheduler that serves the student's grid, and the arguments that the call needs for it.
 
@@ -110,11 +88,11 @@ def serving(student: Denoiser, grid: Grid, sampler: str, base: Path) -> tuple[An
     kind = pipeline_class(read_json(base / "model_index.json"))
     takes = inspect.signature(kind.__call__).parameters
     if not isinstance(student.schedule, Table):
-        return flow_scheduler(student, grid, sampler, student.net.even_sigmas, "sigmas" in takes)
+        return flow_scheduler(student, grid, sampler, student.net.family.even_sigmas, "sigmas" in takes)
     own = read_json(base / "model_index.json")["scheduler"][1]
     first = (
         [scheduler_of(base, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False)]
-        if own == "CogVideoXDDIMScheduler" and sampler == "ode"
+        if own == student.net.family.ode_scheduler and sampler == "ode"
         else []
     )
     try:
@@ -130,9 +108,8 @@ def call_arguments(kind: type, net: TensorConditioned, grid: Grid, call: dict, g
     takes = {k: p.default for k, p in inspect.signature(kind.__call__).parameters.items()}
     if takes["num_inference_steps"] != grid.steps:
         call = {"num_inference_steps": grid.steps} | call
-    if guided and net.call_guides:
-        call = call | {"guidance_scale": 1.0}
-    trained, usual = output_size(net, net.shape), output_size(net, net.default_shape(net.stock.config))
+    call = call | (net.family.no_guidance if guided else {})
+    trained, usual = output_size(net, net.shape), output_size(net, net.family.default_shape(net.stock.config))
     default = {k: takes[k] or usual[k] for k in trained}
     if trained != default:
         call = call | trained | ({"use_resolution_binning": False} if "use_resolution_binning" in takes else {})
@@ -146,10 +123,12 @@ def output_size(net: TensorConditioned, shape: tuple[int, ...]) -> dict[str, int
         BadInput: a family of video does not state its `frames`.
     """
     *frames, height, width = shape[1:]
-    if frames and not net.frames:
-        raise BadInput(f"{type(net).__name__} has no `frames`: set it to the video frames per latent frame.")
+    if frames and not net.family.frames:
+        raise BadInput(
+            f"The family of {net.family.network} has no `frames`: set it to the video frames per latent frame."
+        )
     found = {"height": net.pixels * height, "width": net.pixels * width}
-    return found | ({"num_frames": net.frames * (frames[0] - 1) + 1} if frames else {})
+    return found | ({"num_frames": net.family.frames * (frames[0] - 1) + 1} if frames else {})
 
 
 def describe(request: ExportRequest, scheduler: Any, call: dict) -> dict:
@@ -192,18 +171,18 @@ def write_references(request: ExportRequest, base: Path, kind: type) -> dict:
     cond = Prompts(base, dtype=request.dtype, device=device)(PROMPTS)
     cond |= {"w": torch.full((len(PROMPTS),), float(request.w))} if net.guided else {}
     cond = {name: value.to(device) for name, value in cond.items()}
-    shape = (len(PROMPTS), *net.shape)
-    packed = net.pack(torch.empty(shape)).shape
+    shape, layout = (len(PROMPTS), *net.shape), net.family.layout
+    packed = layout.pack(torch.empty(shape)).shape
     generator = torch.Generator().manual_seed(SEED)
     noise = torch.randn(packed, generator=generator)
     # The stock scheduler of a table draws in the dtype of the latents, that of a flow in float32.
     drawn = getattr(torch, request.dtype) if isinstance(student.schedule, Table) else torch.float32
 
     def draw() -> Tensor:
-        return net.unpack(torch.randn(packed, generator=generator, dtype=drawn), shape)
+        return layout.unpack(torch.randn(packed, generator=generator, dtype=drawn), shape)
 
-    x = reference_samples(request, net.unpack(noise, shape), draw, cond)
-    save_file({"noise": noise, "samples": net.pack(x).contiguous()}, request.staging / "reference.safetensors")
+    x = reference_samples(request, layout.unpack(noise, shape), draw, cond)
+    save_file({"noise": noise, "samples": layout.pack(x).contiguous()}, request.staging / "reference.safetensors")
     sizes = output_size(net, net.shape)
     if "use_resolution_binning" in inspect.signature(kind.__call__).parameters:
         sizes["use_resolution_binning"] = False
@@ -223,7 +202,7 @@ def base_name(net: TensorConditioned) -> str:
     """The folder or hub name that a network was loaded from, as stock code finds it."""
     if net.source is None:
         raise BadInput(
-            f"{type(net).__name__} was not loaded from a pipeline folder, whose text encoders and autoencoder "
+            f"{net.family.network} was not loaded from a pipeline folder, whose text encoders and autoencoder "
             "an export needs: load it by distill.models.diffusers.load."
         )
     name = net.source[0]

@@ -114,7 +114,7 @@ def _check_options(kind: str, sampler: str, dtype: str) -> None:
 
 def _prepare(student: Denoiser, dtype: str, device: str) -> tuple[Denoiser, Any]:
     """A copy of the student in `dtype` on `device`, an adapter merged into its base; and that adapter."""
-    from distill.models.families.label import StockNetwork
+    from distill.models.diffusers import StockNetwork
 
     with share_weights():  # a network may fill the memory: there is room for one
         student, adapter = copy_network(student), None

@@ -17,7 +17,7 @@ from distill.errors import BadInput, suggest
 from distill.files import atomic_folder, write_text
 from distill.metrics import pictures
 from distill.metrics.rewards import decoder
-from distill.models.families.label import StockNetwork
+from distill.models.diffusers.network import StockNetwork
 from distill.training.experiment import Experiment
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -39,7 +39,7 @@ class FeatureExtractor:
         for name in self.names:
             if name.removesuffix(INPUT) not in known:
                 raise BadInput(
-                    f"{type(self.net).__name__} has no layer '{name}'.{suggest(name.removesuffix(INPUT), known)}"
+                    f"{self.net._get_name()} has no layer '{name}'.{suggest(name.removesuffix(INPUT), known)}"
                 )
 
     def __call__(self, x_t: Tensor, t: Tensor, **cond: Any) -> list[Tensor]:

@@ -77,7 +77,7 @@ class SharedBase(Delegate):
         for pattern in patterns or [""]:
             if not any(fnmatch(name, pattern) for name in linear):
                 raise BadInput(
-                    f"roles.adapter.targets: no linear layer of {type(net).__name__} matches '{pattern}'."
+                    f"roles.adapter.targets: no linear layer of {net._get_name()} matches '{pattern}'."
                     f"{suggest(pattern, _endings(linear))}"
                 )
 

@@ -174,7 +174,7 @@ class Block(nn.Module):
 
 
 class Transformer(Network):
-    r"""Small DiT for images, (B, C, H, W) -> (B, C, H, W) with H = W = size (Peebles & Xie 2023,
+    r"""Small diffusion transformer for images, (B, C, H, W) -> (B, C, H, W) with H = W = size (Peebles & Xie 2023,
     https://arxiv.org/abs/2212.09748).
 
     Args:

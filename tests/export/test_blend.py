@@ -13,7 +13,7 @@ from distill.export import blend, export
 from distill.export.verify import stock_differences
 from distill.inspect.frontier import interpolate_exports
 from distill.models import MLP
-from distill.models.diffusers import load
+from distill.models.diffusers import load, tiny_parts
 from distill.models.diffusers import tiny as families
 from distill.models.lora import LoRAAdapter, SharedBase
 
@@ -24,7 +24,7 @@ def shared(rank=3, alpha=None, seed=0):
 
 
 def adapter(base, seed):
-    return families.shake(LoRAAdapter(base), 0.3, seed)
+    return tiny_parts.shake(LoRAAdapter(base), 0.3, seed)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
@@ -101,7 +101,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path, how, words):
 
 
 def test_exported_folders_mix_and_are_proven_again(tmp_path):
-    families.sd3().save_pretrained(tmp_path / "teacher")
+    families.builders()["sd3"]().save_pretrained(tmp_path / "teacher")
     ends, jobs = {}, []
     for kind in ("pipeline", "lora"):
         for seed in (1, 2):
@@ -109,7 +109,7 @@ def test_exported_folders_mix_and_are_proven_again(tmp_path):
             if kind == "lora":
                 one.net = SharedBase(one.net, rank=2, alpha=4, targets="transformer.transformer_blocks.*attn.to_*")
                 one = copy.deepcopy(one)
-            families.shake(one.net, 0.05, seed)
+            tiny_parts.shake(one.net, 0.05, seed)
             net = one.net.merged() if kind == "lora" else one.net
             ends[kind, seed] = net.stock.state_dict()
             export(one, 4, "ode", tmp_path / f"{kind}{seed}", kind=kind)

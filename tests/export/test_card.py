@@ -9,10 +9,11 @@ import torch
 
 from distill import config
 from distill.denoise import Denoiser
-from distill.export import export, lora, single_file
+from distill.export import export, lora
 from distill.export.card import card
 from distill.export.verify import verify
-from distill.models.diffusers import FAMILIES, DiT, load, schedule_of, tiny
+from distill.models.diffusers import FAMILIES, DiT, load, schedule_of, tiny_parts
+from distill.models.families import sd, wan
 from distill.solvers import DDIM, solve
 from distill.times import Grid
 
@@ -150,7 +151,7 @@ def test_the_extra_lora_file_of_a_unet_has_kohyas_layout(name):
 
     unet = load(f"tiny:{name}", null=None).net.stock
     pairs = factors(unet, ("to_q", "to_out.0", "ff.net.2", "time_emb_proj"))
-    found, alphas = stock._convert_non_diffusers_lora_to_diffusers(lora.kohya_keys(pairs), unet_name="unet")
+    found, alphas = stock._convert_non_diffusers_lora_to_diffusers(sd.kohya_keys(pairs), unet_name="unet")
     expected = {}
     for layer, (down, up) in pairs.items():  # by the names that diffusers used before peft
         stem = f"unet.{layer.replace('to_out.0', 'to_out')}" + ("_lora" if ".to_" in layer else ".lora")
@@ -163,7 +164,7 @@ def test_the_extra_lora_file_of_wan_has_the_layout_of_its_own_code():
     from diffusers.loaders import lora_conversion_utils as stock
 
     pairs = factors(load("tiny:wan", null=None).net.stock, ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"))
-    found = stock._convert_non_diffusers_wan_lora_to_diffusers(dict(lora.wan_keys(pairs)))
+    found = stock._convert_non_diffusers_wan_lora_to_diffusers(dict(wan.wan_keys(pairs)))
     same(found, lora.stock_keys(pairs, "transformer"))
 
 
@@ -172,15 +173,15 @@ def test_the_single_file_of_a_unet_has_the_layout_of_the_original_code(name):
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
     unet = load(f"tiny:{name}", null=None).net.stock
-    file = single_file.originals(unet.state_dict(), unet.config.layers_per_block)
-    back = convert_ldm_unet_checkpoint({single_file.ROOT + k: v for k, v in file.items()}, dict(unet.config))
+    file = sd.original_keys(unet.state_dict(), unet.config)
+    back = convert_ldm_unet_checkpoint(dict(file), dict(unet.config))
     same(dict(back), unet.state_dict())
 
 
 def test_those_three_layouts_are_all_that_cards_promise():
-    layouts = {name: family.lora_layout for name, family in FAMILIES.items() if family.lora_layout}
-    assert layouts == {"UNet2DConditionModel": "kohya", "WanTransformer3DModel": "wan"}
-    assert [name for name, family in FAMILIES.items() if family.original_file] == ["UNet2DConditionModel"]
+    layouts = {name: family.lora_keys for name, family in FAMILIES.items() if family.lora_keys}
+    assert layouts == {"UNet2DConditionModel": sd.kohya_keys, "WanTransformer3DModel": wan.wan_keys}
+    assert [name for name, family in FAMILIES.items() if family.original_keys] == ["UNet2DConditionModel"]
 
 
 # -- what it says to call -------------------------------------------------------------------------------------------
@@ -189,7 +190,7 @@ def test_those_three_layouts_are_all_that_cards_promise():
 def test_the_code_of_a_class_conditional_card_runs_as_written_and_draws_the_students_samples(tmp_path, monkeypatch):
     """`DiTPipeline` guides by default, with class 1000; the card's call does not, and `verify` makes the same call."""
     torch.manual_seed(0)
-    student = tiny.shake(
+    student = tiny_parts.shake(
         Denoiser(DiT(size=8, width=16, depth=1, heads=2, classes=3), schedule_of("DDIMScheduler"), "v")
     )
     out = export(student, 4, "ode", tmp_path / "dit")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from distill.errors import BadInput
 from distill.export import export
 from distill.export.verify import TOLERANCES, stock_differences
-from distill.models.diffusers import load, tiny
+from distill.models.diffusers import load, tiny, tiny_parts
 from distill.models.lora import SharedBase
 
 SHIFTED = {"shift": 5.0}
@@ -38,7 +38,7 @@ def student(path, adapter=False, **kw):
     if adapter:
         one.net = SharedBase(one.net, rank=3, targets="unet.*")
         one = copy.deepcopy(one)
-    tiny.shake(one.net, 0.2 if adapter else 0.03, seed=9)
+    tiny_parts.shake(one.net, 0.2 if adapter else 0.03, seed=9)
     return one
 
 

@@ -28,7 +28,7 @@ def pixel_student():
 def teacher(tmp_path_factory):
     """A Stable Diffusion twin whose folder states no licence."""
     folder = tmp_path_factory.mktemp("teacher")
-    families.sd().save_pretrained(folder)
+    families.builders()["sd15"]().save_pretrained(folder)
     return folder
 
 

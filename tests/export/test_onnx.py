@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 
-import diffusers
 import numpy as np
 import onnxruntime
 import pytest
@@ -17,7 +16,7 @@ from distill.errors import BadInput
 from distill.export import export
 from distill.export.verify import stock_differences
 from distill.models import MLP
-from distill.models.diffusers import UNet2D, load, schedule_of
+from distill.models.diffusers import UNet2D, load, schedule_of, tiny_parts
 from distill.models.diffusers import tiny as families
 from distill.noise import RectifiedFlow
 
@@ -25,7 +24,7 @@ from distill.noise import RectifiedFlow
 def test_the_graph_is_the_students_step_at_any_batch(tmp_path):
     """x and x_s of onnxruntime against torch, at times and a number of rows that it was not traced with."""
     torch.manual_seed(0)
-    net = families.shake(UNet2D(size=8, widths=(8, 16), classes=3, guided=True))
+    net = tiny_parts.shake(UNet2D(size=8, widths=(8, 16), classes=3, guided=True))
     student = Denoiser(net, schedule_of("DDIMScheduler"), "v")
     out = export(student, 2, "renoise", tmp_path / "out", kind="onnx", w=2.5)
     assert json.loads((out / "distill.json").read_text())["batch"] is None
@@ -88,12 +87,12 @@ def test_networks_of_our_own_need_no_stock_class(tmp_path):
 
 
 FAMILIES = {
-    "sd1": (families.sd, {}, None),
-    "sdxl": (families.sdxl, {}, None),
-    "sd3": (families.sd3, {}, None),
-    "flux-dev": (families.flux, {"size": (8, 8)}, None),
-    "wan": (families.wan, {"size": (2, 4, 4)}, None),
-    "sana": (families.sana, {"size": (16, 16)}, 1),
+    "sd1": (families.builders()["sd15"], {}, None),
+    "sdxl": (families.builders()["sdxl"], {}, None),
+    "sd3": (families.builders()["sd3"], {}, None),
+    "flux-dev": (families.builders()["flux"], {"size": (8, 8)}, None),
+    "wan": (families.builders()["wan"], {"size": (2, 4, 4)}, None),
+    "sana": (families.builders()["sana"], {"size": (16, 16)}, 1),
 }
 
 
@@ -103,7 +102,7 @@ def test_text_families(tmp_path, name):
     build, kw, batch = FAMILIES[name]
     build().save_pretrained(tmp_path / "teacher")
     student = load(tmp_path / "teacher", null=None, **kw)
-    families.shake(student.net, 0.03, seed=9)
+    tiny_parts.shake(student.net, 0.03, seed=9)
     out = export(student, 4, "ode", tmp_path / "out", kind="onnx")
     assert json.loads((out / "distill.json").read_text())["batch"] == batch
     found = stock_differences([out])[0]
@@ -114,7 +113,7 @@ def test_text_families(tmp_path, name):
 @pytest.mark.slow
 def test_a_graph_that_does_not_load_is_refused(tmp_path):
     """PixArt squeezes its tokens, of which there are more than one: nothing in torch, an error in ONNX."""
-    families.pixart(diffusers.PixArtSigmaPipeline, 8).save_pretrained(tmp_path / "teacher")
-    with pytest.raises(BadInput, match="PixArt becomes a graph that onnxruntime does not load"):
+    families.builders()["pixart_sigma"]().save_pretrained(tmp_path / "teacher")
+    with pytest.raises(BadInput, match="PixArtTransformer2DModel becomes a graph that onnxruntime does not load"):
         export(load(tmp_path / "teacher", null=None), 4, "ode", tmp_path / "out", kind="onnx")
     assert [p.name for p in tmp_path.iterdir()] == ["teacher"]

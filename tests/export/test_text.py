@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import json
-from functools import partial
 
 import diffusers
 import pytest
@@ -17,26 +17,26 @@ from distill.export import export, text
 from distill.export.snippet import pipeline_tag
 from distill.export.verify import stock_differences
 from distill.models.diffusers import FAMILIES as CLASSES
-from distill.models.diffusers import grid_of, load
+from distill.models.diffusers import TensorConditioned, grid_of, load, tiny_parts
 from distill.models.diffusers import tiny as families
 from distill.models.lora import SharedBase
 from distill.times import Grid
 
-SIGMA = partial(families.pixart, diffusers.PixArtSigmaPipeline, 8)
+SIGMA = families.builders()["pixart_sigma"]
 FAMILIES = {  # how it is built, and how it is loaded
-    "sd1": (families.sd, {}),
-    "sd2-v": (partial(families.sd, "v_prediction"), {}),
-    "sdxl": (families.sdxl, {}),
-    "pixart-alpha": (families.pixart, {"size": (8, 8)}),
+    "sd1": (families.builders()["sd15"], {}),
+    "sd2-v": (families.builders()["sd2"], {}),
+    "sdxl": (families.builders()["sdxl"], {}),
+    "pixart-alpha": (families.builders()["pixart"], {"size": (8, 8)}),
     "pixart-sigma": (SIGMA, {}),
-    "sd3": (families.sd3, {}),
-    "flux-dev": (families.flux, {"size": (8, 8)}),
-    "flux-schnell": (partial(families.flux, False), {"size": (8, 8)}),
-    "sana": (families.sana, {"size": (16, 16)}),
-    "wan": (families.wan, {"size": (2, 4, 4)}),
-    "ltx": (families.ltx, {"size": (2, 2, 2)}),
-    "cogvideox-2b": (families.cogvideox, {}),
-    "cogvideox-5b": (partial(families.cogvideox, True), {}),
+    "sd3": (families.builders()["sd3"], {}),
+    "flux-dev": (families.builders()["flux"], {"size": (8, 8)}),
+    "flux-schnell": (families.builders()["flux_schnell"], {"size": (8, 8)}),
+    "sana": (families.builders()["sana"], {"size": (16, 16)}),
+    "wan": (families.builders()["wan"], {"size": (2, 4, 4)}),
+    "ltx": (families.builders()["ltx"], {"size": (2, 2, 2)}),
+    "cogvideox-2b": (families.builders()["cogvideox"], {}),
+    "cogvideox-5b": (families.builders()["cogvideox_5b"], {}),
 }
 LORA = (
     "sd1",
@@ -81,7 +81,7 @@ def student(teachers, name, adapter=False, **kw):
     if adapter:
         one.net = SharedBase(one.net, rank=3, alpha=6, targets="unet.*" if one.net.part == "unet" else "transformer.*")
         one = copy.deepcopy(one)
-    families.shake(one.net, 0.2 if adapter else 0.03, seed=9)
+    tiny_parts.shake(one.net, 0.2 if adapter else 0.03, seed=9)
     return one
 
 
@@ -276,16 +276,17 @@ def test_a_subclass_of_a_family_is_called_as_its_family(name, stock, monkeypatch
         return student.net, dict(scheduler.config), text.call_arguments(kind, student.net, grid, call, guided=True)
 
     family, *expected = called()
-    monkeypatch.setitem(CLASSES, stock, type("Renamed", (CLASSES[stock],), {}))
+    renamed_family = dataclasses.replace(CLASSES[stock], adapter=type("Renamed", (TensorConditioned,), {}))
+    monkeypatch.setitem(CLASSES, stock, renamed_family)
     renamed, *found = called()
     assert type(renamed).__name__ == "Renamed" and found == expected
     record = {"base": "a/b", "network": "RenamedTransformer"}
-    monkeypatch.setitem(CLASSES, record["network"], type(renamed))
-    assert pipeline_tag(record) == ("text-to-video" if family.frames else "text-to-image")
+    monkeypatch.setitem(CLASSES, record["network"], renamed_family)
+    assert pipeline_tag(record) == ("text-to-video" if family.family.frames else "text-to-image")
     assert ("guidance_scale" in found[1]) == (name != "flux")
     sizes = [text.output_size(net, net.shape) for net in (family, renamed)]
-    assert sizes[0] == sizes[1] and ("num_frames" in sizes[0]) == bool(family.frames)
-    if family.frames:
-        monkeypatch.setattr(type(renamed), "frames", 0)
-        with pytest.raises(BadInput, match="Renamed has no `frames`"):
+    assert sizes[0] == sizes[1] and ("num_frames" in sizes[0]) == bool(family.family.frames)
+    if family.family.frames:
+        renamed.family = dataclasses.replace(renamed.family, frames=0)
+        with pytest.raises(BadInput, match="The family of LTXVideoTransformer3DModel has no `frames`"):
             text.output_size(renamed, renamed.shape)

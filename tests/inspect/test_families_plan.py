@@ -15,7 +15,7 @@ from distill.models.diffusers import tiny as families
 from distill.models.diffusers.folder import shapes_only
 
 SIZES = {
-    "sd": (8, 8),
+    "sd15": (8, 8),
     "sdxl": (8, 8),
     "pixart": (8, 12),
     "sd3": (8, 8),
@@ -38,7 +38,7 @@ def seen(teacher, cond):
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in SIZES])
 def test_a_family_on_shapes_takes_what_it_takes_on_numbers(name, tmp_path):
-    getattr(families, name)().save_pretrained(tmp_path, safe_serialization=True)
+    families.builders()[name]().save_pretrained(tmp_path, safe_serialization=True)
     cond = {k: v for k, v in encode(tmp_path, ["a cat", "two dogs"]).items() if isinstance(v, torch.Tensor)}
     real, _ = seen(load(tmp_path, size=SIZES[name]), cond)
     for file in tmp_path.rglob("*.safetensors"):

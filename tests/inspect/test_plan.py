@@ -206,7 +206,7 @@ def test_text_networks_are_built_from_their_configs(name, tmp_path):
 def test_conditions_of_text_come_from_the_data(tmp_path):
     from distill.models.diffusers import tiny as families
 
-    families.sd().save_pretrained(tmp_path / "sd", safe_serialization=True)
+    families.builders()["sd15"]().save_pretrained(tmp_path / "sd", safe_serialization=True)
     cfg = config.load(
         [ROOT / "configs" / "digits" / "tdm.yaml"], ["data.path=nowhere", f"roles.teacher.path={tmp_path}/sd"]
     )

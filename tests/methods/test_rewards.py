@@ -87,7 +87,7 @@ def test_curation_by_clip_keeps_what_clip_prefers(reward):
 def test_latents_are_decoded_for_the_reward(tmp_path, reward):
     from distill.models.diffusers import tiny as families
 
-    pipeline = families.sd()
+    pipeline = families.builders()["sd15"]()
     pipeline.save_pretrained(tmp_path / "sd")
     x = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     from distill.models.diffusers import Latent

@@ -6,7 +6,7 @@ import math
 import shutil
 import sys
 import types
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from distill.denoise import Guided
 from distill.errors import BadInput
 from distill.methods.consistency import Consistency
 from distill.methods.tdm import TDM
-from distill.models.diffusers import grid_of, load
+from distill.models.diffusers import FAMILIES, Family, Geometry, Twin, grid_of, load, scheduler_of, tiny_parts
 from distill.models.diffusers import tiny as families
 from distill.models.diffusers.prompts import Latent, decode, encode
 from distill.noise import TrigFlow
@@ -31,136 +31,68 @@ PROMPTS, STEPS, W = ["a cat", "two dogs"], 10, 3.5
 
 @dataclass
 class Case:
-    build: Any
-    shape: tuple = (4, 8, 8)
-    call: dict = field(default_factory=dict)  # of the stock pipeline, as its users call it
-    load: dict = field(default_factory=dict)
-    pixels: int = 2  # a side of a latent
-    prediction: str = "eps"
-    guidance: str = "guidance_scale"
-    grid: str = "stock"
-    enter: Any = staticmethod(lambda pipe, z: z)  # our latents to those that the stock pipeline takes
-    leave: Any = staticmethod(lambda pipe, x, shape: x)
-    slow: bool = False
+    """A twin that a family declares, with what the family says of the stock call."""
+
+    family: Family
+    twin: Twin
+    pixels: int = 0  # a side of a latent, by the folder
     served: Any = None  # sigmas of the last call
 
-
-def unpack(pipe, x, shape):
-    _, height, width = shape
-    return pipe._unpack_latents(x, 2 * height, 2 * width, pipe.vae_scale_factor)
-
-
-def pack(pipe, z):
-    return pipe._pack_latents(z, *z.shape)
+    @property
+    def shape(self):
+        return self.twin.shape
 
 
-def swap(pipe, x, *_):
-    return x.transpose(1, 2)
+CASES = {name: Case(family, twin) for family in FAMILIES.values() for name, twin in family.twins.items() if twin.parity}
 
 
-PIXART = {"use_resolution_binning": False, "clean_caption": False}
-CASES = {
-    "sd1": Case(families.sd),
-    "sd2-v": Case(partial(families.sd, "v_prediction"), prediction="v"),
-    "sdxl": Case(families.sdxl),
-    "sdxl-wide": Case(partial(families.sdxl, False), shape=(4, 8, 12)),
-    "pixart-alpha": Case(families.pixart, shape=(4, 8, 12), call=PIXART),
-    "pixart-sigma": Case(partial(families.pixart, diffusers.PixArtSigmaPipeline, 8), call=PIXART),
-    "sd3": Case(families.sd3, prediction="flow"),
-    "flux-dev": Case(
-        families.flux,
-        prediction="flow",
-        guidance="true_cfg_scale",
-        grid="uniform",
-        enter=pack,
-        leave=unpack,
-        call={"negative_prompt": ["", ""], "guidance_scale": 2.5},
-        load={"size": (8, 8)},
-    ),
-    "flux-schnell": Case(
-        partial(families.flux, False),
-        shape=(4, 8, 12),
-        prediction="flow",
-        guidance="true_cfg_scale",
-        grid="uniform",
-        enter=pack,
-        leave=unpack,
-        call={"negative_prompt": ["", ""]},
-    ),
-    "sana": Case(families.sana, shape=(4, 16, 16), prediction="flow", call=PIXART),
-    "wan": Case(
-        families.wan, shape=(16, 2, 4, 4), prediction="flow", pixels=8, call={"num_frames": 5}, load={"size": (2, 4, 4)}
-    ),
-    "ltx": Case(
-        families.ltx,
-        shape=(8, 2, 2, 2),
-        prediction="flow",
-        pixels=32,
-        grid="sigmas",
-        load={"size": (2, 2, 2)},
-        call={"num_frames": 9},
-        enter=lambda pipe, z: pipe._pack_latents(z),
-        leave=lambda pipe, x, shape: pipe._unpack_latents(x, *shape[1:]),
-    ),
-    "cogvideox-2b": Case(
-        families.cogvideox, shape=(4, 3, 4, 4), prediction="v", pixels=8, enter=swap, leave=swap, call={"num_frames": 9}
-    ),
-    "cogvideox-5b": Case(
-        partial(families.cogvideox, True),
-        shape=(4, 3, 4, 4),
-        prediction="v",
-        pixels=8,
-        enter=swap,
-        leave=swap,
-        call={"num_frames": 9},
-    ),
-}
-
-
-@pytest.fixture(scope="module", params=[pytest.param(n, marks=[pytest.mark.slow] * c.slow) for n, c in CASES.items()])
+@pytest.fixture(scope="module", params=CASES)
 def family(request, tmp_path_factory):
     """(case, stock pipeline, its folder, our Denoiser, initial noise)."""
     case = CASES[request.param]
-    pipe = case.build()
+    pipe = case.twin.build()
     pipe.set_progress_bar_config(disable=True)
     path = tmp_path_factory.mktemp("families") / request.param
     pipe.save_pretrained(path)
-    denoiser = load(path, **case.load)
+    denoiser, case.pixels = load(path, **case.twin.load), Geometry.of(path).pixels
     z = torch.randn(2, *case.shape, generator=torch.Generator().manual_seed(5))
     return case, pipe, path, denoiser, z
 
 
 def stock(case, pipe, z, steps=STEPS, output="latent"):
     """The stock pipeline called as its users call it, from the noise z."""
-    height, width = (case.pixels * side for side in z.shape[-2:])
+    layout, twin = case.family.layout, case.twin
+    pixels = case.pixels
+    height, width = (pixels * side for side in z.shape[-2:])
     out = pipe(
         PROMPTS,
         height=height,
         width=width,
         num_inference_steps=steps,
-        latents=case.enter(pipe, z.clone()),
+        latents=layout.pack(z.clone()),
         output_type=output,
         return_dict=False,
-        **{case.guidance: W} | case.call,
+        **{case.family.guidance_argument: W} | twin.call,
     )[0]
     case.served = getattr(pipe.scheduler, "sigmas", torch.zeros(1)).double()
-    return (case.leave(pipe, out, case.shape) if output == "latent" else out).float()
+    return (layout.unpack(out, z.shape) if output == "latent" else out).float()
 
 
 def conditions(case, path):
     cond = encode(path, PROMPTS)
-    if "guidance_scale" in case.call:
-        cond["guide"] = torch.full((2,), case.call["guidance_scale"])
+    if "guidance_scale" in case.twin.call:  # an input of the network
+        cond["guide"] = torch.full((2,), case.twin.call["guidance_scale"])
     return cond
 
 
 @torch.no_grad()
 def ours(case, path, denoiser, z, cond):
-    if case.grid == "sigmas":  # those of the pipeline's last call
+    """Our DDIM on the times of the stock call: the scheduler's own, evenly spaced ones, or what its last call had."""
+    if scheduler_of(path).config.get("shift_terminal"):
         sigma = case.served
         grid = Grid(denoiser.schedule.time(2 * ((1 - sigma).log() - sigma.log())).tolist())
     else:
-        grid = Grid.uniform(STEPS) if case.grid == "uniform" else grid_of(path, STEPS)
+        grid = Grid.uniform(STEPS) if case.family.even_sigmas else grid_of(path, STEPS)
     return solve(Guided(denoiser, W), z, grid, DDIM(), **cond).float()
 
 
@@ -170,14 +102,14 @@ def difference(a, b):
 
 def test_our_solver_lands_where_the_stock_pipeline_does(family):
     case, pipe, path, denoiser, z = family
-    assert denoiser.prediction == case.prediction and denoiser.net.shape[0] == case.shape[0]
+    assert denoiser.net.shape[0] == case.shape[0]
     cond, theirs = conditions(case, path), stock(case, pipe, z)
     found = difference(ours(case, path, denoiser, z, cond), theirs)
     print(f"{path.name}: {found:.1e}")
     assert theirs.isfinite().all() and theirs.std() > 0.1
     assert found < 1e-4
     for key, value in cond.items():  # every condition counts, so a forgotten one would show
-        broken = cond | {key: torch.ones_like(value) if key == "text_mask" else torch.zeros_like(value)}
+        broken = cond | {key: torch.ones_like(value) if key.endswith("mask") else torch.zeros_like(value)}
         assert difference(ours(case, path, denoiser, z, broken), theirs) > 1e-3, key
 
 
@@ -221,14 +153,16 @@ def test_student_with_guidance_and_gap_inputs(family):
         torch.tensor([2.0, 2.0]),
         torch.tensor([0.7, 0.11]),
     )
-    student = load(path, null=None, guided=True, flow_map=True, **case.load)
+    student = load(path, null=None, guided=True, flow_map=True, **case.twin.load)
     student.load_state_dict(denoiser.state_dict(), strict=False)
     torch.testing.assert_close(student(z, t, w=w, s=s, **cond), denoiser(z, t, **cond), rtol=1e-5, atol=1e-5)
     for part in (student.net.guidance, student.net.gap):
-        families.shake(part, 0.3)
+        tiny_parts.shake(part, 0.3)
     conditions = student(z, t, w=w, s=s, **cond)
     assert difference(conditions, denoiser(z, t, **cond)) > 1e-3
-    plain = type(denoiser.net).wrap(student.net.fold(w=2.0, gap=0.2), schedule=denoiser.schedule, timesteps=1000)
+    plain = type(denoiser.net).wrap(
+        denoiser.net.family, student.net.fold(w=2.0, gap=0.2), schedule=denoiser.schedule, timesteps=1000
+    )
     plain.pixels = student.net.pixels
     out = plain(z, t, **cond)
     torch.testing.assert_close(out, student.net(z, t, w=w, s=s, **cond), rtol=1e-4, atol=1e-4)
@@ -237,11 +171,11 @@ def test_student_with_guidance_and_gap_inputs(family):
 def test_weights_in_half_precision_and_gradients(family):
     case, pipe, path, denoiser, z = family
     cond, t = encode(path, PROMPTS), torch.tensor([0.9, 0.31])
-    half = load(path, null=None, dtype="bfloat16", guided=True, **case.load)
+    half = load(path, null=None, dtype="bfloat16", guided=True, **case.twin.load)
     out = half(z, t, w=2.0, **cond)
     assert out.dtype == torch.float32 and half.net.stock.dtype == torch.bfloat16
     assert difference(out, denoiser(z, t, **cond)) < 0.1
-    again = load(path, null=None, checkpointing=True, **case.load).train()
+    again = load(path, null=None, checkpointing=True, **case.twin.load).train()
     for model in (denoiser, again):
         model(z, t, **cond).square().mean().backward()
     ours, theirs = (sum(p.grad.abs().sum() for p in m.parameters() if p.grad is not None) for m in (denoiser, again))
@@ -283,7 +217,7 @@ def test_stable_audio_without_its_sampler_noise(tmp_path, monkeypatch):
     from diffusers.schedulers import scheduling_cosine_dpmsolver_multistep as cosine
 
     monkeypatch.setattr(diffusers, "CosineDPMSolverMultistepScheduler", cosine.CosineDPMSolverMultistepScheduler)
-    pipe, path = families.stable_audio(), tmp_path / "audio"
+    pipe, path = families.builders()["stable_audio"](), tmp_path / "audio"
     pipe.set_progress_bar_config(disable=True)
     pipe.save_pretrained(path)
     monkeypatch.setattr(cosine, "BrownianTreeNoiseSampler", lambda x, *a, **kw: lambda *step: torch.zeros_like(x))
@@ -325,7 +259,7 @@ def test_stable_audio_without_its_sampler_noise(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["sdxl", "sd3"])
 def test_methods_train_on_conditions_that_are_tensors(name, kind, tmp_path):
     case = CASES[name]
-    case.build().save_pretrained(tmp_path / name)
+    case.twin.build().save_pretrained(tmp_path / name)
     teacher, student = load(tmp_path / name), load(tmp_path / name, guided=kind is Consistency)
     method = kind({"teacher": teacher, "student": student}, grid=2, guidance=3.0)
     before = [p.clone() for p in method.student.parameters()]
@@ -347,7 +281,7 @@ def test_methods_train_on_conditions_that_are_tensors(name, kind, tmp_path):
 @pytest.fixture(scope="module")
 def flux(tmp_path_factory):
     path = tmp_path_factory.mktemp("families") / "flux"
-    families.flux().save_pretrained(path)
+    families.builders()["flux"]().save_pretrained(path)
     return path
 
 
@@ -383,7 +317,7 @@ def test_the_shift_of_flux_follows_the_size(flux):
 
 
 def test_folders_that_cannot_be_read_as_a_teacher(tmp_path):
-    families.wan().save_pretrained(tmp_path / "wan")
+    families.builders()["wan"]().save_pretrained(tmp_path / "wan")
     edit(tmp_path / "wan" / "model_index.json", transformer_2=["diffusers", "WanTransformer3DModel"])
     with pytest.raises(BadInput, match="two networks"):
         load(tmp_path / "wan")
@@ -400,14 +334,14 @@ def test_folders_that_cannot_be_read_as_a_teacher(tmp_path):
 def test_text_encoders_from_the_hub_come_with_their_tokenizers(tmp_path, monkeypatch):
     import huggingface_hub
 
-    families.sd().save_pretrained(tmp_path / "sd")
+    families.builders()["sd15"]().save_pretrained(tmp_path / "sd")
     asked = []
     monkeypatch.setattr(
         huggingface_hub,
         "snapshot_download",
         lambda name, **kw: asked.append(kw["allow_patterns"]) or str(tmp_path / "sd"),
     )
-    assert load("somebody/sd").net.null_text.shape == (1, families.LENGTH, 16)
+    assert load("somebody/sd").net.null_text.shape == (1, tiny_parts.LENGTH, 16)
     assert asked == [["*.json", "*/*.safetensors"], ["*.json", "*/*.safetensors", "*.txt", "*.model"]]
 
 

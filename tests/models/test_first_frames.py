@@ -15,20 +15,21 @@ from distill.denoise import Guided
 from distill.errors import BadInput
 from distill.methods.tdm import TDM
 from distill.models.diffusers import FAMILIES, FirstFrames, UNet2D, encode, grid_of, load, tiny
+from distill.models.families import cogvideox
 from distill.solvers import DDIM, Ancestral, solve
 
 STEPS, W, PROMPTS = 10, 3.5, ["a cat", "two dogs"]
 CASES = {  # build, shape of latents, frames of video, axes that the stock pipeline swaps, prediction
-    "wan-i2v": (tiny.wan_i2v, (16, 2, 4, 4), 5, False, "flow"),
-    "cogvideox-i2v": (partial(tiny.cogvideox, True, image=True), (4, 3, 4, 4), 9, True, "v"),
+    "wan-i2v": (tiny.builders()["wan_i2v"], (16, 2, 4, 4), 5, False, "flow"),
+    "cogvideox-i2v": (partial(cogvideox.tiny, True, image=True), (4, 3, 4, 4), 9, True, "v"),
     "cogvideox-i2v-learned-places": (
-        partial(tiny.cogvideox, True, image=True, use_learned_positional_embeddings=True),
+        partial(cogvideox.tiny, True, image=True, use_learned_positional_embeddings=True),
         (4, 3, 4, 4),
         9,
         True,
         "v",
     ),
-    "cogvideox-1.5-i2v": (partial(tiny.cogvideox, True, 2, image=True, ofs_embed_dim=8), (4, 4, 4, 4), 13, True, "v"),
+    "cogvideox-1.5-i2v": (partial(cogvideox.tiny, True, 2, image=True, ofs_embed_dim=8), (4, 4, 4, 4), 13, True, "v"),
 }
 
 
@@ -107,7 +108,7 @@ def test_an_image_to_video_teacher_is_distilled(family):
 
 
 def test_pipelines_without_a_first_frame_raise(tmp_path):
-    tiny.wan().save_pretrained(tmp_path / "wan")
+    tiny.builders()["wan"]().save_pretrained(tmp_path / "wan")
     with pytest.raises(BadInput, match="WanPipeline takes no first frame; use an image-to-video"):
         FirstFrames(tmp_path / "wan")
     file = tmp_path / "wan" / "transformer" / "config.json"
@@ -123,7 +124,7 @@ def test_pipelines_without_a_first_frame_raise(tmp_path):
 @torch.no_grad()
 def test_adm_without_its_sampler_noise(tmp_path, monkeypatch):
     """Its stock sampler is stochastic: with the noise switched off it is the posterior's mean, whatever the variance."""
-    pipe, path = tiny.adm(), tmp_path / "adm"
+    pipe, path = tiny.builders()["adm"](), tmp_path / "adm"
     pipe.set_progress_bar_config(disable=True)
     pipe.save_pretrained(path)
     from diffusers.pipelines.ddpm import pipeline_ddpm

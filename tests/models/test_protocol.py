@@ -15,7 +15,7 @@ from distill.errors import BadInput
 from distill.models import Transformer
 from distill.models.diffusers import load
 from distill.models.diffusers.prompts import encode
-from distill.models.diffusers.tiny import FAMILIES
+from distill.models.diffusers.tiny import builders
 from distill.models.heads import FeatureExtractor
 from distill.models.lora import LoRAAdapter, SharedBase, apply_layout
 from distill.noise import RectifiedFlow
@@ -33,7 +33,7 @@ NO_NULL = {
     "stable_audio": "needs a package for its scheduler",
     "adm": "no null class",
 }  # image-to-video: test_first_frames.py
-TEXT = [f for f in FAMILIES if "i2v" not in f and f not in NO_NULL]
+TEXT = [f for f in builders() if "i2v" not in f and f not in NO_NULL]
 
 
 @pytest.mark.parametrize("family", TEXT)

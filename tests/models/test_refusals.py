@@ -13,7 +13,7 @@ import torch
 from distill import config
 from distill.denoise import Guided
 from distill.errors import BadInput
-from distill.models.diffusers import Geometry, Prompts, grid_of, load, tiny
+from distill.models.diffusers import Geometry, Prompts, grid_of, load, tiny, tiny_parts
 from distill.models.diffusers.prompts import Latent
 from distill.models.families.refusals import REFUSALS
 from distill.noise import VE
@@ -83,7 +83,7 @@ def test_every_refusal_is_tried():
 
 
 def test_supported_pipelines_are_not_refused():
-    for family in tiny.FAMILIES:
+    for family in tiny.builders():
         if family != "stable_audio":  # whose scheduler needs torchsde
             assert Geometry.of(f"tiny:{family}").shape
 
@@ -133,10 +133,10 @@ def test_folders_with_weights_in_half_precision_only(tmp_path, parts):
 
 
 def ltx_with_timestep():
-    pipe = tiny.ltx()
+    pipe = tiny.builders()["ltx"]()
     torch.manual_seed(3)
     settings = {key: value for key, value in pipe.vae.config.items() if not key.startswith("_")}
-    vae = tiny.shake(diffusers.AutoencoderKLLTXVideo(**settings | {"timestep_conditioning": True}), 0.05)
+    vae = tiny_parts.shake(diffusers.AutoencoderKLLTXVideo(**settings | {"timestep_conditioning": True}), 0.05)
     pipe.register_modules(vae=vae)
     return pipe
 
@@ -160,7 +160,7 @@ def test_decoders_with_a_timestep_decode_as_the_stock_pipeline(tmp_path):
 @torch.no_grad()
 def test_edm_pipelines_denoise_as_the_stock_scheduler(tmp_path, kind):
     """Playground 2.5: a U-Net of SDXL under EDM, with sigma_data 0.5 and normalised latents."""
-    pipe = tiny.sdxl()
+    pipe = tiny.builders()["sdxl"]()
     pipe.register_modules(scheduler=getattr(diffusers, kind)(sigma_max=80.0, sigma_min=0.002, sigma_data=0.5))
     pipe.vae.register_to_config(
         latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[2.0, 3.0, 4.0, 5.0], scaling_factor=0.5
@@ -188,7 +188,7 @@ def test_edm_pipelines_denoise_as_the_stock_scheduler(tmp_path, kind):
 @torch.no_grad()
 def test_the_time_of_flux_is_rounded_as_by_the_stock_pipeline(tmp_path, monkeypatch):
     """In bfloat16 the stock pipeline rounds the timestep before it divides by 1000."""
-    pipe = tiny.flux(dev=False)
+    pipe = tiny.builders()["flux_schnell"]()
     pipe.set_progress_bar_config(disable=True)
     pipe.save_pretrained(tmp_path / "flux")
     pipe.to(torch.bfloat16)
@@ -245,7 +245,7 @@ def test_the_shift_of_wan_at_720p_and_a_config_that_sets_it():
 
 
 def test_the_scheduler_of_wans_own_folder_takes_its_flow_shift(tmp_path):
-    pipe = tiny.wan()
+    pipe = tiny.builders()["wan"]()
     stock = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
     pipe.register_modules(scheduler=diffusers.UniPCMultistepScheduler(**stock))
     pipe.save_pretrained(tmp_path / "wan")

@@ -10,10 +10,12 @@ import importlib
 from typing import Any
 
 _MODULES = {
-    "distill.models.families.label": ("DiT", "StockNetwork", "UNet2D"),
-    "distill.models.diffusers.network": ("TensorConditioned",),
+    "distill.models.families.dit": ("DiT",),
+    "distill.models.families.unet2d": ("UNet2D",),
+    "distill.models.families.family": ("Family", "Twin"),
+    "distill.models.families.registry": ("FAMILIES", "LABEL_FAMILIES", "register_family"),
+    "distill.models.diffusers.network": ("StockNetwork", "TensorConditioned"),
     "distill.models.diffusers.encoders": ("Geometry", "fingerprints"),
-    "distill.models.diffusers.folder": ("FAMILIES", "LABEL_FAMILIES", "register_family"),
     "distill.models.diffusers.prompts": ("FirstFrames", "Latent", "Prompts", "decode", "encode"),
     "distill.models.diffusers.schedulers": ("PREDICTIONS", "grid_of", "prediction_of", "schedule_of", "scheduler_of"),
     "distill.models.diffusers.loading": ("load",),

@@ -14,8 +14,6 @@ from typing import Any
 from distill.errors import BadInput
 from distill.files import read_json
 from distill.models.diffusers.folder import (
-    FAMILIES,
-    LABEL_FAMILIES,
     folder_of,
     network_part,
     read_config,
@@ -23,6 +21,7 @@ from distill.models.diffusers.folder import (
     weight_variant,
 )
 from distill.models.diffusers.prompts import scaling
+from distill.models.families.registry import FAMILIES, LABEL_FAMILIES
 
 PARTS = {
     "vae": ("vae",),

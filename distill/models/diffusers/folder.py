@@ -12,68 +12,15 @@ from typing import Any
 
 import torch
 
-from distill.config import plugins
 from distill.config.recipes import checkpoint, near_checkpoint
 from distill.errors import BadInput, suggest
 from distill.files import read_json
-from distill.models.diffusers.network import TensorConditioned
-from distill.models.families.audio import StableAudio
-from distill.models.families.image import SD3, Flux, PixArt, Sana, TextUNet
-from distill.models.families.label import DiT, StockNetwork, UNet2D
 from distill.models.families.refusals import refusal_of
-from distill.models.families.video import LTX, CogVideoX, Wan
+from distill.models.families.registry import FAMILIES, LABEL_FAMILIES, family_of
 
-# Diffusers class of the denoising network -> its family: conditioned on class labels, or on tensors such as text.
-LABEL_FAMILIES: dict[str, type[StockNetwork]] = {"UNet2DModel": UNet2D, "DiTTransformer2DModel": DiT}
-FAMILIES: dict[str, type[TensorConditioned]] = {
-    "UNet2DConditionModel": TextUNet,
-    "PixArtTransformer2DModel": PixArt,
-    "SD3Transformer2DModel": SD3,
-    "FluxTransformer2DModel": Flux,
-    "SanaTransformer2DModel": Sana,
-    "WanTransformer3DModel": Wan,
-    "CogVideoXTransformer3DModel": CogVideoX,
-    "StableAudioDiTModel": StableAudio,
-    "LTXVideoTransformer3DModel": LTX,
-}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 _SHAPES_ONLY: ContextVar[bool] = ContextVar("shapes only", default=False)
-
-
-def register_family(name: str, family: type[StockNetwork]) -> None:
-    """Let folders whose network is of the diffusers class `name` be loaded, encoded and exported.
-
-    A package calls it when it is imported: an installed plugin (entry point `distill.plugins`) is imported when a folder
-    has a network that no family here supports, another package when `--allow` names it.
-
-    Args:
-        name: of the diffusers class, such as "AuraFlowTransformer2DModel".
-        family: a subclass of `TensorConditioned`; or, conditioned on class labels, of `StockNetwork` with a `wrap`.
-
-    Raises:
-        BadInput: `family` is no such class, or another family supports `name`.
-
-    Examples:
-        >>> from distill.models.diffusers import TensorConditioned, register_family
-        >>> class Lumina(TensorConditioned):
-        ...     "Stock `Lumina2Transformer2DModel`. Conditions: text."
-        >>> register_family("Lumina2Transformer2DModel", Lumina)
-    """
-    if not (isinstance(family, type) and issubclass(family, StockNetwork) and "wrap" in dir(family)):
-        raise BadInput(f"register_family: {family!r} is no family; derive it from TensorConditioned.")
-    table: dict[str, Any] = FAMILIES if issubclass(family, TensorConditioned) else LABEL_FAMILIES
-    known = (LABEL_FAMILIES | FAMILIES).get(name)
-    if known not in (None, family):
-        raise BadInput(f"register_family: {known.__module__}.{known.__name__} supports {name} already; remove one.")
-    table[name] = family
-
-
-def family_of(name: str | None) -> Any:
-    """The family of a diffusers class, of this package or registered by a plugin; None if there is none."""
-    if name not in FAMILIES and name not in LABEL_FAMILIES:
-        plugins.import_installed()
-    return (LABEL_FAMILIES | FAMILIES).get(name or "")
 
 
 @contextmanager
@@ -108,7 +55,7 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def network_part(folder: Path) -> tuple[str, str]:
-    """(component, class name) of the denoising network of a folder, such as ("unet", "UNet2DConditionModel").
+    """(component, class name) of the denoising network of a folder; the component is "unet" or "transformer".
 
     Raises:
         BadInput: if no family supports the class, or the pipeline is one of `families.refusals`.

@@ -12,9 +12,11 @@ from torch import Tensor
 from distill.denoise import Denoiser
 from distill.errors import BadInput
 from distill.files import read_json
-from distill.models.diffusers.folder import FAMILIES, dtype_of, family_of, folder_of, load_weights, network_part
+from distill.models.diffusers.folder import dtype_of, folder_of, load_weights, network_part
+from distill.models.diffusers.network import TensorConditioned
 from distill.models.diffusers.prompts import encode, scaling
 from distill.models.diffusers.schedulers import prediction_of, schedule_of, scheduler_of, stock_class
+from distill.models.families.registry import FAMILIES, LABEL_FAMILIES
 from distill.noise import Table
 
 
@@ -25,7 +27,7 @@ def load(path: str | Path, revision: str | None = None, scheduler: dict[str, Any
         path: a diffusers folder, a model of the hub ("owner/name"), or "tiny:FAMILY". Weights are read from safetensors.
         revision: of a model of the hub.
         scheduler: settings that replace those of the folder's scheduler, such as {"flow_shift": 5} or {"shift": 5}.
-        kw: options of the family's `wrap`: guided, flow_map, math_attention; `null_class` for `UNet2DModel`.
+        kw: options of the family's `wrap`: guided, flow_map, math_attention; `null_class` where the folder does not state it.
             Networks conditioned on text also accept:
             - size: of the latents, (H, W) or (F, H, W), instead of the default; a shift that depends on it follows.
             - null: the prompt of the null condition (""), which is encoded by the folder's text encoders; or its tensors
@@ -67,7 +69,7 @@ def load(path: str | Path, revision: str | None = None, scheduler: dict[str, Any
         if "null_class" not in record:
             raise BadInput(f"{folder}: is the last class of its network 'no class'? Pass null_class=True or False.")
         kw["null_class"] = record["null_class"]
-    net = family_of(name).wrap(model, timesteps=len(schedule.alphas_cumprod), **kw)
+    net = LABEL_FAMILIES[name].adapter.wrap(model, timesteps=len(schedule.alphas_cumprod), **kw)
     net.folder, net.scheduler_settings = folder, settings
     return Denoiser(net, schedule, prediction_of(stock)).eval()
 
@@ -92,7 +94,8 @@ def _load_tensor_conditioned(
     stock = scheduler_of(folder, **settings)
     schedule = schedule_of(stock, **dynamic_shift(folder, stock, family.token_count(size)))
     timesteps = int(stock.config.get("num_train_timesteps", 1000))
-    net = family.wrap(model, schedule=schedule, timesteps=timesteps, size=size, **kw)
+    adapter = family.adapter or TensorConditioned
+    net = adapter.wrap(family, model, schedule=schedule, timesteps=timesteps, size=size, **kw)
     net.source, net.scheduler_settings = (str(path), revision), settings
     net.latent_scale, net.latent_shift, pixels = scaling(folder)
     net.pixels, net.folder = pixels or net.pixels, folder
@@ -116,7 +119,7 @@ def _encode_null(path: str | Path, revision: str | None, prompt: str) -> dict[st
 def dynamic_shift(folder: Path, scheduler: Any, tokens: int) -> dict[str, Any]:
     r"""Scheduler settings that fix a shift that depends on the image size: shift = exp(mu), mu linear in `tokens`.
 
-    `shift_terminal` (LTX) changes the times of sampling, not the network's timesteps, and is left to the grid.
+    `shift_terminal` changes the times of sampling, not the network's timesteps, and is left to the grid.
 
     Raises:
         BadInput: for a dynamic shift of another type.

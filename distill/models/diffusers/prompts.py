@@ -16,7 +16,6 @@ from torch import Tensor
 from distill.errors import BadInput
 from distill.files import read_json
 from distill.models.diffusers.folder import (
-    FAMILIES,
     dtype_of,
     folder_of,
     load_weights,
@@ -27,6 +26,7 @@ from distill.models.diffusers.folder import (
     without_loading_bars,
 )
 from distill.models.diffusers.schedulers import stock_class
+from distill.models.families.registry import FAMILIES
 
 ENCODERS = ("text_encoder", "tokenizer", "projection_model", "scheduler")
 Scale = float | tuple[float, ...]
@@ -144,8 +144,9 @@ class FirstFrames:
         folder = folder_of(path, revision)
         if not takes_first_frame(folder):
             pipeline = read_json(folder / "model_index.json")["_class_name"]
+            known = ", ".join(name for name, family in FAMILIES.items() if family.frame_conditions)
             raise BadInput(
-                f"{folder}: {pipeline} takes no first frame; use an image-to-video pipeline of Wan 2.1 or CogVideoX."
+                f"{folder}: {pipeline} takes no first frame; use an image-to-video pipeline of a network among {known}."
             )
         self.family, self.device = FAMILIES[network_part(folder)[1]], device
         parts = (*self.family.frame_parts, "scheduler")
@@ -162,7 +163,7 @@ class FirstFrames:
     ) -> dict[str, Tensor]:
         """The conditions of PIL images, one row each, for latents of `size` (F, H, W).
 
-        `generator` is used where the stock pipeline samples from the autoencoder's posterior (CogVideoX).
+        `generator` is used where the stock pipeline samples from the autoencoder's posterior .
         """
         stock, rows = self.pipeline, []
         frames = (size[0] - 1) * stock.vae_scale_factor_temporal + 1
@@ -209,7 +210,7 @@ class Latent:
     def decode(self, x: Tensor) -> Tensor:
         """Pixels of latents x."""
         a = x.to(self.device, self.vae.dtype)
-        # LTX 0.9.1 and later: a decoder with a timestep, which is 0 by the defaults of the stock pipeline.
+        # A decoder with a timestep, which is 0 by the defaults of the stock pipeline.
         time = {"temb": a.new_zeros(len(a))} if self.vae.config.get("timestep_conditioning") else {}
         return self.vae.decode(a / self._row(self.scale, a) + self._row(self.shift, a), **time).sample.to(x)
 
@@ -227,7 +228,7 @@ def decode(path: str | Path, x: Tensor, revision: str | None = None) -> Tensor:
 def scaling(folder: Path) -> tuple[Scale, Scale, int | None]:
     """(scale, shift, side of a latent in pixels) of a folder's autoencoder, x = (a - shift) scale.
 
-    (1, 0, None) without an autoencoder. The side is None where the config does not state it (LTX).
+    (1, 0, None) without an autoencoder. The side is None where the config does not state it.
     """
     config = read_config(folder, "vae")
     if not config:
@@ -245,7 +246,7 @@ def scaling(folder: Path) -> tuple[Scale, Scale, int | None]:
 
 
 def _buffer(folder: Path, name: str) -> list[float] | None:
-    """Numbers that an autoencoder stores with its weights, as LTX does."""
+    """Numbers that some autoencoders store with their weights."""
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as stored:
             if name in list(stored.keys()):

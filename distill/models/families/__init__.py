@@ -1,1 +1,1 @@
-"""Families of stock networks: how each network is called, and how its prompts and first frames are encoded."""
+"""Families of stock networks, one file each: a declaration (`FAMILY`) and the functions that it names."""

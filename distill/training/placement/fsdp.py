@@ -102,7 +102,7 @@ def _wake(unit: nn.Module, layer: nn.Module, args: Any, out: Any) -> None:
 
 
 def _open(opened: set[nn.Module], unit: nn.Module, layer: nn.Module, args: Any) -> None:
-    """Gather a unit's weights for a layer that is called from outside the unit, such as the embedding in DiT's first block."""
+    """Gather a unit's weights for a layer that is called from outside the unit, such as an embedding in the first block."""
     if any(isinstance(p, DTensor) for p in layer.parameters(recurse=False)):
         opened.add(layer)
         unit.unshard()
