@@ -8,7 +8,6 @@ import re
 import shutil
 from pathlib import Path
 
-import diffusers
 import published
 import pytest
 import torch
@@ -138,15 +137,6 @@ def test_at_its_real_size(name, meta):
         f"{name}: {count / 1e9:.3f} B parameters, {trained / 1e6:.1f} M trained, {counter.get_total_flops() / 1e12:.3f} "
         "TFLOP a call"
     )
-
-
-@pytest.mark.parametrize("name", [name for name in published.MODELS if "14B" in name])
-def test_the_large_ones_are_of_their_published_size(name):
-    family, model = published.MODELS[name]
-    with torch.device("meta"):
-        network = getattr(diffusers, family.network).from_config(model.network)
-    family.check_supported(network)
-    assert sum(p.numel() for p in network.parameters()) / 1e9 == pytest.approx(model.parameters, abs=2e-3)
 
 
 # -- on its tiny twin ----------------------------------------------------------------------------------------------

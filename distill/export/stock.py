@@ -126,6 +126,19 @@ def on_base(folder, record, base):
     )
 
 
+def layers_of(file):
+    """The number of layers in a LoRA file."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as stored:
+        return sum(key.endswith((".lora_A.weight", ".lora_down.weight")) for key in stored.keys())
+
+
+def adapted_layers(pipe, part):
+    """The number of layers of a part that have an adapter: keys that the loader does not know are only logged."""
+    return sum(name.endswith(".lora_A") for name, _ in getattr(pipe, part).named_modules())
+
+
 def lora(folder, record, steps, base, device):
     """Each file at weight 1.0 on the base."""
     worst = 0.0
@@ -133,6 +146,9 @@ def lora(folder, record, steps, base, device):
         pipe = on_base(folder, record, base)
         if hasattr(pipe, "load_lora_weights"):
             pipe.load_lora_weights(folder, weight_name=file)
+            landed, written = adapted_layers(pipe, record["part"]), layers_of(folder / file)
+            if landed < written:
+                raise ValueError(f"only {landed} of the {written} layers of {file} were loaded")
         else:
             from peft import PeftModel
 

@@ -13,7 +13,7 @@ from distill.export import export, lora
 from distill.export.card import card
 from distill.export.verify import verify
 from distill.models.diffusers import FAMILIES, DiT, load, schedule_of, tiny_parts
-from distill.models.families import sd, wan
+from distill.models.families import sd, wan, z_image
 from distill.solvers import DDIM, solve
 from distill.times import Grid
 
@@ -178,9 +178,13 @@ def test_the_single_file_of_a_unet_has_the_layout_of_the_original_code(name):
     same(dict(back), unet.state_dict())
 
 
-def test_those_three_layouts_are_all_that_cards_promise():
+def test_those_four_layouts_are_all_that_cards_promise():
     layouts = {name: family.lora_keys for name, family in FAMILIES.items() if family.lora_keys}
-    assert layouts == {"UNet2DConditionModel": sd.kohya_keys, "WanTransformer3DModel": wan.wan_keys}
+    assert layouts == {
+        "UNet2DConditionModel": sd.kohya_keys,
+        "WanTransformer3DModel": wan.wan_keys,
+        "ZImageTransformer2DModel": z_image.comfyui_keys,
+    }
     assert [name for name, family in FAMILIES.items() if family.original_keys] == ["UNet2DConditionModel"]
 
 

@@ -37,6 +37,7 @@ FAMILIES = {  # how it is built, and how it is loaded
     "ltx": (families.builders()["ltx"], {"size": (2, 2, 2)}),
     "cogvideox-2b": (families.builders()["cogvideox"], {}),
     "cogvideox-5b": (families.builders()["cogvideox_5b"], {}),
+    "z-image": (families.builders()["z_image"], {"size": (8, 8)}),
 }
 LORA = (
     "sd1",
@@ -52,8 +53,9 @@ LORA = (
     "ltx",
     "cogvideox-2b",
     "cogvideox-5b",
+    "z-image",
 )
-FILE = ("sd1", "sd2-v", "sdxl", "sd3", "flux-dev", "sana", "wan", "ltx")
+FILE = ("sd1", "sd2-v", "sdxl", "sd3", "flux-dev", "sana", "wan", "ltx", "z-image")
 QUICK = {  # kinds that every run of the tests proves; the rest is slow
     "pipeline-ode": FAMILIES,
     "pipeline-renoise": ("sd1", "sd3", "flux-dev"),

@@ -6,7 +6,9 @@ import ast
 import re
 from pathlib import Path
 
+import diffusers
 import pytest
+import torch
 
 from distill.models.families.registry import families
 
@@ -75,6 +77,18 @@ def test_the_twins_have_no_zero_weights():
                 network = twin.build().components[family.part]
                 zero = [key for key, p in network.named_parameters() if not p.any()]
                 assert not zero, (name, zero)
+
+
+@pytest.mark.parametrize("name", [name for family in families() for name in family.published])
+def test_a_published_model_is_supported_and_of_its_size(name):
+    family = next(family for family in families() if name in family.published)
+    model = family.published[name]
+    with torch.device("meta"):
+        network = getattr(diffusers, family.network).from_config(dict(model.network))
+    family.check_supported(network)
+    assert sum(p.numel() for p in network.parameters()) / 1e9 == pytest.approx(model.parameters, rel=5e-3)
+    assert set(family.variant(network).get("conditions", family.conditions)) == set(model.conditions)
+    assert len(family.default_shape(network.config)) == len(model.shape)
 
 
 def test_names_of_twins_and_of_published_models_are_unique():

@@ -423,7 +423,7 @@ def test_load_names_the_fault_of_a_folder(folder, tmp_path):
         load(tmp_path / "absent")
     index, weights = folder / "model_index.json", folder / "unet" / "diffusion_pytorch_model.safetensors"
     edit(index, unet=["diffusers", "UNet1DModel"])
-    refused("UNet1DModel.*only UNet2DModel")
+    refused("UNet1DModel.*only .*UNet2DModel")
     edit(index, unet=["diffusers", "UNet2DModel"], scheduler=["diffusers", "EDMEulerScheduler"])
     refused("EDMEulerScheduler")
     edit(index, scheduler=["diffusers", "DDPMScheduler"])

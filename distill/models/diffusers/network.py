@@ -70,7 +70,7 @@ class StockNetwork(Network):
             raise BadInput(
                 f"{type(model).__name__} has no TimestepEmbedding to add w or s to: leave guided and flow_map out."
             )
-        dim = embeddings[0].linear_2.out_features if embeddings else 0
+        dim = _last_linear(embeddings[0]).out_features if embeddings else 0
         self.guidance = ScalarEmbedding(dim, period=16.0, zero=True) if guided else None
         self.gap = ScalarEmbedding(dim, period=GAP_PERIOD, zero=True) if flow_map else None
         if math_attention:
@@ -129,7 +129,7 @@ class StockNetwork(Network):
     def fold(self, w: float | None = None, gap: float | None = None) -> Any:
         r"""The stock network with a constant w and a constant t - s = gap folded into its weights.
 
-        b <- b + e_w(w) + e_gap(gap) for the bias b of `linear_2` of each time embedding, to whose output both are added:
+        b <- b + e_w(w) + e_gap(gap) for the bias b of the last layer of each time embedding, to whose output both are added:
         exact. The other weights share memory with this network.
 
         Raises:
@@ -145,8 +145,14 @@ class StockNetwork(Network):
         t = torch.tensor([gap or 0.0], device=next(self.parameters()).device)
         extra = extra_inputs(self.guidance, self.gap, t, w, torch.zeros_like(t))
         for module in self.embeddings(model) if extra is not None else ():
-            module.linear_2.bias = nn.Parameter(module.linear_2.bias + extra[0])
+            last = _last_linear(module)
+            last.bias = nn.Parameter(last.bias + extra[0])
         return model
+
+
+def _last_linear(embedding: nn.Module) -> nn.Linear:
+    """The layer of a time embedding that makes its output."""
+    return [module for module in embedding.modules() if isinstance(module, nn.Linear)][-1]
 
 
 class TensorConditioned(StockNetwork):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,20 @@ def partial_pipeline(
     return pipeline
 
 
+@dataclass
+class Encode:
+    """A pipeline's `encode_prompt` with options, such as max_sequence_length, and on a device where the call names one."""
+
+    stock: Callable[..., Any]
+    options: dict[str, Any]
+    device: str
+
+    def __call__(self, **arguments: Any) -> Any:
+        if "device" in arguments:
+            arguments["device"] = self.device
+        return self.stock(**self.options | arguments)
+
+
 class Prompts:
     r"""Encodes prompts as conditions, with the stock pipeline's `encode_prompt` and the defaults of its call.
 
@@ -98,18 +113,13 @@ class Prompts:
         conditions = self.family.encode_prompt(self._encoder(kw), list(prompts), self.pipeline)
         return {name: value.cpu() for name, value in conditions.items()}
 
-    def _encoder(self, options: dict[str, Any]) -> Callable[..., Any]:
+    def _encoder(self, options: dict[str, Any]) -> Encode:
         """`encode_prompt` of the pipeline, with the defaults of the pipeline's call, `options`, and this device."""
         stock = self.pipeline.encode_prompt
         call, accepted = inspect.signature(type(self.pipeline).__call__).parameters, inspect.signature(stock).parameters
         defaults = {k: call[k].default for k in PROMPT_OPTIONS if k in call and k in accepted}
 
-        def encode(**arguments: Any) -> Any:
-            if "device" in arguments:
-                arguments["device"] = self.device
-            return stock(**defaults | options | arguments)
-
-        return encode
+        return Encode(stock, defaults | options, self.device)
 
     def null(self, **kw: Any) -> dict[str, Tensor]:
         """The null condition, one row: that of the prompt "", or zeros where the pipeline uses zeros for it."""

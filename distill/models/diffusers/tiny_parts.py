@@ -89,6 +89,32 @@ def clip_vision():
     return shake(model), processor
 
 
+CHAT = (  # a chat template that, like Qwen3's, depends on `enable_thinking`
+    "{% for message in messages %}{{ message['role'] + ' ' + message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ ' assistant' }}{% if enable_thinking is false %}{{ ' done' }}{% endif %}{% endif %}"
+)
+
+
+def qwen3():
+    """A Qwen3 tokenizer with one token per letter and a chat template, and a text encoder of width 16."""
+    import transformers
+
+    letters = [*string.ascii_lowercase, "Ġ", "<|endoftext|>"]
+    tokenizer = transformers.Qwen2Tokenizer(vocab={letter: i for i, letter in enumerate(letters)}, merges=[])
+    tokenizer.chat_template = CHAT
+    torch.manual_seed(5)
+    config = transformers.Qwen3Config(
+        vocab_size=len(letters),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    return tokenizer, shake(transformers.Qwen3Model(config))
+
+
 def gemma_tokenizer():
     """A Gemma tokenizer with one token per letter."""
     import transformers

@@ -138,7 +138,7 @@ class Family:
         null_keeps: conditions that the null condition does not replace.
         null_is_zero: whether the null condition is zeros.
         encode_prompt: `encode_prompt(encode, prompts, pipeline)`, the conditions of prompts, one row each. `encode` is
-            the pipeline's own `encode_prompt` with the defaults of its call.
+            the pipeline's own `encode_prompt` with the defaults of its call, which are its `options`.
         prompt_config_parts: components that `encode_prompt` needs without weights, for their configs.
         frame_conditions: conditions that encode the first frame of image-to-video networks.
         encode_frame: `encode_frame(pipeline, image, pixels, frames, generator)`, the conditions of a first frame, a PIL
@@ -146,6 +146,8 @@ class Family:
         frame_parts, frame_config_parts: components that `encode_frame` needs, and those it needs without weights.
         even_sigmas: whether the pipeline passes evenly spaced sigmas of its own to the scheduler.
         guidance_argument: argument of the stock call that is our w.
+        guidance_offset: w less that argument: 1 where the stock call guides by c + g (c - n) with c the conditional and
+            n the null prediction.
         no_guidance: arguments of the stock call that turn guidance off; empty where a bare call has none.
         mute: changes the stock network so that the stock pipeline does not guide; then no argument is needed.
         scheduler_settings: settings of exported schedulers that stock pipelines read.
@@ -188,6 +190,7 @@ class Family:
     frame_config_parts: tuple[str, ...] = ()
     even_sigmas: bool = False
     guidance_argument: str = "guidance_scale"
+    guidance_offset: float = 0.0
     no_guidance: Mapping[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
     mute: Callable[[Any], None] | None = None
     scheduler_settings: Mapping[str, Any] = field(default_factory=dict)
