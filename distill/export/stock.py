@@ -64,7 +64,7 @@ def from_prompts(pipe, folder, record, steps, device):
     if steps != record["steps"]:
         call = {k: v for k, v in call.items() if k not in ("sigmas", "timesteps")} | {"num_inference_steps": steps}
     latents = pipe(
-        prompt=record["reference"]["prompts"],
+        prompt=list(record["reference"]["prompts"]),  # some pipelines change the list that they are given
         latents=stored["noise"].to(dtype_of(record), copy=True),
         generator=generator,
         output_type="latent",

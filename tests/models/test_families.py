@@ -65,14 +65,14 @@ def stock(case, pipe, z, steps=STEPS, output="latent"):
     pixels = case.pixels
     height, width = (pixels * side for side in z.shape[-2:])
     out = pipe(
-        PROMPTS,
+        list(PROMPTS),
         height=height,
         width=width,
         num_inference_steps=steps,
         latents=layout.pack(z.clone()),
         output_type=output,
         return_dict=False,
-        **{case.family.guidance_argument: W} | twin.call,
+        **{case.family.guidance_argument: W - case.family.guidance_offset} | twin.call,
     )[0]
     case.served = getattr(pipe.scheduler, "sigmas", torch.zeros(1)).double()
     return (layout.unpack(out, z.shape) if output == "latent" else out).float()

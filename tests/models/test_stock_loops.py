@@ -52,7 +52,7 @@ class Tried:
         scheduler.step = step
         try:
             end = self.pipe(
-                PROMPTS,
+                list(PROMPTS),  # the stock pipeline writes its template into the list
                 height=height,
                 width=width,
                 num_inference_steps=steps,
