@@ -357,6 +357,12 @@ def library(tmp_path_factory):
     return Library(tmp_path_factory.mktemp("library"), inside)
 
 
+def restore(families: dict) -> None:
+    """Forget the families that were registered since `families` was copied."""
+    FAMILIES.clear()
+    FAMILIES.update(families)
+
+
 @pytest.mark.parametrize("page", [pytest.param(p, marks=[pytest.mark.slow] * (p in SLOW)) for p in PAGES])
 def test_page(page, library, tmp_path, monkeypatch):
     """Every block of the page runs, or is marked and parses."""
@@ -372,13 +378,15 @@ def test_page(page, library, tmp_path, monkeypatch):
     families = dict(FAMILIES)  # pages register their own
     try:
         for block in found:
+            known = dict(FAMILIES)
             try:
                 do(block, names, tmp_path)
+                if block.file:  # who needs the file imports it
+                    restore(known)
             except Exception as error:
                 raise AssertionError(f"{page}:{block.line} ({block.language}) fails: {error}") from error
     finally:  # a page may have trained under a strategy, or with Lightning's own loggers
-        FAMILIES.clear()
-        FAMILIES.update(families)
+        restore(families)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         os.environ.clear()

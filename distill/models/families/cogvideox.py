@@ -24,6 +24,7 @@ OFFSET = 2.0  # the input `ofs` of the image-to-video model 1.5
 
 
 def check_supported(model: Any) -> None:
+    """Raises BadInput for networks of another task."""
     stock = model.config
     if stock.in_channels not in (stock.out_channels, 2 * stock.out_channels):
         raise BadInput(
@@ -33,17 +34,20 @@ def check_supported(model: Any) -> None:
 
 
 def variant(model: Any) -> dict[str, Any]:
+    """The conditions of this network."""
     if model.config.in_channels == model.config.out_channels:
         return {}
     return {"conditions": ("text", *FRAME_CONDITIONS), "null_keeps": FRAME_CONDITIONS}
 
 
 def default_shape(config: Any) -> tuple[int, ...]:
+    """The shape (C, F, H, W) of a sample from the stock config."""
     frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
     return config.out_channels, frames, config.sample_height, config.sample_width
 
 
 def call(net: Any, x: Tensor, n: Tensor, text: Tensor, image: Tensor | None = None) -> Tensor:
+    """The answer of the stock network, of the shape of x."""
     shape, config = x.shape, net.stock.config
     rotary = rotary_angles(config, x) if config.use_rotary_positional_embeddings else None
     offset = x.new_full((1,), OFFSET) if config.ofs_embed_dim else None
@@ -84,6 +88,7 @@ def rotary_angles(stock: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 def encode_frame(
     pipeline: Any, image: Any, pixels: Tensor, frames: int, generator: Generator | None
 ) -> dict[str, Tensor]:
+    """The conditions of a first frame."""
     channels, size = pipeline.vae.config.latent_channels, pixels.shape[2:]
     _, latents = pipeline.prepare_latents(
         pixels, 1, channels, frames, *size, pixels.dtype, pixels.device, generator, latents=pixels

@@ -103,6 +103,7 @@ class DiT(StockNetwork):
 
 
 def build_pipeline(network: Any, scheduler: Any, vae: Any, classes: int) -> Any:
+    """The stock pipeline of an exported student."""
     return diffusers.DiTPipeline(network, vae, scheduler, {i: str(i) for i in range(classes)})
 
 

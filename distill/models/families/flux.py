@@ -22,6 +22,7 @@ DEFAULT_GUIDE = 3.5
 
 
 def check_supported(model: Any) -> None:
+    """Raises BadInput for networks of another task."""
     stock = model.config
     if stock.out_channels not in (None, stock.in_channels):
         raise BadInput(
@@ -31,10 +32,12 @@ def check_supported(model: Any) -> None:
 
 
 def variant(model: Any) -> dict[str, Any]:
+    """The conditions of this network."""
     return {"optional_conditions": ("guide",)} if model.config.guidance_embeds else {}
 
 
 def call(net: Any, x: Tensor, time: Tensor, text: Tensor, pooled: Tensor, guide: Tensor | None = None) -> Tensor:
+    """The answer of the stock network, of the shape of x."""
     height, width = x.shape[2:]
     if height % 2 or width % 2:
         raise BadInput(f"FLUX needs latents of even height and width, not {height} x {width}: crop or pad them.")
@@ -57,6 +60,7 @@ def call(net: Any, x: Tensor, time: Tensor, text: Tensor, pooled: Tensor, guide:
 
 
 def encode_prompt(encode: Callable[..., Any], prompts: list[str], pipeline: Any) -> dict[str, Tensor]:
+    """The conditions of prompts, one row each."""
     out = encode(prompt=prompts)
     return {"text": out[0], "pooled": out[1]}
 

@@ -19,11 +19,13 @@ DEFAULT_RATE = 25.0
 
 
 def check_supported(model: Any) -> None:
+    """Raises BadInput for networks of another task."""
     if (model.config.patch_size, model.config.patch_size_t) != (1, 1):
         raise BadInput("LTXVideoTransformer3DModel with patches of more than one latent is not supported.")
 
 
 def call(net: Any, x: Tensor, n: Tensor, text: Tensor, text_mask: Tensor, rate: Tensor | None = None) -> Tensor:
+    """The answer of the stock network, of the shape of x."""
     frames, height, width = x.shape[2:]
     rate = DEFAULT_RATE if rate is None else float(rate[0])
     out = net.stock(

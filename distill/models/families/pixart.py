@@ -18,6 +18,7 @@ from distill.models.families.family import Family, Published, Twin, encode_maske
 
 
 def variant(model: Any) -> dict[str, Any]:
+    """The conditions of this network."""
     return {"optional_conditions": ("resolution", "aspect")} if model.use_additional_conditions else {}
 
 
@@ -30,6 +31,7 @@ def call(
     resolution: Tensor | None = None,
     aspect: Tensor | None = None,
 ) -> Tensor:
+    """The answer of the stock network, of the shape of x."""
     added = {"resolution": None, "aspect_ratio": None}
     if net.optional_conditions:
         height, width = x.shape[2:]

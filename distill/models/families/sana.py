@@ -15,6 +15,7 @@ from distill.models.families.family import Family, Published, Twin
 
 
 def check_supported(model: Any) -> None:
+    """Raises BadInput for networks of another task."""
     if model.config.guidance_embeds:
         raise BadInput(
             "SanaTransformer2DModel with embedded guidance (Sana-Sprint) is a distilled model under TrigFlow and not "
@@ -23,6 +24,7 @@ def check_supported(model: Any) -> None:
 
 
 def call(net: Any, x: Tensor, n: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+    """The answer of the stock network, of the shape of x."""
     return net.stock(
         x,
         encoder_hidden_states=text,

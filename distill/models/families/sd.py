@@ -23,6 +23,7 @@ GUIDANCE_FEATURES = 256  # of the guidance input that a U-Net gets, with weights
 
 
 def check_supported(model: Any) -> None:
+    """Raises BadInput for networks of another task."""
     stock = model.config
     if stock.addition_embed_type not in (None, "text_time") or stock.class_embed_type or stock.encoder_hid_dim_type:
         raise BadInput(
@@ -38,6 +39,7 @@ def check_supported(model: Any) -> None:
 
 
 def variant(model: Any) -> dict[str, Any]:
+    """The conditions of this network."""
     xl = model.config.addition_embed_type
     return {"conditions": ("text", "pooled"), "optional_conditions": ("size",)} if xl else {}
 
@@ -45,6 +47,7 @@ def variant(model: Any) -> dict[str, Any]:
 def call(
     net: Any, x: Tensor, n: Tensor, text: Tensor, pooled: Tensor | None = None, size: Tensor | None = None
 ) -> Tensor:
+    """The answer of the stock network, of the shape of x."""
     added = None
     if pooled is not None:
         added = {"text_embeds": pooled, "time_ids": default_size(net, x) if size is None else size}
@@ -58,6 +61,7 @@ def default_size(net: Any, x: Tensor) -> Tensor:
 
 
 def encode_prompt(encode: Callable[..., Any], prompts: list[str], pipeline: Any) -> dict[str, Tensor]:
+    """The conditions of prompts, one row each."""
     out = encode(prompt=prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
     return {"text": out[0]} if len(out) == 2 else {"text": out[0], "pooled": out[2]}
 

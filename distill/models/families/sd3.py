@@ -14,10 +14,12 @@ from distill.models.families.family import Family, Published, Twin
 
 
 def call(net: Any, x: Tensor, n: Tensor, text: Tensor, pooled: Tensor) -> Tensor:
+    """The answer of the stock network, of the shape of x."""
     return net.stock(x, encoder_hidden_states=text, pooled_projections=pooled, timestep=n).sample
 
 
 def encode_prompt(encode: Callable[..., Any], prompts: list[str], pipeline: Any) -> dict[str, Tensor]:
+    """The conditions of prompts, one row each."""
     out = encode(prompt=prompts, prompt_2=None, prompt_3=None, do_classifier_free_guidance=False)
     return {"text": out[0], "pooled": out[2]}
 

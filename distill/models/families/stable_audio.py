@@ -19,6 +19,7 @@ from distill.models.families.family import Family, Twin
 
 
 def call(net: Any, x: Tensor, t: Tensor, text: Tensor, duration: Tensor) -> Tensor:
+    """The answer of the stock network, of the shape of x."""
     rotary = get_1d_rotary_pos_embed(
         net.stock.config.attention_head_dim // 2,
         x.shape[2] + duration.shape[1],

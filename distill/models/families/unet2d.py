@@ -167,6 +167,7 @@ def tiny() -> Any:
 
 
 def build_pipeline(network: Any, scheduler: Any, vae: Any, classes: int) -> Any:
+    """The stock pipeline of an exported student."""
     return diffusers.ConsistencyModelPipeline(network, scheduler)
 
 

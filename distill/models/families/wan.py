@@ -33,6 +33,7 @@ ORIGINAL = {  # parts of our layers' names, and of the original code's
 
 
 def check_supported(model: Any) -> None:
+    """Raises BadInput for networks of another task."""
     stock = model.config
     text_to_video = stock.image_dim is None and stock.in_channels == stock.out_channels
     image_to_video = stock.image_dim is not None and stock.in_channels == 2 * stock.out_channels + 4
@@ -44,6 +45,7 @@ def check_supported(model: Any) -> None:
 
 
 def variant(model: Any) -> dict[str, Any]:
+    """The conditions of this network."""
     if model.config.image_dim is None:
         return {}
     return {"conditions": ("text", *FRAME_CONDITIONS), "null_keeps": FRAME_CONDITIONS}
@@ -52,6 +54,7 @@ def variant(model: Any) -> dict[str, Any]:
 def call(
     net: Any, x: Tensor, n: Tensor, text: Tensor, image: Tensor | None = None, clip: Tensor | None = None
 ) -> Tensor:
+    """The answer of the stock network, of the shape of x."""
     x = x if image is None else torch.cat([x, image], 1)
     return net.stock(x, timestep=n, encoder_hidden_states=text, encoder_hidden_states_image=clip).sample
 
@@ -59,6 +62,7 @@ def call(
 def encode_frame(
     pipeline: Any, image: Any, pixels: Tensor, frames: int, generator: Generator | None
 ) -> dict[str, Tensor]:
+    """The conditions of a first frame."""
     _, channels = pipeline.prepare_latents(
         pixels, 1, pipeline.vae.config.z_dim, *pixels.shape[2:], frames, pixels.dtype, pixels.device, latents=pixels
     )

@@ -20,6 +20,7 @@ from distill.models.families.family import Factors, Family, Published, Twin, Wei
 
 
 def check_supported(model: Any) -> None:
+    """Raises BadInput for networks of another task."""
     if model.config.siglip_feat_dim is not None:
         raise BadInput(
             "ZImageTransformer2DModel with siglip_feat_dim (Omni) reads images beside the latents, which is not supported; "
@@ -28,6 +29,7 @@ def check_supported(model: Any) -> None:
 
 
 def call(net: Any, x: Tensor, time: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+    """The answer of the stock network, of the shape of x."""
     height, width = x.shape[2:]
     if height % 2 or width % 2:
         raise BadInput(f"Z-Image needs latents of even height and width, not {height} x {width}: crop or pad them.")
@@ -38,6 +40,7 @@ def call(net: Any, x: Tensor, time: Tensor, text: Tensor, text_mask: Tensor) -> 
 
 
 def encode_prompt(encode: Callable[..., Any], prompts: list[str], pipeline: Any) -> dict[str, Tensor]:
+    """The conditions of prompts, one row each."""
     rows, _ = encode(prompt=list(prompts), do_classifier_free_guidance=False)
     longest = encode.options["max_sequence_length"]
     text = rows[0].new_zeros(len(rows), longest, rows[0].shape[-1])
