@@ -92,3 +92,9 @@ def test_omni_networks_are_refused():
         network = diffusers.ZImageTransformer2DModel.from_config(dict(config) | {"siglip_feat_dim": 8})
     with pytest.raises(BadInput, match="siglip_feat_dim .Omni. reads images beside the latents"):
         family.check_supported(network)
+
+
+@pytest.mark.parametrize("kind, sampler", [("pipeline", "renoise"), ("single-file", "ode")])
+def test_stock_code_draws_the_students_samples(tmp_path, kind, sampler):
+    out = export(student("z_image"), 4, sampler, tmp_path / "out", kind=kind)
+    assert stock.difference(out, 4, "", "cpu") < 1e-5
