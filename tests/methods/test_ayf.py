@@ -71,6 +71,7 @@ def test_the_share_climbs_and_what_it_leaves_out_pulls_to_the_velocity():
         },
         share_steps=10,
     )
+    assert m.share == 0, "before the first step too"
     shares = [next(m.turns(step)) and m.share for step in (0, 5, 10, 100)]
     assert shares == pytest.approx([0, 0.495, 0.99, 0.99])
     matching = method(

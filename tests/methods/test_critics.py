@@ -79,6 +79,21 @@ def test_an_exact_critic_has_no_gradient_and_a_shifted_one_is_sent_back(make, sc
                     assert slopes(method, role, off=off)[0] * off > 0
 
 
+LAST, FIRST = [["critics"], ["critics"], ["critics", "student"]], [["critics", "student"], ["critics"], ["critics"]]
+
+
+@pytest.mark.parametrize(("make", "expected"), [(DMD2, LAST), (SiD, LAST), (DistillationDPO, LAST), (TDM, FIRST)])
+def test_critics_have_every_turn_and_the_student_one_of_three(make, expected):
+    roles = {role: of_gaussian(MEAN, STD) for role in ("teacher", "critic", "winner") if role in make.trainable + ("teacher",)}
+    options = {"metric": lambda x, **_: x.sum(1)} if make is DistillationDPO else {}
+    method = make(roles | {"student": student_of(RectifiedFlow())}, student_every=3, **options)
+    critics = [role for role in method.trainable if role != "student"]
+    for step in range(6):
+        turns = [role for role, _ in method.turns(step)]
+        named = {"critics": critics, "student": ["student"]}
+        assert turns == [role for name in expected[step % 3] for role in named[name]]
+
+
 # -- TDM: the critic of a segment ------------------------------------------------------------------------------------
 
 

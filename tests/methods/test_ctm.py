@@ -165,6 +165,25 @@ def test_an_edm_network_is_never_evaluated_at_noise_level_zero(floor):
         assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in method.student.parameters())
 
 
+def test_a_network_is_asked_at_times_of_the_schedule_only():
+    """Above 0 and at most 1, in the rows of a batch that start at the data too."""
+    method, asked = small(), []
+    for network in (method.student, method.target):
+        network.net.register_forward_pre_hook(lambda net, args: asked.append(args[1]))
+    for _ in range(8):
+        method.jump_loss(*torch.randn(2, 64, 2), {})
+    t = torch.cat(asked)
+    assert 0 < t.min() and t.max() <= 1
+
+
+@pytest.mark.parametrize(("factor", "total"), [(0.5, 2 + 0.5 * 3 * 4), (0.0, 2)])
+def test_the_loss_is_the_jumps_plus_the_balanced_denoising(factor, total):
+    method = small(denoise=factor)
+    method.jump_loss, method.denoise_loss = lambda *_: torch.tensor(2.0), lambda *_: torch.tensor(4.0)
+    method.balance = lambda jump, denoise: 3.0
+    assert method.loss(None, None, {}).item() == total and method.logs["student/jump"].item() == 2
+
+
 def test_jumps_from_the_data_stay_there():
     student = Denoiser(Exact(VE(), 0.3), VE(), "x")
     x, zero = torch.randn(5, 2, dtype=F64), torch.zeros(5, dtype=F64)

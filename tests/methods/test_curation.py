@@ -73,6 +73,15 @@ def test_the_source_changes_at_the_start_of_a_round_only():
     assert "source" in method._averages, "else a checkpoint would lose it"
 
 
+def test_the_first_round_starts_at_the_end_of_the_warm_start():
+    method = small(round=3, warm_start=2)
+    copied = []
+    method.copy_weights = lambda name, source: copied.append((method.step, name, source))
+    for method.step in range(2, 9):
+        method.draw(None, torch.randn(4, 2, dtype=D), {})
+    assert copied == [(2, "source", "ema"), (5, "source", "ema"), (8, "source", "ema")]
+
+
 def test_groups_share_a_condition_and_only_the_student_gets_gradient():
     method = small(group=3)
     seen = []
@@ -84,6 +93,32 @@ def test_groups_share_a_condition_and_only_the_student_gets_gradient():
     assert touched(method) == {"student"} and all(p.grad is None for p in method.source.parameters())
 
 
-def test_bad_options_are_refused():
-    with pytest.raises(BadInput, match="synthetic=1.5"):
-        small(synthetic=1.5)
+def test_the_metric_gets_the_data_of_each_condition_and_its_scores_and_their_spread_are_logged():
+    method = small(group=3)
+    seen = []
+    method.metric = lambda x, data, **_: (seen.append((x, data)), x[:, 0])[1]
+    data = torch.arange(8, dtype=D).view(4, 2)
+    method.draw(data, torch.randn(4, 2, dtype=D), {})
+    x, given = seen[0]
+    assert torch.equal(given, torch.stack([row for row in data for _ in range(3)]))
+    assert method.logs["student/score"].item() == pytest.approx(x[:, 0].mean().item())
+    spread = (x - x.mean(0)).square().sum(0).div(11).sqrt().mean()
+    assert method.logs["student/spread"].item() == pytest.approx(spread.item())
+
+
+def test_a_guided_student_is_told_w_for_every_sample_of_a_group():
+    net = Denoiser(MLP(2, 16, 2, guided=True), RectifiedFlow())
+    method = placed(Curation({"teacher": net, "student": "teacher"}, metric=first, grid=2, group=3, guidance=2.0))
+    told = []
+    method.source.net.register_forward_pre_hook(lambda net, args, kw: told.append(kw["w"]), with_kwargs=True)
+    method.draw(None, torch.randn(4, 2), {})
+    assert [w.tolist() for w in told] == [[2.0] * 12] * 2
+
+
+def test_options_at_their_bounds_are_taken_and_beyond_them_refused():
+    for option in ({"group": 1}, {"round": 1}, {"synthetic": 0.0}, {"synthetic": 1.0}):
+        small(**option)
+    for option in ({"group": 0}, {"round": 0}, {"synthetic": -0.1}, {"synthetic": 1.5}):
+        ((name, value),) = option.items()
+        with pytest.raises(BadInput, match=f"{name}={value}"):
+            small(**option)

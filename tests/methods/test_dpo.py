@@ -57,6 +57,10 @@ def exact(mean=0.0, std=1.0, sigma=0.9, **options):
     return DistillationDPO(roles, metric=lambda x, **_: x[:, 0], density=Uniform(u, u + 1e-9), **options)
 
 
+def test_without_a_preference_p_is_that_of_the_page_and_0_ignores_the_metric():
+    assert exact().prefer == 0.3 and exact(prefer=0.0).prefer == 0.0 and exact(prefer=0.7).prefer == 0.7
+
+
 def test_the_order_statistics_critic_is_exact():
     """E[W(x_w,u)] = E[x_w] = 1/sqrt(pi), and regression of x_w on W has slope one."""
     torch.manual_seed(0)

@@ -84,6 +84,21 @@ def test_guidance_is_folded_into_the_path():
     torch.testing.assert_close(m.path(z, cond)[:, 1], moved.flow_map(z, one, one / 2), atol=1e-3, rtol=0)
 
 
+def test_pairs_are_a_path_of_two_times_and_stored_times_are_the_grids():
+    oracle, (x, z, _) = Gaussian([0.2], 0.5, RectifiedFlow()), drawn(4)
+    one, two = (method(oracle, grid=grid) for grid in (1, [1, 0.4, 0]))
+    one.paired = two.paired = True
+    path, plain = one.draw(x, z, {"label": z})
+    assert torch.equal(path[:, 0], x) and torch.equal(path[:, 1], z) and path.shape == (4, 2, 1)
+    assert set(plain) == {"label"}, "a path and its times are no conditions"
+    stored = {"path": torch.stack([x, x, z], 1), "times": torch.tensor([[0.0, 0.4, 1.0]]).expand(4, 3)}
+    assert torch.equal(two.draw(x, z, stored)[0], stored["path"]) and two.draw(x, z, stored)[1] == {}
+    with pytest.raises(BadInput, match=r"times \[1.0, 0.0\], the student's grid is \[1.0, 0.4, 0.0\]"):
+        two.draw(x, z, {})
+    with pytest.raises(BadInput, match="method.grid"):
+        two.draw(x, z, stored | {"times": torch.tensor([[0.0, 0.39, 1.0]]).expand(4, 3)})
+
+
 def test_a_run_trains_on_stored_paths_and_on_no_others(tmp_path):
     quiet = ["log.wandb=disabled", "train.steps=3", "train.validate_every=0", "train.threads=1"]
     recipe = config.load([TOY / "knowledge.yaml"], quiet)

@@ -96,6 +96,18 @@ def test_consistency_training_in_several_dimensions_by_hand(constant, weigh):
     assert method.loss(x, z, {}).item() == pytest.approx(expected.item(), rel=1e-9)
 
 
+@pytest.mark.parametrize(("total", "shares"), [(8, [0, 0.125, 0.5]), (0, [0, 0.5, 0.8])])
+def test_consistency_training_draws_its_pairs_by_the_share_of_the_steps_that_is_done(total, shares):
+    method, seen = ConsistencyTraining({"student": net()}), []
+    inner = method.pairs
+    spy = lambda n, schedule, done, *rest: seen.append(done) or inner(n, schedule, done, *rest)
+    spy.floor = inner.floor
+    method.pairs, method.total_steps = spy, total
+    for method.step in (0, 1, 4):
+        method.loss(*torch.randn(2, 4, 2), {})
+    assert seen == pytest.approx(shares)
+
+
 # -- sCM with data of standard deviation 0.5 ------------------------------------------------------------------------
 
 
@@ -130,6 +142,13 @@ def test_each_sample_weighs_one_over_sd_tan_theta(monkeypatch):
     expected = seen[0].square().mean(1) / (STD * left["theta"].tan())
     torch.testing.assert_close(left["value"], expected.detach())
     assert loss.item() == pytest.approx(expected.mean().item()), "the balance is 0 at the start"
+
+
+def test_the_balance_takes_the_time_in_the_unit_interval():
+    balance, seen = scm.Balance(), []
+    balance.features.register_forward_pre_hook(lambda net, args: seen.append(args[0]))
+    assert torch.equal(balance(torch.linspace(0, math.pi / 2, 5)), torch.zeros(5)), "0 at the start"
+    torch.testing.assert_close(seen[0], torch.linspace(0, 1, 5))
 
 
 # -- MeanFlow --------------------------------------------------------------------------------------------------------

@@ -123,6 +123,26 @@ def test_without_guidance_the_target_is_the_pairs_velocity_and_dropped_samples_c
     assert 60 < dropped.sum() < 190 and not dropped[dropped.sum() :].any() and (seen[0][~dropped] == 1).all()
 
 
+def test_no_label_is_dropped_at_a_chance_of_almost_nothing_or_with_a_teacher():
+    net = Denoiser(MLP(dim=1, width=8, classes=2, flow_map=True), RectifiedFlow())
+    (x, z, cond), seen = drawn(labels=1), []
+    net.net.register_forward_hook(lambda net, args, kw, out: seen.append(kw["label"]), with_kwargs=True)
+    method(net=net, drop_label=1e-12).loss(x.float(), z.float(), cond)
+    assert all((label == 1).all() for label in seen)
+    assert method(teacher=Gaussian([0.0], STD, RectifiedFlow()), drop_label=0.5).drop_label == 0
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5])
+def test_at_equal_times_the_loss_is_the_distance_to_the_pairs_velocity_by_hand(power):
+    """From data in three dimensions and a network that answers 0: |z - x|^2 / (|z - x|^2 + c)^p."""
+    net = student(lambda x, t, s: 0 * x, RectifiedFlow(), "flow", shape=(3,), guided=False)
+    x, z, _ = drawn(64, dim=3)
+    square = (z - x - 1).square().sum(1)
+    expected = (square / (square + 0.2) ** power).mean()
+    found = method(net=net, same=1.0, power=power, c=0.2).loss(x + 1, z, {})
+    assert found.item() == pytest.approx(expected.item(), rel=1e-9)
+
+
 def test_the_first_share_of_the_batch_has_equal_times():
     m = method(same=0.75)
     t, s = m.times(torch.zeros(100, 1))

@@ -301,11 +301,12 @@ def test_buckets_are_of_one_dtype_and_of_bounded_size(monkeypatch):
     assert a.tolist() == [0, 1, 2, 3, 4] and c.tolist() == [5]
 
 
-@pytest.mark.parametrize("other, what", [((7 << 32) | 1, "turns"), (None, "shared draws")])
-def test_ranks_that_disagree_are_named(other, what):
+@pytest.mark.parametrize("bit, what", [(0, "shared draws"), (31, "shared draws"), (32, "turns"), (63, "turns")])
+def test_ranks_that_disagree_are_named(bit, what):
+    """The upper half of a key is of the turns, the lower one of the shared stream."""
     own: Placement = Placement()
     own.world = 3
-    own.gather_key = lambda key: [key, key, other if other is not None else key ^ 1]
+    own.gather_key = lambda key: [key, key, key ^ 1 << bit]
     with pytest.raises(BadInput, match=f"Step 4: rank 2 and rank 0 differ in their {what}"):
         own.agree(4, ["student"], torch.Generator())
     own.gather_key = lambda key: [key] * 3
@@ -315,6 +316,7 @@ def test_ranks_that_disagree_are_named(other, what):
     for at, roles, seed in ((4, ["a"], 0), (5, ["a"], 0), (4, ["b"], 0), (4, ["a"], 1)):
         own.agree(at, roles, torch.Generator().manual_seed(seed))
     assert len(set(keys)) == 4, "step, turns and shared stream are all compared"
+    assert max(keys) < 2**64 and len({k >> 32 for k in keys}) == 3 and len({k % 2**32 for k in keys}) == 2
 
 
 def test_points_are_used_here_too():

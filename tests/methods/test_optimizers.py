@@ -13,7 +13,7 @@ import torch
 
 from distill.config.schema import Optim
 from distill.errors import BadInput
-from distill.methods.optim import keywords_of, optimizer_of
+from distill.methods.optim import keywords_of, optimizer_class, optimizer_of
 from distill.models import MLP
 from distill.training import checkpoints
 from distill.training.experiment import build_experiment
@@ -90,6 +90,7 @@ def test_muon_moves_matrices_by_muon_and_vectors_by_adamw():
             p.grad = q.grad = torch.full_like(p, 0.5 + i)
         ours.step(), muon.step(), adam.step()
     assert torch.equal(matrix, twins[0]) and torch.equal(vector, twins[1])
+    assert isinstance(optimizer_of(settings, [matrix], "student"), torch.optim.Muon), "of matrices alone"
 
 
 def test_another_package_has_to_be_allowed_and_installed(monkeypatch):
@@ -105,6 +106,8 @@ def test_another_package_has_to_be_allowed_and_installed(monkeypatch):
         build("outside.Other", "outside")
     with pytest.raises(BadInput, match="'absent_package' is not installed"):
         build("absent_package.Adam", "absent_package")
+    with pytest.raises(BadInput, match="x: absent_package is not installed.*pip install absent_package,"):
+        optimizer_class("absent_package.inner.Adam", "x")
     with pytest.raises(BadInput, match="--allow os"):
         build("os.system")
     with pytest.raises(BadInput, match=r"transformers.optimization.Adafactor refuses its settings"):

@@ -10,10 +10,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from torch import nn
 
 from distill import config, methods
 from distill.config.objects import signature
 from distill.config.recipes import find
+from distill.denoise import Denoiser, Gaussian
+from distill.models.small import MLP
+from distill.noise import RectifiedFlow
+from distill.times import LogitNormal, Uniform
 
 ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "docs" / "methods"
@@ -102,6 +107,33 @@ def test_the_table_of_options_has_every_option_with_its_default(name):
             assert cell == "required", option
         else:
             assert yaml.safe_load(cell.strip("`")) == as_yaml(expected), option
+
+
+LAWS = {"uniform": Uniform, "logit-normal": LogitNormal}
+STATED = re.compile(r"`null`: (uniform|logit-normal)(?: on )?(?:\((\S+), (\S+)\))?")
+DENSITIES = [
+    (name, option, STATED.search(text))
+    for name in NAMES
+    for option, default, text in table(section(page_of(name), "Options"))
+    if option in ("`density`", "`distance`") and default == "`null`"
+]
+
+
+@pytest.mark.parametrize(("name", "option", "stated"), DENSITIES, ids=[name for name, *_ in DENSITIES])
+def test_the_law_of_times_without_a_density_is_the_stated_one(name, option, stated):
+    cls = getattr(methods, name)
+    roles = {"student": Denoiser(MLP(2, 8, 1, flow_map=True, guided=True), RectifiedFlow())}
+    if "teacher" in cls.frozen:
+        roles["teacher"] = Gaussian([0.0, 0.0], 0.5, RectifiedFlow())
+    roles |= {role: roles["student"] for role in cls.trainable if role not in ("student", "balance", "head")}
+    if cls.judged:
+        roles["head"] = nn.Linear(2, 1)
+    required = {k for k, p in own_options(cls).items() if p.default is inspect.Parameter.empty}
+    assert required <= {"metric"}
+    made = cls(roles, **{k: lambda x, **_: x.sum(1) for k in required})
+    law, *numbers = stated.groups()
+    expected = LAWS[law](*(float(n) for n in numbers if n))
+    assert getattr(made, option.strip("`")) == expected
 
 
 @pytest.mark.parametrize("name", NAMES)

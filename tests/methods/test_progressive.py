@@ -39,10 +39,10 @@ def two_steps(teacher, steps, stride=1):
 
 def on_rungs(schedule, m):
     """(method on that rung, its exact student) from the top; the student is then promoted by hand."""
-    teacher = m.teacher
+    teacher, stride = m.teacher, 2 if isinstance(m.sampler, Overshoot) else 1  # that sampler jumps twice as far
     for rung, steps in enumerate(m.ladder):
         m.rung = rung
-        m.student = student(two_steps(teacher, steps, m.stride), schedule, guided=False)
+        m.student = student(two_steps(teacher, steps, stride), schedule, guided=False)
         yield m
         m.promoted = teacher = copy.deepcopy(m.student)
 
@@ -192,6 +192,15 @@ def test_a_longer_run_stays_on_its_last_rung():
     assert longer.rung == 2 and longer.begun == m.begun
     for a, b in zip(m.promoted.parameters(), longer.promoted.parameters()):
         assert torch.equal(a, b)
+
+
+def test_the_last_rung_keeps_the_steps_that_are_left():
+    m = climbing(14, teacher_steps=8, grid=1)  # 14 = 3 * 4 + 2
+    rungs = []
+    for m.step in range(14):
+        assert [role for role, _ in m.turns(m.step)] == ["student"]
+        rungs.append(m.rung)
+    assert rungs == [0] * 4 + [1] * 4 + [2] * 6
 
 
 @pytest.mark.parametrize(
