@@ -84,7 +84,11 @@ LAST, FIRST = [["critics"], ["critics"], ["critics", "student"]], [["critics", "
 
 @pytest.mark.parametrize(("make", "expected"), [(DMD2, LAST), (SiD, LAST), (DistillationDPO, LAST), (TDM, FIRST)])
 def test_critics_have_every_turn_and_the_student_one_of_three(make, expected):
-    roles = {role: of_gaussian(MEAN, STD) for role in ("teacher", "critic", "winner") if role in make.trainable + ("teacher",)}
+    roles = {
+        role: of_gaussian(MEAN, STD)
+        for role in ("teacher", "critic", "winner")
+        if role in make.trainable + ("teacher",)
+    }
     options = {"metric": lambda x, **_: x.sum(1)} if make is DistillationDPO else {}
     method = make(roles | {"student": student_of(RectifiedFlow())}, student_every=3, **options)
     critics = [role for role in method.trainable if role != "student"]

@@ -189,7 +189,9 @@ def test_replicas_are_for_several_processes(alone, monkeypatch):
 def test_the_end_is_the_nearer_of_the_trainers_steps_and_epochs(
     max_steps, done, max_epochs, epoch, batches, ready, left
 ):
-    loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(current=SimpleNamespace(ready=ready))))
+    loop = SimpleNamespace(
+        epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(current=SimpleNamespace(ready=ready)))
+    )
     limits = {"max_steps": max_steps, "global_step": done, "max_epochs": max_epochs, "current_epoch": epoch}
     method = under(made(), num_training_batches=batches, fit_loop=loop, **limits)
     method.step = 100

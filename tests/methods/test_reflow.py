@@ -116,6 +116,14 @@ def test_the_batchs_x_is_used_only_with_its_own_z():
     assert torch.equal(seen[-1][0], x) and torch.equal(seen[-1][1], z) and list(seen[-1][2]) == ["label"]
 
 
+def test_a_stored_path_is_the_data_at_time_0_and_the_noise_at_time_1():
+    m, (_, z, _) = method(RectifiedFlow(), solver_steps=64), drawn(16)
+    one = torch.ones(16, dtype=torch.float64)
+    at = dict(zip(m.path_times, m.path(z, {}).unbind(1)))
+    assert torch.equal(at[1.0], z)
+    torch.testing.assert_close(at[0.0], m.teacher.flow_map(z, one, 0 * one), atol=1e-3, rtol=0)
+
+
 def test_guidance_is_folded_into_the_pairs():
     schedule, (_, z, cond) = RectifiedFlow(), drawn(labels=1)
     m = method(schedule, Pair([[-0.4], [0.7]], STD, schedule=schedule), guidance=3.0, solver_steps=64)
