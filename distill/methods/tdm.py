@@ -39,7 +39,7 @@ class TDM(Method):
             authors do for an eps-prediction, and gives a flow model's noisiest segment less than 1 % of the loss; "auto"
             is "snr" for eps- and x-predictions.
         snr_max: clip of "snr".
-        margin: u is at least `margin` above max(s, 0) and below t, as fractions of [0, 1].
+        margin: u lies between max(s, `margin`) and t - `margin`.
         base: arguments of Method.
     """
 
