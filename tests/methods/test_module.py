@@ -79,13 +79,25 @@ def test_on_another_number_of_ranks_noise_is_seeded_by_rank_and_step(seed):
     assert torch.equal(method.shared.get_state(), shared.get_state())
 
 
-def test_the_streams_of_a_run_on_a_gpu_are_continued_on_the_cpu():
+def test_the_streams_of_a_run_on_a_gpu_are_continued_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state: pytest.fail("there is no such device"))
     method = made()
     torch.manual_seed(4)
     states = {"cpu": [torch.get_rng_state()], "cuda": [torch.zeros(16, dtype=torch.uint8)]}
     expected = torch.rand(3)
     method._restore_random(states | {"shared": method.shared.get_state()})
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_resumed_fit_takes_up_its_streams_at_its_first_batch_alone():
+    method = made()
+    method._resumed = {"random": {"cpu": [torch.get_rng_state()], "shared": method.shared.get_state()}}
+    expected = torch.rand(3)
+    torch.manual_seed(9)  # as a data loader that starts
+    method.on_train_batch_start({}, 0)
+    assert torch.equal(torch.rand(3), expected)
+    method.on_train_batch_start({}, 1)
+    assert not torch.equal(torch.rand(3), expected)
 
 
 @pytest.mark.parametrize(("seed", "rank", "own"), [(5, 2, 7), (2**62, 1, 2**62 + 1), (2**63 - 1, 1, 0)])
@@ -184,6 +196,7 @@ def test_replicas_are_for_several_processes(alone, monkeypatch):
         (-1, 4, 3, 1, 5, 2, 8),
         (10, 4, 3, 1, 5, 2, 6),
         (100, 7, 3, 1, 5, 2, 8),
+        (-1, 4, 0, 0, 5, 0, 0),
     ],
 )
 def test_the_end_is_the_nearer_of_the_trainers_steps_and_epochs(
