@@ -4,26 +4,35 @@
     python tests/mutants.py distill/losses/snr.py
 
 The mutants are those of cosmic-ray. They are never written to disk: a process that has imported torch is forked for each, and the
-fork imports the changed module. A mutant is killed if a test fails, the module does not import, or the tests run four times as
-long. Results are appended to `mutants.csv` and a second run continues; survivors and their reasons are in tests/mutants.md.
+fork imports the changed module. Of the module's tests those run that execute the changed statement, the quickest first; for a
+change outside functions, such as a default, all. A mutant is killed if a test fails, the module does not import, or the tests run
+four times as long. Results are appended to `mutants.csv` and a second run continues; survivors and their reasons are in
+tests/mutants.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import csv
 import gc
 import importlib.abc
 import importlib.util
+import json
 import os
 import random
 import signal
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = tuple(str(ROOT / "distill" / name) for name in ("losses", "methods"))
 OPERATORS = [
     *(
         f"ReplaceBinaryOperator_{pair}"
@@ -70,8 +79,8 @@ TESTS = {  # of modules whose tests are not in `tests/KIND/test_NAME.py` alone; 
 }
 PAGES = "methods/test_pages"  # the defaults that a method's page states
 SLOWER = {  # tests of mutants that the first tests do not notice
-    "methods/base": "methods/test_modes training/test_stock_trainer",
-    "methods/module": "methods/test_modes training/test_stock_trainer",
+    "methods/base": "training/test_stock_trainer",
+    "methods/module": "training/test_stock_trainer",
     "methods/nonfinite": "training/test_nonfinite",
     "methods/placement": "training/test_nonfinite training/test_stock_trainer",
 }
@@ -142,21 +151,83 @@ def tests_of(module: str) -> list[list[str]]:
     return [[f"tests/{name}.py" for name in stage.split()] for stage in stages if stage]
 
 
-def outcome_of(mutant: Mutant, baseline: dict[str, float]) -> str:
-    """ "killed" or "survived". `baseline`: seconds of each stage of tests without a mutant, filled as needed."""
-    for files in tests_of(mutant.module):
-        name = " ".join(files)
-        if name not in baseline:
-            outcome, baseline[name] = run_tests(files, None, 600)
-            if outcome != "passed":
-                sys.exit(f"The tests of {mutant.module} fail without a mutant: pytest {name}")
-        if run_tests(files, mutant, 20 + 4 * baseline[name])[0] != "passed":
+class Measured:
+    """A pytest plugin that writes, of each test, its seconds and the lines of the package that it executes."""
+
+    def __init__(self, out: Path):
+        self.out, self.found = out, {}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item):
+        lines: dict[str, set[int]] = {}
+
+        def local(frame, event, arg):
+            lines[frame.f_code.co_filename].add(frame.f_lineno)
+            return local
+
+        def trace(frame, event, arg):
+            name = frame.f_code.co_filename
+            if not name.startswith(FOLDERS):
+                return None
+            lines.setdefault(name, set())
+            return local(frame, event, arg)
+
+        started = time.monotonic()
+        sys.settrace(trace)
+        try:
+            return (yield)
+        finally:
+            sys.settrace(None)
+            seconds = time.monotonic() - started
+            self.found[item.nodeid] = seconds, {str(Path(k).relative_to(ROOT)): [*v] for k, v in lines.items()}
+
+    def pytest_sessionfinish(self):
+        self.out.write_text(json.dumps(self.found))
+
+
+class Chosen:
+    """A pytest plugin that runs these tests in this order."""
+
+    def __init__(self, tests: list[str]):
+        self.order = {name: i for i, name in enumerate(tests)}
+
+    def pytest_collection_modifyitems(self, items):
+        items[:] = sorted((i for i in items if i.nodeid in self.order), key=lambda i: self.order[i.nodeid])
+
+
+def statement_of(mutant: Mutant) -> range | None:
+    """The lines of the innermost statement that changes; None outside functions, and for their defaults."""
+    functions = [n for n in ast.walk(ast.parse((ROOT / mutant.module).read_text())) if isinstance(n, ast.FunctionDef)]
+    inner = [n for f in functions for n in ast.walk(f) if isinstance(n, ast.stmt) and n is not f]
+    lines = [range(n.lineno, n.end_lineno + 1) for n in inner if n.lineno <= mutant.line <= n.end_lineno]
+    return min(lines, key=len, default=None)
+
+
+def outcome_of(mutant: Mutant, measured: dict[str, dict[str, Any]]) -> str:
+    """ "killed" or "survived". `measured`: what `Measured` found of each file of tests, filled as needed."""
+    lines = statement_of(mutant)
+    stages = tests_of(mutant.module)
+    for files in stages if lines else stages[::-1]:  # a page states the defaults
+        for file in files:
+            if file not in measured:
+                with tempfile.TemporaryDirectory() as folder:
+                    out = Path(folder) / "tests.json"
+                    if run_tests([file], None, 1800, Measured(out)) != "passed":
+                        sys.exit(f"The tests of {mutant.module} fail without a mutant: pytest {file}")
+                    measured[file] = json.loads(out.read_text())
+        tests = {name: found for file in files for name, found in measured[file].items()}
+        if lines:
+            tests = {k: v for k, v in tests.items() if set(lines) & set(v[1].get(mutant.module, ()))}
+        order = sorted(tests, key=lambda name: tests[name][0])
+        limit = 20 + 4 * sum(seconds for seconds, _ in tests.values())
+        used = [file for file in files if any(name.startswith(f"{file}::") for name in order)]
+        if order and run_tests(used, mutant, limit, Chosen(order)) != "passed":
             return "killed"
     return "survived"
 
 
-def run_tests(files: list[str], mutant: Mutant | None, limit: float) -> tuple[str, float]:
-    """("passed" | "failed" | "timeout", seconds) of the files in a fork that sees the mutant."""
+def run_tests(files: list[str], mutant: Mutant | None, limit: float, *plugins: Any) -> str:
+    """ "passed", "failed" or "timeout" of the files in a fork that sees the mutant."""
     started = time.monotonic()
     child = os.fork()
     if not child:
@@ -166,23 +237,20 @@ def run_tests(files: list[str], mutant: Mutant | None, limit: float) -> tuple[st
         os.dup2(out, 2)
         code = 1
         try:
-            import pytest
-
             if mutant:
                 sys.meta_path.insert(0, Replaced(ROOT / mutant.module, mutant.code))
             quiet = ["-x", "-q", *(f"-pno:{plugin}" for plugin in UNUSED), "-oaddopts=", "-mnot slow"]
-            code = int(pytest.main([*quiet, *files]))
+            code = int(pytest.main([*quiet, *files], plugins=[*plugins]))
         finally:
             os._exit(code)
     while time.monotonic() - started < limit:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
-            passed = os.waitstatus_to_exitcode(status) == 0
-            return ("passed" if passed else "failed"), time.monotonic() - started
+            return "passed" if os.waitstatus_to_exitcode(status) == 0 else "failed"
         time.sleep(0.02)
     os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    return "timeout", time.monotonic() - started
+    return "timeout"
 
 
 def main() -> None:
@@ -214,12 +282,12 @@ def main() -> None:
         importlib.import_module(name)
 
     gc.freeze()  # or the first collection of each fork copies all pages
-    baseline: dict[str, float] = {}
+    measured: dict[str, dict[str, Any]] = {}
     counts: dict[str, list[int]] = {}
     for mutant in chosen:
         outcome = known.get(mutant.key)
         if outcome is None:
-            outcome = outcome_of(mutant, baseline)
+            outcome = outcome_of(mutant, measured)
             with options.results.open("a") as file:
                 csv.writer(file).writerow([*mutant.key, mutant.after, mutant.line, outcome])
             if outcome == "survived":
