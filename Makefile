@@ -17,7 +17,7 @@ test: $(INSTALLED)
 test-all: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m slow
 
-# Hours on one core; continues where mutants.csv ends. tests/mutants.md has the last result and the reasons of the survivors.
+# About an hour on one core; continues where mutants.csv ends. tests/mutants.md has the last result and the reasons of the survivors.
 mutants: $(INSTALLED)
 	$(PIP) cosmic-ray
 	OMP_NUM_THREADS=1 $(PY) tests/mutants.py

@@ -144,10 +144,10 @@ class Replaced(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def tests_of(module: str) -> list[list[str]]:
-    """Files of the tests of `distill/KIND/NAME.py`: the first ones, and those of what these do not notice."""
+    """Files of the tests of `distill/KIND/NAME.py`: its own ones, its page's, and slower ones of what these do not notice."""
     kind, name = Path(module).parts[1], Path(module).stem
-    slower = SLOWER.get(f"{kind}/{name}", PAGES if kind == "methods" else "")
-    stages = TESTS.get(f"{kind}/{name}", f"{kind}/test_{name}"), slower
+    page, slower = PAGES if kind == "methods" else "", SLOWER.get(f"{kind}/{name}", "")
+    stages = TESTS.get(f"{kind}/{name}", f"{kind}/test_{name}"), page, slower
     return [[f"tests/{name}.py" for name in stage.split()] for stage in stages if stage]
 
 
@@ -207,7 +207,9 @@ def outcome_of(mutant: Mutant, measured: dict[str, dict[str, Any]]) -> str:
     """ "killed" or "survived". `measured`: what `Measured` found of each file of tests, filled as needed."""
     lines = statement_of(mutant)
     stages = tests_of(mutant.module)
-    for files in stages if lines else stages[::-1]:  # a page states the defaults
+    if lines is None:
+        stages.sort(key=lambda files: PAGES not in files[0])  # a page states the defaults
+    for files in stages:
         for file in files:
             if file not in measured:
                 with tempfile.TemporaryDirectory() as folder:
