@@ -165,7 +165,7 @@ def test_an_edm_network_is_never_evaluated_at_noise_level_zero(floor):
         assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in method.student.parameters())
 
 
-def test_a_network_is_asked_at_times_of_the_schedule_only():
+def test_a_network_is_evaluated_at_times_of_the_schedule_only():
     """Above 0 and at most 1, in the rows of a batch that start at the data too."""
     method, asked = small(), []
     for network in (method.student, method.target):

@@ -106,7 +106,7 @@ def test_the_metric_gets_the_data_of_each_condition_and_its_scores_and_their_spr
     assert method.logs["student/spread"].item() == pytest.approx(spread.item())
 
 
-def test_a_guided_student_is_told_w_for_every_sample_of_a_group():
+def test_a_guided_student_gets_w_for_every_sample_of_a_group():
     net = Denoiser(MLP(2, 16, 2, guided=True), RectifiedFlow())
     method = placed(Curation({"teacher": net, "student": "teacher"}, metric=first, grid=2, group=3, guidance=2.0))
     told = []
