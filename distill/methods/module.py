@@ -259,7 +259,7 @@ class TurnModule(lightning.LightningModule):
     def _total_steps(self) -> int:
         """The value of `step` at the end of this fit, by the Trainer's max_steps and max_epochs; 0 if it has no end."""
         trainer: lightning.Trainer = self.trainer
-        left = trainer.max_steps - trainer.global_step if trainer.max_steps > 0 else math.inf
+        left = trainer.max_steps - trainer.global_step if trainer.max_steps >= 0 else math.inf
         if trainer.max_epochs is not None and trainer.max_epochs >= 0:
             done = trainer.fit_loop.epoch_loop.batch_progress.current.ready  # of the epoch that a checkpoint continues
             left = min(left, (trainer.max_epochs - trainer.current_epoch) * trainer.num_training_batches - done)

@@ -16,6 +16,7 @@ from distill.config.schema import Optim
 from distill.errors import BadInput, suggest
 
 OWN = "torch.optim."
+SCALED = {"adjust_lr_fn": "match_rms_adamw"}  # of Muon: updates with the root mean square of AdamW's
 WHOLE = ("Muon", "Adafactor")  # take a weight as a matrix, which ZeRO cuts to flat parts
 
 
@@ -33,6 +34,8 @@ def optimizer_of(settings: Optim, parameters: list[nn.Parameter], role: str) -> 
     keywords = keywords_of(kind, settings, role)
     if kind in (torch.optim.Adam, torch.optim.AdamW):
         keywords.setdefault("fused", not parameters[0].is_meta)
+    if kind is torch.optim.Muon:
+        keywords = SCALED | keywords
     return kind(parameters, **keywords)
 
 
@@ -92,12 +95,11 @@ def settings_in(optimizer: torch.optim.Optimizer, settings: Optim) -> list[dict[
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon for matrices (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon), AdamW for all other weights.
 
-    Muon's updates are scaled to AdamW's root mean square (`adjust_lr_fn: match_rms_adamw`), so that one learning rate
-    fits both.
+    Muon's updates have AdamW's root mean square (`SCALED`), so that one learning rate fits both.
     """
 
     def __init__(self, parameters: list[nn.Parameter], settings: Optim, role: str):
-        muon = {"adjust_lr_fn": "match_rms_adamw"} | keywords_of(torch.optim.Muon, settings, role)
+        muon = SCALED | keywords_of(torch.optim.Muon, settings, role)
         adam = keywords_of(torch.optim.AdamW, dataclasses.replace(settings, options={}), role)
         parts = [p for p in parameters if p.ndim == 2], [p for p in parameters if p.ndim != 2]
         made: list[tuple[Any, dict[str, Any]]] = [(torch.optim.Muon, muon), (torch.optim.AdamW, adam)]

@@ -90,7 +90,9 @@ def test_muon_moves_matrices_by_muon_and_vectors_by_adamw():
             p.grad = q.grad = torch.full_like(p, 0.5 + i)
         ours.step(), muon.step(), adam.step()
     assert torch.equal(matrix, twins[0]) and torch.equal(vector, twins[1])
-    assert isinstance(optimizer_of(settings, [matrix], "student"), torch.optim.Muon), "of matrices alone"
+    alone = optimizer_of(settings, [matrix], "student")
+    assert isinstance(alone, torch.optim.Muon), "of matrices alone, as those of a LoRA"
+    assert alone.param_groups[0]["adjust_lr_fn"] == "match_rms_adamw", "one learning rate means one size of steps"
 
 
 def test_another_package_has_to_be_allowed_and_installed(monkeypatch):
