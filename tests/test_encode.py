@@ -533,9 +533,10 @@ def test_a_fingerprint_depends_on_weights_and_settings_and_not_on_versions(pipel
         ("text", "encoded by other text encoders"),
     ],
 )
-def test_shards_of_another_pipeline_are_refused(other, words, others, shards):
+@pytest.mark.parametrize("layout", [(), ("roles.layout=shared_base", "roles.adapter.rank=2")], ids=["full", "lora"])
+def test_shards_of_another_pipeline_are_refused(other, words, layout, others, shards):
     with pytest.raises(BadInput, match=words):
-        build_experiment(recipe(others / other, "Consistency", shards / "train"))
+        build_experiment(recipe(others / other, "Consistency", shards / "train", "shards.Shards", *layout))
 
 
 @pytest.mark.parametrize("size, words", [((16, 18), "multiples of 4 .* give 16x16"), ((20, 20), None)])
