@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
+from click.testing import CliRunner
 from rich.console import Console
 
+from distill.cli import main
 from distill.training import callbacks
 
 
@@ -130,3 +136,38 @@ def test_records_are_written_at_their_interval():
     for m.step in range(1, 6):
         record.on_train_batch_end(None, m, None, None, 0)
     assert rows == [(2, 0.5), (2, 0.5), (4, 0.5), (4, 0.5)]
+
+
+# -- lines without a terminal ----------------------------------------------------------------------------------------
+
+
+def test_a_long_line_is_one_line_without_a_terminal():
+    """For log files and for `grep`. The console is made when the module is imported, so a process of its own prints."""
+    code = "from distill.training import callbacks; callbacks.PRINT_EVERY = 0; callbacks.TimedPrint('measuring ')('x' * 300)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"COLUMNS": "80"}
+    )
+    assert done.stdout == f"measuring {'x' * 300}\n", done.stderr
+
+
+def test_an_evaluation_says_what_it_measures_before_its_table(tmp_path, monkeypatch):
+    run = CliRunner().invoke(
+        main,
+        [
+            "train",
+            str(tiny.TOY / "tdm.yaml"),
+            *tiny.SMALL,
+            "train.steps=2",
+            "name=run",
+            "--runs",
+            str(tmp_path),
+            "--no-check",
+        ],
+    )
+    assert run.exit_code == 0, run.output
+    lines: list[str] = []
+    monkeypatch.setattr(callbacks, "PRINT_EVERY", 0)
+    monkeypatch.setattr(callbacks.console, "print", lambda text, **kw: lines.append(text))
+    done = CliRunner().invoke(main, ["eval", str(tmp_path / "run")])
+    assert done.exit_code == 0, done.output
+    assert len([line for line in lines if line.startswith("measuring ")]) >= 2, lines
