@@ -91,7 +91,8 @@ def meta(made, tmp_path_factory, monkeypatch):
     )
 
 
-SIZED = [pytest.param(name, marks=[pytest.mark.slow] * (not name.endswith("tdm"))) for name in RECIPES]
+AT_ONCE = ("tdm", "sd15/lcm_lora", "sd15/tdm_lora")  # the others are `make test-all`
+SIZED = [pytest.param(name, marks=[] if name.endswith(AT_ONCE) else [pytest.mark.slow]) for name in RECIPES]
 
 
 @pytest.mark.parametrize("name", SIZED)

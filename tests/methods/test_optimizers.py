@@ -112,6 +112,9 @@ def test_another_package_has_to_be_allowed_and_installed(monkeypatch):
         optimizer_class("absent_package.inner.Adam", "x")
     with pytest.raises(BadInput, match="--allow os"):
         build("os.system")
+    for reads_files in ("torch.hub.load", "torch.load"):  # of a package that needs no --allow
+        with pytest.raises(BadInput, match="optim.student.name"):
+            build(reads_files)
     with pytest.raises(BadInput, match=r"transformers.optimization.Adafactor refuses its settings"):
         build("transformers.optimization.Adafactor", "transformers")
 
