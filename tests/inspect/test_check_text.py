@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
+from checks import look
 from click.testing import CliRunner
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 
+from distill import config
 from distill.cli import main
 from distill.models.diffusers import tiny
+from distill.training.experiment import build_experiment
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 CONFIG = """
 name: text
@@ -53,3 +59,13 @@ def test_the_teacher_is_compared_with_its_scheduler(layout, root, tmp_path):
     assert levels["guidance"] == "ok" and "changes the teacher's estimate" in out, out
     assert levels["conditions"] == "ok" and "gradients change with the condition (text) and with guidance" in out, out
     assert levels["start"] == levels["grid"] == levels["finite"] == "ok" and "failed to run" not in out, out
+
+
+@pytest.mark.parametrize("prediction, level", [("flow", "ok"), ("v", "FAIL")])
+def test_a_flow_pipeline_is_compared_with_its_schedulers_estimate(prediction, level, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    experiment = build_experiment(config.load([CONFIGS / "sd3" / "tdm.yaml"], ["model=tiny"]))
+    for role in ("teacher", "student", "critic"):
+        getattr(experiment.method, role).prediction = prediction
+    (found,) = look(experiment, tmp_path / "run", "pipeline")
+    assert found.level == level, found

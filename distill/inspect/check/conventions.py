@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor
 from distill.denoise import PREDICTIONS, has_network, network_of
 from distill.errors import BadInput
 from distill.inspect.check.base import CheckContext, Finding, Findings
-from distill.noise import Table
+from distill.noise import RectifiedFlow, Table
 from distill.solvers import DDIM, Renoise, solve
 from distill.times import Grid
 
@@ -318,22 +318,11 @@ def _references(model: Any, stored: Path, record: dict) -> float:
 
 
 def _scheduler(context: CheckContext, model: Any, folder: Path) -> float:
-    """Largest difference to `pred_original_sample` of stock DDIM over ten timesteps, under conditions of the data."""
-    from diffusers import DDIMScheduler
-
+    """Largest difference to the stock scheduler's estimate of x over ten timesteps, under conditions of the data."""
     from distill.models.diffusers import scheduler_of
 
     net, worst = network_of(model).base, 0.0
     stock = scheduler_of(folder, **network_of(model).scheduler_settings)
-    if not isinstance(model.schedule, Table):
-        raise BadInput(
-            f"{type(stock).__name__} does not return its estimate of x, so there is nothing to compare with."
-        )
-    table = stock.alphas_cumprod
-    stock = DDIMScheduler.from_config(stock.config, clip_sample=False, thresholding=False)
-    stock.alphas_cumprod = table  # some classes shift theirs
-    total = len(stock.alphas_cumprod)
-    stock.set_timesteps(10)
     _, cond = context.samples(2)
     if not net.conditions:
         cond = {"label": torch.zeros(2, dtype=torch.long)} if net.classes else {}
@@ -342,9 +331,31 @@ def _scheduler(context: CheckContext, model: Any, folder: Path) -> float:
     x = torch.randn(len(next(iter(cond.values()), [0, 0])), *net.shape, generator=torch.Generator().manual_seed(0)).to(
         device
     )
-    for n in stock.timesteps.tolist():
-        out = net.call(x, torch.full((len(x),), float(n), device=device), cond if net.conditions else cond.get("label"))
-        theirs = stock.step(out, n, x).pred_original_sample
-        ours = model(x, torch.full((len(x),), (n + 1) / total, device=device), **cond)
+    for n, t, estimate in _estimates(stock, model.schedule):
+        out = net.call(x, torch.full((len(x),), n, device=device), cond if net.conditions else cond.get("label"))
+        theirs, ours = estimate(out, x), model(x, torch.full((len(x),), t, device=device), **cond)
         worst = max(worst, float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)))
     return worst
+
+
+def _estimates(stock: Any, schedule: Any) -> list[tuple[float, float, Callable[[Tensor, Tensor], Tensor]]]:
+    """Ten timesteps n of a stock scheduler, their times t, and its estimate of x from the network's answer and x_t.
+
+    Discrete schedulers: DDIM's `pred_original_sample` on their own table. Flows: x_t - sigma v.
+    """
+    from diffusers import DDIMScheduler
+
+    if isinstance(schedule, RectifiedFlow):
+        stock.set_timesteps(10, **({"mu": 1.0} if stock.config.get("use_dynamic_shifting") else {}))
+        sigmas = stock.sigmas.double()[: len(stock.timesteps)]
+        times = schedule.time(2 * ((1 - sigmas).log() - sigmas.log()))
+        of = lambda sigma: lambda out, x: x - sigma * out  # noqa: E731
+        return [(n, t, of(s)) for n, t, s in zip(stock.timesteps.tolist(), times.tolist(), sigmas.tolist())]
+    if not isinstance(schedule, Table):
+        raise BadInput(f"{type(stock).__name__} has no estimate of x to compare with.")
+    table = stock.alphas_cumprod
+    stock = DDIMScheduler.from_config(stock.config, clip_sample=False, thresholding=False)
+    stock.alphas_cumprod = table  # some classes shift theirs
+    stock.set_timesteps(10)
+    stepped = lambda n: lambda out, x: stock.step(out, n, x).pred_original_sample  # noqa: E731
+    return [(float(n), (n + 1) / len(table), stepped(n)) for n in stock.timesteps.tolist()]
