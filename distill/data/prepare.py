@@ -22,7 +22,6 @@ import numpy as np
 from distill.data.info import Info
 from distill.data.shards import index
 from distill.data.shards.write import SHARD_SAMPLES, Split, write_splits
-from distill.data.sources import emoji as emoji_source
 from distill.data.sources import idx as idx_files
 from distill.data.sources import npz as npz_files
 from distill.data.sources.folder import SourceFolder, common_channels, pixels
@@ -63,10 +62,12 @@ def emoji(out: str | os.PathLike, font: str | os.PathLike, size: int = 64) -> di
     Raises:
         BadInput: no such font or one without colour glyphs, the package `emoji` is missing, or OUT exists.
     """
+    from distill.data.sources.emoji import write
+
     if size < 1:
         raise BadInput(f"size={size} must be at least 1.")
     with atomic_folder(out) as folder:
-        return emoji_source.write(folder, font, size)
+        return write(folder, font, size)
 
 
 def images(
