@@ -215,7 +215,7 @@ def test_a_loaded_student_may_be_untrained_where_no_teacher_is_distilled(shards,
                         p.normal_(0, 0.3, generator=torch.Generator().manual_seed(p.numel()))
         (found,) = look(experiment, tmp_path, "teacher")
         assert found.level == level and "worse than a linear map" in found.text, found
-        assert found.text.endswith("Go on if it starts untrained.") == (level == "WARN")
+        assert found.text.endswith("Continue if it starts untrained.") == (level == "WARN")
 
 
 # -- the experiment is left as it was ---------------------------------------------------------------------------------

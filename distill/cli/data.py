@@ -49,14 +49,14 @@ def data_digits(out: Path) -> None:
 @click.option("--font", required=True, type=click.Path(path_type=Path), help="NotoColorEmoji.ttf, with colour bitmaps.")
 @click.option("--size", type=click.IntRange(1), default=64, show_default=True, help="Height and width in pixels.")
 def data_emoji(out: Path, font: Path, size: int) -> None:
-    """Draw the emoji of a font to a folder OUT of pictures with captions, with two held-out sets.
+    """Draw the emoji of a font with their names as captions.
 
-    OUT/test-combinations holds new combinations of known words, OUT/test-bases emoji of which no variant is in OUT/train.
-    The pictures stand under the licence of the font; Noto Color Emoji has the SIL Open Font License 1.1.
+    OUT gets three sets: OUT/test-combinations holds new combinations of known words, OUT/test-bases emoji of which no variant is in
+    OUT/train. The pictures stand under the licence of the font; Noto Color Emoji has the SIL Open Font License 1.1.
 
     \b
     Example:
-      distill data emoji data/emoji --font /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
+      distill data emoji data/emoji --font NotoColorEmoji.ttf
     """
     from distill.data import prepare
 

@@ -135,7 +135,7 @@ def layers_of(file):
 
 
 def adapted_layers(pipe, part):
-    """The number of layers of a part that have an adapter: keys that the loader does not know are only logged."""
+    """The number of layers of a part that have an adapter: keys without a layer are only logged by the loader."""
     return sum(name.endswith(".lora_A") for name, _ in getattr(pipe, part).named_modules())
 
 

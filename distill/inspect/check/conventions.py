@@ -65,7 +65,7 @@ def denoises(context: CheckContext) -> Findings:
             else "it has no network: it is not the distribution of this data."
         )
         text = f"roles.{role} denoises worse than a linear map (error {now:.2f} of its; at most 1 is right), and {text}"
-        yield Finding(level, text + " Go on if it starts untrained." * (level == "WARN"))
+        yield Finding(level, text + " Continue if it starts untrained." * (level == "WARN"))
     else:
         rises = all(b > a - 0.1 for a, b in pairwise(fit.errors))
         shape = (

@@ -111,7 +111,7 @@ def encode_masked_text(encode: Callable[..., Any], prompts: list[str], pipeline:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    r"""What the package knows about a stock network and its pipelines. Everything else reads it here.
+    r"""The facts of a stock network and its pipelines. Everything else reads them here.
 
     In the functions `net` is the adapter (`TensorConditioned`): `net.stock` is the stock network, `net.pixels` the side
     of a latent in pixels, `net.timesteps` the number N of timesteps.
