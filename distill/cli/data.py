@@ -51,8 +51,8 @@ def data_digits(out: Path) -> None:
 def data_emoji(out: Path, font: Path, size: int) -> None:
     """Draw the emoji of a font with their names as captions.
 
-    OUT gets three sets: OUT/test-combinations holds new combinations of known words, OUT/test-bases emoji of which no variant is in
-    OUT/train. The pictures stand under the licence of the font; Noto Color Emoji has the SIL Open Font License 1.1.
+    OUT gets three sets: OUT/test-combinations holds new combinations of known words, OUT/test-bases emoji of which no variant is
+    in OUT/train. The pictures stand under the licence of the font; Noto Color Emoji has the SIL Open Font License 1.1.
 
     \b
     Example:
