@@ -248,7 +248,7 @@ def refused(match, *overrides, recipe="sd15/tdm"):
 
 def test_a_recipe_that_cannot_be(tmp_path, monkeypatch):
     refused(
-        r"adapter.targets: no linear layer of TextUNet matches '\*.to_qq'. Did you mean '\*.to_q'",
+        r"adapter.targets: no linear layer of UNet2DConditionModel matches '\*.to_qq'. Did you mean '\*.to_q'",
         'roles.adapter.targets=["*.to_k","*.to_qq"]',
         recipe="sd15/lcm_lora",
     )
