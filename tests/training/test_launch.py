@@ -93,9 +93,10 @@ def test_several_processes_without_a_launcher_are_refused(monkeypatch):
         monkeypatch.delenv(key, raising=False)
     with pytest.raises(BadInput, match="engine.devices: 2 processes are started by `distill train` or torchrun only"):
         launch.join_processes(SimpleNamespace(devices=2, strategy="ddp", accelerator="cpu"))
-    assert launch.needs_spawn(SimpleNamespace(devices=2)) and not launch.needs_spawn(SimpleNamespace(devices=1))
+    two, one = (Engine(devices=count, accelerator="cpu") for count in (2, 1))
+    assert launch.needs_spawn(two) and not launch.needs_spawn(one)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert not launch.needs_spawn(SimpleNamespace(devices=2)), "torchrun has started them"
+    assert not launch.needs_spawn(two), "torchrun has started them"
 
 
 @pytest.mark.slow
