@@ -123,7 +123,7 @@ def split(emojis: Iterable[Emoji], bases: float = 0.05, combinations: float = 0.
         combinations: share of the variants of the other bases that are held out, if train keeps each of their words.
     """
     sets: dict[str, list[Emoji]] = {TRAIN: [], COMBINATIONS: [], BASES: []}
-    known, candidates = {}, []
+    candidates: list[Emoji] = []
     for emoji in emojis:
         if _position(emoji.base) < bases:
             sets[BASES].append(emoji)
